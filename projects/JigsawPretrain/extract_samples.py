@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""Cut positive and negative samples out of a detection set (Sec. 3.1).
+
+The command itself is ``jigsaw_d2.commands.extract``; ``python -m jigsaw_d2 extract`` runs the same.
+"""
+
+import sys
+
+from jigsaw_d2.commands import run_command
+from jigsaw_d2.commands.extract import main
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""Pre-train a backbone on Jigsaw images (Sec. 3.2-3.3, 4.1).
+
+The command itself is ``jigsaw_d2.commands.pretrain``; ``python -m jigsaw_d2 pretrain`` runs the same.
+"""
+
+import sys
+
+from jigsaw_d2.commands import run_command
+from jigsaw_d2.commands.pretrain import main
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,65 @@
+"""Dispatch, help and error reporting shared by every command."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jigsaw_d2.__main__ import COMMANDS, main
+from jigsaw_d2.commands import run_command
+from jigsaw_d2.errors import JigsawError
+
+PROJECT = Path(__file__).parents[1] / "projects" / "JigsawPretrain"
+SCRIPTS = ("train_net", "extract_samples", "convert_weights", "finetune_net", "visualize", "compare")
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_explains_itself(name, capsys):
+    parser = importlib.import_module(f"jigsaw_d2.commands.{name}").build_parser()
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--help"])
+    assert stop.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_every_script_is_a_door_to_its_command():
+    for script in SCRIPTS:
+        source = (PROJECT / f"{script}.py").read_text()
+        assert "from jigsaw_d2.commands." in source
+        assert source.count("\n") < 20, f"{script}.py should hold no logic"
+
+
+def test_a_script_runs_from_elsewhere(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(PROJECT / "convert_weights.py"), "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "--input" in result.stdout
+
+
+def test_users_mistake_is_one_line_and_status_2(capsys):
+    def fails(argv):
+        raise JigsawError("the store is gone")
+
+    assert run_command(fails, []) == 2
+    assert capsys.readouterr().err == "error: the store is gone\n"
+
+
+def test_our_own_mistake_keeps_its_traceback():
+    def fails(argv):
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        run_command(fails, [])
+
+
+@pytest.mark.parametrize("argv, status", [([], 2), (["nonsense"], 2), (["--help"], 0)])
+def test_without_a_command_all_are_listed(argv, status, capsys):
+    assert main(argv) == status
+    captured = capsys.readouterr()
+    assert all(name in captured.out + captured.err for name in COMMANDS)
