@@ -49,8 +49,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.JIGSAW.ERF.PERIOD = 5000
     # Iteration of the first refresh. Ours: 0, so that Eq. 2 holds from the first step.
     cfg.MODEL.JIGSAW.ERF.FIRST_ITER = 0
-    # Training images per refresh, over all ranks. Ours: only four sums per cell are kept, and
-    # their mean settles to about 1 % with 64 images.
+    # Training images per refresh, over all ranks (ours: the maps are averaged over images, and
+    # only four sums per cell are kept).
     cfg.MODEL.JIGSAW.ERF.NUM_IMAGES = 64
     # How gradients become ERF: "abs" counts influence of either sign (ours); "relu" only positive,
     # as some public ERF tools do.
