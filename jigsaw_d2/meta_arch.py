@@ -1,0 +1,229 @@
+"""The network that is pre-trained: a Detectron2 backbone, and a 1x1 convolution that classifies cells.
+
+Shape letters as in ``losses``: N images, S = 4 regions, K = C + 1 classes with background last,
+H, W canvas pixels, h, w feature cells.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.utils.events import EventStorage, get_event_storage
+from torch import Tensor, nn
+
+from jigsaw_d2 import losses
+from jigsaw_d2.config import OBJECTIVES
+from jigsaw_d2.erf import own_region_weights
+from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.template import JigsawTemplate
+
+# Iterations between two values of the training metrics: the period of Detectron2's writers, so
+# that nothing is computed, and no GPU waited for, only to be thrown away.
+LOG_PERIOD = 20
+
+
+class JigsawModelError(JigsawError, ValueError):
+    """Settings, or a batch, that this model cannot work with."""
+
+
+@META_ARCH_REGISTRY.register()
+class JigsawPretrainer(nn.Module):
+    """Classifies every cell of a Jigsaw image's feature map (Sec. 3.3).
+
+    ``erf_weights``, float32 (S, h, w), are w_1..w_4 of Eq. 2 in force. They are a buffer, hence in
+    every checkpoint; ``ErfRefreshHook`` renews them. Before the first refresh each cell's weight
+    lies wholly on its own region. ``erf_region_sums``, float64 (h, w, S), is what they were
+    computed from; zero before the first refresh.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        in_feature: str,
+        num_classes: int,
+        template: JigsawTemplate,
+        objective: str = "erf_adaptive",
+        tau: float = 0.7,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        channels_last: bool = False,
+    ) -> None:
+        """
+        Args:
+            backbone: Detectron2 backbone; its ``output_shape()`` tells ``in_feature``'s stride.
+            in_feature: the feature map that is classified.
+            num_classes: C, object categories without background.
+            template: regions of the canvas, in multiples of the stride.
+            objective: one of ``config.OBJECTIVES``.
+            tau: least weight of a cell's own region (Eq. 2); kept for ``ErfRefreshHook``.
+            pixel_mean: one value a channel, in the order of the images, range [0, 255].
+            pixel_std: likewise.
+            channels_last: memory format of images and weights.
+
+        Raises:
+            JigsawModelError: an unknown objective or feature, or no classes.
+        """
+        super().__init__()
+        shapes = backbone.output_shape()
+        _check_settings(objective, in_feature, list(shapes), num_classes)
+        self.backbone = backbone
+        self.in_feature = in_feature
+        self.num_classes = num_classes
+        self.template = template
+        self.objective = objective
+        self.tau = tau
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.classifier = nn.Conv2d(shapes[in_feature].channels, num_classes + 1, kernel_size=1)
+        nn.init.normal_(self.classifier.weight, std=0.01)  # as Detectron2's classifiers
+        nn.init.zeros_(self.classifier.bias)
+        self.to(memory_format=self.memory_format)
+
+        regions = template.cell_regions(shapes[in_feature].stride)
+        shares = torch.as_tensor(template.area_shares(), dtype=torch.float32)
+        self.register_buffer("cell_regions", regions, persistent=False)
+        self.register_buffer("area_shares", shares, persistent=False)
+        self.register_buffer("erf_weights", own_region_weights(regions).float())
+        sums = torch.zeros(*regions.shape, losses.NUM_REGIONS, dtype=torch.float64)
+        self.register_buffer("erf_region_sums", sums)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The keyword arguments of ``__init__`` from a configuration."""
+        jigsaw = cfg.MODEL.JIGSAW
+        return {
+            "backbone": build_backbone(cfg),
+            "in_feature": jigsaw.IN_FEATURE,
+            "num_classes": jigsaw.NUM_CLASSES,
+            "template": JigsawTemplate.from_config(cfg),
+            "objective": jigsaw.OBJECTIVE,
+            "tau": jigsaw.TAU,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "channels_last": jigsaw.CHANNELS_LAST,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """
+        Args:
+            batch: a batch of the Jigsaw loader, {"image": uint8 (N, 3, H, W), "gt_classes": int64
+                (N, S), ...}, or Detectron2's list of N dicts with the same keys per image.
+
+        Returns:
+            training: {"loss_jigsaw": scalar}; every ``LOG_PERIOD`` iterations the current event
+            storage also receives metrics per region and the value of each objective.
+            evaluation: {"region_logits": float32 (N, S, K)}, the mean over each region's cells.
+        """
+        images, gt_classes = _collate(batch)
+        logits = self.cell_logits(self.preprocess(images))
+        if not self.training:
+            return {"region_logits": self.region_logits(logits)}
+        gt_classes = gt_classes.to(self.device, non_blocking=True)
+        storage = _storage_due()
+        if storage is not None:
+            self._log_metrics(storage, logits.detach(), gt_classes)
+        return {"loss_jigsaw": self.loss(logits, gt_classes)}
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Images uint8 (N, 3, H, W) on any device -> normalised float32 on the model's.
+
+        Padding (0) becomes (0 - mean) / std: normalisation follows the stitching (Sec. 3.2).
+        """
+        images = images.to(self.device, non_blocking=True)
+        images = (images - self.pixel_mean) / self.pixel_std
+        return images.contiguous(memory_format=self.memory_format)
+
+    def cell_logits(self, images: Tensor) -> Tensor:
+        """Normalised images (N, 3, H, W) -> class scores of every cell, (N, K, h, w)."""
+        logits = self.classifier(self.backbone(images)[self.in_feature])
+        if logits.shape[2:] != self.cell_regions.shape:
+            raise JigsawModelError(
+                f"{self.in_feature} has {tuple(logits.shape[2:])} cells for images of "
+                f"{tuple(images.shape[2:])} pixels, but the template "
+                f"{self.template.height}x{self.template.width} makes {tuple(self.cell_regions.shape)}; "
+                "give images of the template's size"
+            )
+        return logits
+
+    def region_logits(self, logits: Tensor) -> Tensor:
+        """Cell logits (N, K, h, w) -> float32 (N, S, K), the mean over each region's cells."""
+        return losses.region_means(logits.float(), self.cell_regions).transpose(1, 2)
+
+    def loss(self, logits: Tensor, gt_classes: Tensor, objective: str | None = None) -> Tensor:
+        """Scalar of ``objective`` (default: the one that is trained) for cell logits (N, K, h, w)."""
+        objective = objective or self.objective
+        if objective == "global":
+            return losses.global_loss(logits, gt_classes, self.area_shares)
+        if objective == "block_wise":
+            return losses.block_wise_loss(logits, gt_classes, self.cell_regions)
+        return losses.erf_adaptive_loss(logits, gt_classes, self.erf_weights, self.cell_regions)
+
+    def region_losses(self, logits: Tensor, gt_classes: Tensor) -> Tensor:
+        """Float32 (N, S): what each region contributes to the objective that is trained."""
+        if self.objective == "global":
+            return losses.global_region_losses(logits, gt_classes)
+        if self.objective == "block_wise":
+            return losses.block_wise_region_losses(logits, gt_classes, self.cell_regions)
+        weights, regions = self.erf_weights, self.cell_regions
+        return losses.erf_adaptive_region_losses(logits, gt_classes, weights, regions)
+
+    @torch.no_grad()
+    def _log_metrics(self, storage: EventStorage, logits: Tensor, gt_classes: Tensor) -> None:
+        """region/R1_loss, _top1, _top5 ...; objective/erf_adaptive ...: of this rank's images."""
+        ranks = losses.region_ranks(self.region_logits(logits), gt_classes)
+        rows = {
+            "loss": self.region_losses(logits, gt_classes).mean(dim=0),
+            "top1": (ranks < 1).float().mean(dim=0),
+            "top5": (ranks < 5).float().mean(dim=0),
+        }
+        names = [f"region/R{r + 1}_{what}" for what in rows for r in range(losses.NUM_REGIONS)]
+        names += [f"objective/{name}" for name in OBJECTIVES]
+        values = [*rows.values(), *(self.loss(logits, gt_classes, o)[None] for o in OBJECTIVES)]
+        for name, value in zip(names, torch.cat(values).tolist()):  # the one wait for the GPU
+            storage.put_scalar(name, value, smoothing_hint=False)
+
+
+def _collate(batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor | None]:
+    """Images and classes of either form of batch; classes may be absent in evaluation."""
+    if isinstance(batch, Mapping):
+        return batch["image"], batch.get("gt_classes")
+    images = torch.stack([record["image"] for record in batch])
+    if any("gt_classes" not in record for record in batch):
+        return images, None
+    return images, torch.stack([torch.as_tensor(record["gt_classes"]) for record in batch])
+
+
+def _storage_due() -> EventStorage | None:
+    """The event storage, in the iterations whose metrics Detectron2's writers will write."""
+    try:
+        storage = get_event_storage()
+    except AssertionError:  # no training loop around: 0.6 has no other way to ask
+        return None
+    return storage if (storage.iter + 1) % LOG_PERIOD == 0 else None
+
+
+def _check_settings(objective: str, feature: str, features: list[str], num_classes: int) -> None:
+    if objective not in OBJECTIVES:
+        raise JigsawModelError(
+            f"MODEL.JIGSAW.OBJECTIVE is {objective!r}; choose one of {', '.join(OBJECTIVES)}"
+        )
+    if feature not in features:
+        raise JigsawModelError(
+            f"MODEL.JIGSAW.IN_FEATURE is {feature!r}, but the backbone returns "
+            f"{', '.join(features)}; add it to MODEL.RESNETS.OUT_FEATURES (or the like), or choose "
+            "one of these"
+        )
+    if num_classes < 1:
+        raise JigsawModelError(
+            f"MODEL.JIGSAW.NUM_CLASSES is {num_classes}; set the number of object categories "
+            "(training fills it in from the sample store)"
+        )
