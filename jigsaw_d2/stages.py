@@ -1,0 +1,208 @@
+"""Stages of a long job: each a command of this project, run in its own process, skipped when done.
+
+A stage owns one folder. ``stage.json`` in it tells which command line and which inputs made it, so
+that a job called again goes on where it stopped: a finished stage is left alone, an interrupted one
+resumes, and one whose command or inputs are others than before starts over.
+"""
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jigsaw_d2.errors import JigsawError
+
+logger = logging.getLogger(__name__)
+
+MARKER = "stage.json"
+LOG = "stage.log"
+PROGRESS_SECONDS = 15.0
+
+Say = Callable[[str], None]
+Runner = Callable[["Stage", list[str], Say], None]
+
+
+class StageError(JigsawError, RuntimeError):
+    """A stage's command failed; the message holds its last words and the log's path."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command with all that its result depends on.
+
+    Attributes:
+        title: what it does, for people.
+        argv: the command line behind ``python -m jigsaw_d2``.
+        folder: written by this stage alone; emptied when the stage starts over.
+        outputs: files or folders that exist when it has succeeded.
+        inputs: JSON-able identity of what it reads besides its command line.
+        iterations: of training, to tell progress by; 0 where there is none.
+        resume_argv: added to the command line to go on in a folder left half done; empty if the
+            command always starts from the beginning.
+    """
+
+    title: str
+    argv: tuple[str, ...]
+    folder: Path
+    outputs: tuple[Path, ...]
+    inputs: dict = field(default_factory=dict)
+    iterations: int = 0
+    resume_argv: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """The command line as a user would type it."""
+        return f"python -m jigsaw_d2 {shlex.join(self.argv)}"
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage took: wall-clock seconds over all its attempts, and its command line."""
+
+    title: str
+    command: str
+    seconds: float
+    skipped: bool
+
+
+def run_stage(stage: Stage, say: Say, runner: Runner | None = None) -> StageReport:
+    """Run a stage, unless it is done already.
+
+    Args:
+        say: receives lines of progress.
+        runner: how to run a command; by default in a process of its own.
+
+    Raises:
+        StageError: the command failed, or did not write its outputs.
+    """
+    known = read_marker(stage.folder)
+    identity = {"argv": list(stage.argv), "inputs": stage.inputs}
+    same = known is not None and {key: known[key] for key in identity} == identity
+    if same and known["done"] and all(path.exists() for path in stage.outputs):
+        say(f"{stage.title}: done before, in {known['seconds']:.0f} s")
+        return StageReport(stage.title, stage.command, known["seconds"], skipped=True)
+    resumed = same and not known["done"] and bool(stage.resume_argv)
+    before = known["seconds"] if resumed else 0.0
+    if not resumed:
+        _empty(stage.folder)
+    say(f"{stage.title}: {'resumed' if resumed else 'started'}")
+    argv = [*stage.argv, *(stage.resume_argv if resumed else ())]
+    started = time.monotonic()
+    _write_marker(stage.folder, {**identity, "seconds": before, "done": False})
+    try:
+        (runner or run_in_process)(stage, argv, say)
+    finally:
+        seconds = before + time.monotonic() - started
+        _write_marker(stage.folder, {**identity, "seconds": seconds, "done": False})
+    missing = [str(path) for path in stage.outputs if not path.exists()]
+    if missing:
+        raise StageError(f"{stage.title} ended well but did not write {', '.join(missing)}")
+    _write_marker(stage.folder, {**identity, "seconds": seconds, "done": True})
+    say(f"{stage.title}: finished in {seconds:.0f} s")
+    return StageReport(stage.title, stage.command, seconds, skipped=False)
+
+
+def read_marker(folder: Path) -> dict | None:
+    """What ``stage.json`` of a stage's folder holds; None where there is none that can be read."""
+    try:
+        known = json.loads((folder / MARKER).read_text())
+        return known if {"argv", "inputs", "seconds", "done"} <= set(known) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _write_marker(folder: Path, content: dict) -> None:
+    temporary = folder / f"{MARKER}.tmp"
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, folder / MARKER)
+
+
+def _empty(folder: Path) -> None:
+    """Make ``folder`` an empty one; only a folder that a stage made is ever emptied.
+
+    Raises:
+        StageError: it holds files, and no stage's marker among them.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARKER).is_file():
+            raise StageError(f"{folder} holds files of something else: choose another --output")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def run_in_process(stage: Stage, argv: list[str], say: Say) -> None:
+    """Run ``python -m jigsaw_d2`` in a process of its own, its output going to ``stage.log``.
+
+    Raises:
+        StageError: it ended with another status than 0.
+    """
+    log = stage.folder / LOG
+    package_root = str(Path(__file__).resolve().parent.parent)
+    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "jigsaw_d2", *argv]
+    with log.open("ab") as sink:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=environment
+        )
+        try:
+            status = _watch(process, stage, say)
+        except BaseException:  # Ctrl-C included: no orphan may go on writing into the folder
+            process.terminate()
+            process.wait()
+            raise
+    if status != 0:
+        raise StageError(
+            f"{stage.title} failed with status {status}; the end of {log}:\n{_last_lines(log)}"
+        )
+
+
+def _watch(process: subprocess.Popen, stage: Stage, say: Say) -> int:
+    """Wait for a process and tell its progress meanwhile; its exit status."""
+    told = time.monotonic()
+    while True:
+        try:
+            return process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            pass
+        if time.monotonic() - told >= PROGRESS_SECONDS:
+            told = time.monotonic()
+            say(f"{stage.title}: {progress_text(stage)}")
+
+
+def progress_text(stage: Stage) -> str:
+    """How far a stage is, from Detectron2's ``metrics.json`` in its folder, or its last log line."""
+    latest = last_metrics(stage.folder)
+    if stage.iterations and latest is not None:
+        text = f"iteration {latest['iteration'] + 1} of {stage.iterations}"
+        loss = latest.get("total_loss")
+        return text if loss is None else f"{text}, loss {loss:.3f}"
+    return _last_lines(stage.folder / LOG, 1).strip()[-100:] or "at work"
+
+
+def last_metrics(folder: Path) -> dict | None:
+    """The last whole line of ``metrics.json``; None before the first one."""
+    try:
+        lines = (folder / "metrics.json").read_text().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            return json.loads(line)
+        except ValueError:  # half a line, still being written
+            continue
+    return None
+
+
+def _last_lines(path: Path, count: int = 15) -> str:
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-count:])
+    except OSError:
+        return ""
