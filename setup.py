@@ -1,11 +1,22 @@
-"""Packaging of jigsaw_d2; Detectron2 itself comes from the user or from dev/install_detectron2.py."""
+"""Packaging of jigsaw_d2: the code, the project's configs, and what it needs from PyPI.
+
+Detectron2 is no entry here, for PyPI does not have it under its name: build it from its repository,
+or run dev/install_detectron2.py.
+"""
 
 import re
+from importlib import metadata
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+OPENCV_BUILDS = (
+    "opencv-python",
+    "opencv-python-headless",
+    "opencv-contrib-python",
+    "opencv-contrib-python-headless",
+)
 
 
 def read_version() -> str:
@@ -14,4 +25,57 @@ def read_version() -> str:
     return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
 
 
-setup(name="jigsaw_d2", version=read_version(), packages=find_packages(include=["jigsaw_d2*"]))
+def opencv_requirement() -> str:
+    """The build of OpenCV that is installed already; otherwise the one that servers can load.
+
+    All of them provide the same ``cv2`` and overwrite each other, so a second one must not be asked
+    for. opencv-python needs libGL, which a bare server lacks; we open no windows.
+    """
+    for name in OPENCV_BUILDS:
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        return f"{name}>=4.5"
+    return "opencv-python-headless>=4.5"
+
+
+def config_packages() -> dict[str, str]:
+    """Top-level ``configs/`` and its folders, as sub-packages of the installed ``jigsaw_d2``."""
+    folders = sorted({path.parent for path in (ROOT / "configs").rglob("*.yaml")})
+    relative = [folder.relative_to(ROOT).as_posix() for folder in folders]
+    return {"jigsaw_d2." + name.replace("/", "."): name for name in relative}
+
+
+CONFIGS = config_packages()
+
+setup(
+    name="jigsaw_d2",
+    version=read_version(),
+    description="Jigsaw pre-training of detector backbones from the detection dataset alone",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["jigsaw_d2", "jigsaw_d2.*"]) + list(CONFIGS),
+    package_dir=CONFIGS,
+    package_data={name: ["*.yaml"] for name in CONFIGS},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.1",
+        "torchvision>=0.16",
+        "numpy>=1.24",
+        opencv_requirement(),
+        "pillow>=9.1",
+        "pycocotools>=2.0.6",
+        "matplotlib>=3.6",
+        "fvcore>=0.1.5,<0.1.6",
+        "iopath>=0.1.7,<0.1.11",
+        "PyYAML>=6.0",
+        "scipy>=1.10",
+        "tqdm>=4.60",
+    ],
+    extras_require={
+        "test": ["pytest>=7.4", "pytest-xdist>=3.3", "hypothesis>=6.80"],
+        "lint": ["black>=24", "isort>=5.12", "flake8>=6"],
+    },
+)

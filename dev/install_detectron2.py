@@ -80,7 +80,9 @@ def download_archive(folder: Path) -> Path:
     pip, env = ["-m", "pip"], dict(os.environ)
     if _version(metadata.version("pip")) > _version(LAST_LENIENT_PIP):
         lenient = folder / "pip"
-        _python(["-m", "pip", "install", "-q", "--target", str(lenient), f"pip=={LAST_LENIENT_PIP}"])
+        _python(
+            ["-m", "pip", "install", "-q", "--target", str(lenient), f"pip=={LAST_LENIENT_PIP}"]
+        )
         env["PYTHONPATH"] = str(lenient)
     options = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-q"]
     _python([*pip, "download", *options, "--dest", str(folder), REQUIREMENT], env=env)
@@ -138,8 +140,10 @@ def install_wheel(wheel: Path, site: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=".detectron2-", dir=site))
     try:
-        options = ["--no-deps", "--no-index", "--no-warn-script-location", "-q"]
-        _python(["-m", "pip", "install", *options, "--target", str(staging / "new"), str(wheel)])
+        # By name and folder: given as a path, pip would record this temporary one for good.
+        options = ["--no-deps", "--no-index", "--find-links", str(wheel.parent), "-q"]
+        options += ["--target", str(staging / "new")]
+        _python(["-m", "pip", "install", *options, "detectron2"])
         (staging / "old").mkdir()
         for old in [site / "detectron2", *site.glob("detectron2-*.dist-info")]:
             if old.exists():
@@ -177,11 +181,8 @@ def install(archive: Path | None = None) -> str:
     state, where = find_installed()
     if state != "ours":
         raise InstallError(f"after the installation Python still finds {where} ({state})")
-    version = _python(
-        ["-c", "import detectron2.layers as _; from importlib.metadata import version;"
-         "print(version('detectron2'))"]
-    ).stdout.strip()
-    return f"Detectron2 {version} installed at {where}"
+    code = "from importlib.metadata import version; print(version('detectron2'))"
+    return f"Detectron2 {_python(['-c', code]).stdout.strip()} installed at {where}"
 
 
 def _python(arguments: list[str], check: bool = True, **options) -> subprocess.CompletedProcess:
@@ -205,10 +206,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--archive", type=Path, help="the .tar.gz where it is at hand already")
     parser.add_argument("--verbose", action="store_true", help="list each adaptation")
+    parser.add_argument(
+        "--state", action="store_true", help="only say what there is: missing, user, ours, outdated"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level="INFO" if args.verbose else "WARNING", format="%(message)s")
     try:
-        print(install(args.archive))
+        print(*find_installed() if args.state else [install(args.archive)])
     except (InstallError, RuntimeError) as error:
         print(f"install_detectron2: {error}", file=sys.stderr)
         return 1
