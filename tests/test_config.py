@@ -58,7 +58,7 @@ def test_config_is_found_by_path_by_name_and_with_its_folder(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text("SOLVER:\n  MAX_ITER: 3\n")
     assert find_config(str(path)) == path
-    assert find_config("jigsaw_R_50.yaml") == find_config("configs/jigsaw_R_50.yaml")
+    assert find_config("jigsaw_R_50.yaml").samefile(find_config("configs/jigsaw_R_50.yaml"))
 
 
 def test_unknown_config_names_what_there_is():
