@@ -1,0 +1,193 @@
+"""Read a sample store: memory-mapped, opened in the same time whatever its size.
+
+Worker processes share the pages of index and shards: nothing per sample lives in Python objects.
+"""
+
+import mmap
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jigsaw_d2 import jpeg_windows
+from jigsaw_d2.store_format import (
+    INDEX_NAME,
+    RECORD,
+    DamagedSampleError,
+    StoreError,
+    StoreGoneError,
+    read_header,
+    sample_key,
+)
+
+__all__ = ["DamagedSampleError", "SampleStore", "StoreError", "StoreGoneError"]
+
+
+class _Part:
+    """One folder: its header, its index, and its shards, each mapped when first read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header = read_header(path)
+        self.identity = self._stat()
+        self._open()
+
+    def _stat(self) -> tuple[int, int, int]:
+        try:
+            stat = os.stat(self.path / INDEX_NAME)
+        except OSError as error:
+            raise StoreGoneError(f"{self.path / INDEX_NAME} is gone: {error.strerror}") from error
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+    def _open(self) -> None:
+        try:
+            index = np.load(self.path / INDEX_NAME, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{self.path / INDEX_NAME} cannot be read as an index: {error}") from error
+        if index.dtype != RECORD or len(index) != self.header["samples"]:
+            raise StoreError(f"{self.path / INDEX_NAME} does not belong to the header beside it")
+        self.index = index.view(np.ndarray)
+        self.offsets, self.lengths = self.index["offset"], self.index["length"]
+        self.shard_numbers = self.index["shard"]
+        self._shards: list[mmap.mmap | None] = [None] * len(self.header["shards"])
+
+    def check_unchanged(self) -> None:
+        """Raises StoreGoneError unless the store on disk is the one that was opened."""
+        if self._stat() != self.identity:
+            raise StoreGoneError(f"{self.path} was replaced since it was opened; start again")
+
+    def shard(self, number: int) -> mmap.mmap:
+        """The mapped bytes of one shard."""
+        mapped = self._shards[number]
+        if mapped is None:
+            self.check_unchanged()
+            file = self.path / self.header["shards"][number]["name"]
+            try:
+                with open(file, "rb") as stream:
+                    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise StoreGoneError(f"{file} cannot be opened: {error}") from error
+            self._shards[number] = mapped
+        return mapped
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "header": self.header, "identity": self.identity}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.check_unchanged()
+        self._open()
+
+
+class SampleStore:
+    """Samples of one store, or of several parts of one, numbered 0 .. len - 1.
+
+    Picklable, and safe to share over fork. All arrays are read-only views of the index.
+
+    Attributes:
+        classes: int64 (n,), index into ``categories``; background = len(categories).
+        groups: uint8 (n,), index into ``samples.GROUPS``.
+        sizes: int32 (n, 2), (height, width) of the sample as shown.
+        image_ids: int64 (n,) of the source images.
+        boxes: float32 (n, 4) XYXY cut from the source image, source pixels, integral.
+        gt_boxes: float32 (n, 4) XYXY annotated box inside it, source pixels; negatives: = boxes.
+
+    Raises:
+        StoreError: no whole store there, another format version, or parts that do not match.
+    """
+
+    def __init__(self, path: str | os.PathLike | Sequence[str | os.PathLike]) -> None:
+        single = isinstance(path, (str, os.PathLike))
+        self.paths = [Path(p) for p in ([path] if single else path)]
+        if not self.paths:
+            raise StoreError("no sample store named; give at least one folder")
+        self._parts = [_Part(p) for p in self.paths]
+        self._starts = np.cumsum([0] + [len(p.index) for p in self._parts])
+        self.header = self._parts[0].header
+        self.categories: list[str] = self.header["categories"]
+        for part in self._parts[1:]:
+            if part.header["categories"] != self.categories:
+                raise StoreError(f"{part.path} has other categories than {self.paths[0]}")
+
+    def _column(self, name: str) -> np.ndarray:
+        columns = [part.index[name] for part in self._parts]
+        return columns[0] if len(columns) == 1 else np.concatenate(columns)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the content does."""
+        return "+".join(part.header["fingerprint"] for part in self._parts)
+
+    classes = property(lambda self: self._column("class"))
+    groups = property(lambda self: self._column("group"))
+    sizes = property(lambda self: self._column("size"))
+    image_ids = property(lambda self: self._column("image_id"))
+    boxes = property(lambda self: self._column("box"))
+    gt_boxes = property(lambda self: self._column("gt_box"))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _locate(self, i: int) -> tuple[_Part, int]:
+        i = int(i)
+        if not 0 <= i < self._starts[-1]:
+            raise IndexError(f"sample {i} of a store of {len(self)}")
+        if len(self._parts) == 1:
+            return self._parts[0], i
+        number = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return self._parts[number], i - int(self._starts[number])
+
+    def __getitem__(self, i: int) -> bytes:
+        """The encoded sample: a whole ordinary JPEG or PNG, not checked."""
+        part, i = self._locate(i)
+        offset = int(part.offsets[i])
+        return part.shard(int(part.shard_numbers[i]))[offset : offset + int(part.lengths[i])]
+
+    def key(self, i: int) -> str:
+        """Name of sample ``i`` within its shard, without suffix."""
+        part, i = self._locate(i)
+        record = part.index[i]
+        return sample_key(int(record["class"]), int(record["image_id"]), int(record["serial"]))
+
+    def _damaged(self, i: int, reason: str) -> DamagedSampleError:
+        part, local = self._locate(i)
+        shard = part.header["shards"][int(part.shard_numbers[local])]["name"]
+        return DamagedSampleError(f"{part.path / shard}: sample {self.key(i)}: {reason}")
+
+    def read_checked(self, i: int) -> bytes:
+        """``self[i]``, after comparing its CRC-32 with the index.
+
+        Raises:
+            DamagedSampleError: naming shard, key and reason.
+        """
+        data = self[i]
+        part, local = self._locate(i)
+        if zlib.crc32(data) != int(part.index["crc32"][local]):
+            raise self._damaged(i, "its CRC-32 differs from the index")
+        return data
+
+    def decode(self, i: int, window: tuple[int, int, int, int] | None = None) -> np.ndarray:
+        """uint8 RGB (h, w, 3) of sample ``i``, or of ``window`` (XYXY ints, sample pixels).
+
+        Of a sample written with restart intervals only the pieces under the window are decoded;
+        the pixels are those of the full decode.
+
+        Raises:
+            DamagedSampleError: naming shard, key and reason.
+            ValueError: an empty window or one that leaves the sample.
+        """
+        data = np.frombuffer(self.read_checked(i), np.uint8)
+        part, local = self._locate(i)
+        height, width = part.index["size"][local].tolist()
+        x0, y0, x1, y1 = (0, 0, width, height) if window is None else map(int, window)
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise ValueError(f"window {window} is empty or leaves sample {i} of {width} x {height}")
+        try:
+            image = jpeg_windows.decode_window(data, (x0, y0, x1, y1))
+        except ValueError as error:
+            raise self._damaged(i, str(error)) from error
+        if image is None or image.shape[:2] != (y1 - y0, x1 - x0):
+            raise self._damaged(i, "does not decode to the size in the index")
+        return image
