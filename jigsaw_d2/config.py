@@ -43,6 +43,12 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.JIGSAW.CHANNELS_LAST = False
     # Compile the backbone with torch.compile: slow start, faster steps (ours).
     cfg.MODEL.JIGSAW.COMPILE = False
+    # Fine-tuning only. Where a detector's weights must come from: "jigsaw", "imagenet", "scratch",
+    # or "" = anywhere. The config of a table's row names it, so that no row runs from the wrong file.
+    cfg.MODEL.JIGSAW.ORIGIN = ""
+    # Fine-tuning only. Start the offsets of deformable stages at zero, where they are a plain
+    # convolution, if the weights have none: Fig. 8's ImageNet baseline is pre-trained without them.
+    cfg.MODEL.JIGSAW.NEW_OFFSETS = False
 
     cfg.MODEL.JIGSAW.ERF = CfgNode()
     # Iterations between two refreshes of the weights of Eq. 2; Sec. 3.3: every 5k iterations.

@@ -1,0 +1,140 @@
+"""Weights into a detector's backbone: all of them, or none and a list of what differs.
+
+Detectron2's own loading matches names by suffix and only warns about the rest; a backbone that
+half loads trains all the same, and worse.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from jigsaw_d2.checkpoint import read_converted
+from jigsaw_d2.errors import JigsawError
+
+logger = logging.getLogger(__name__)
+
+# Where a detector keeps the stages of its backbone: inside an FPN, bare, or (C4) in the RoI heads.
+_FPN, _BARE, _ROI_STAGE = "backbone.bottom_up.", "backbone.", "roi_heads.res5."
+
+
+class BackboneMismatchError(JigsawError, RuntimeError):
+    """Weights and detector do not have the same backbone; the message lists both sides."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What ``load_backbone`` did.
+
+    Attributes:
+        filled: names in the detector, each filled from the file.
+        new_offsets: offsets of deformable stages that start at zero; empty unless asked for.
+        new_modules: the detector's other modules with tensors; they keep their initialisation.
+    """
+
+    filled: tuple[str, ...]
+    new_offsets: tuple[str, ...]
+    new_modules: tuple[str, ...]
+
+
+def load_backbone(
+    model: nn.Module, weights: str | Path, *, new_offsets: bool = False, partial: bool = False
+) -> LoadReport:
+    """Copy a converted file into the backbone of ``model``, in place.
+
+    Args:
+        model: any detector of Detectron2's; C4, FPN, RetinaNet, with or without masks.
+        weights: a converted file with its passport.
+        new_offsets: offsets of deformable stages that the file lacks start at zero, hence as a
+            plain convolution.
+        partial: load what fits and warn about the rest, instead of stopping.
+
+    Raises:
+        BackboneMismatchError: a tensor of the backbone is not in the file, a tensor of the file is
+            not in the backbone, or shapes differ. Nothing is loaded then.
+        JigsawError: the file cannot be trusted or read.
+    """
+    arrays, _ = read_converted(weights)
+    state = model.state_dict()
+    ours = backbone_names(state)
+    fresh = {name for name in ours if new_offsets and ".conv2_offset." in name and name not in arrays}
+    missing = sorted(set(ours) - set(arrays) - fresh)
+    unused = sorted(set(arrays) - set(ours))
+    shared = sorted(set(ours) & set(arrays))
+    shapes = [
+        f"{name}: file {arrays[name].shape}, detector {tuple(state[ours[name]].shape)}"
+        for name in shared
+        if arrays[name].shape != tuple(state[ours[name]].shape)
+    ]
+    if missing or unused or shapes:
+        message = _mismatch(weights, missing, unused, shapes)
+        if not partial:
+            raise BackboneMismatchError(message)
+        logger.warning("%s", message)
+    wrong = {line.split(":")[0] for line in shapes}
+    filled = [name for name in shared if name not in wrong]
+    _fill(state, {ours[name]: arrays[name] for name in filled}, [ours[name] for name in fresh])
+    report = LoadReport(
+        filled=tuple(ours[name] for name in filled),
+        new_offsets=tuple(sorted(ours[name] for name in fresh)),
+        new_modules=_other_modules(state, set(ours.values())),
+    )
+    _log(weights, report)
+    return report
+
+
+def backbone_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Names as in a converted file -> names in the detector, of every tensor of its backbone."""
+    prefix = _FPN if any(name.startswith(_FPN) for name in state) else _BARE
+    names = {}
+    for name in state:
+        if name.endswith("num_batches_tracked"):
+            continue
+        if name.startswith(prefix):
+            names[name.removeprefix(prefix)] = name
+        elif name.startswith(_ROI_STAGE):
+            names[name.removeprefix("roi_heads.")] = name
+    return names
+
+
+@torch.no_grad()
+def _fill(
+    state: Mapping[str, torch.Tensor], values: Mapping[str, np.ndarray], zeros: list[str]
+) -> None:
+    for name, array in values.items():
+        state[name].copy_(torch.from_numpy(array))
+    for name in zeros:
+        state[name].zero_()
+
+
+def _mismatch(
+    weights: str | Path, missing: list[str], unused: list[str], shapes: list[str]
+) -> str:
+    lines = [f"{weights} does not fit the detector's backbone; nothing was loaded."]
+    for title, names in (
+        ("In the detector, not in the file", missing),
+        ("In the file, not in the detector", unused),
+        ("Other shapes", shapes),
+    ):
+        if names:
+            lines.append(f"  {title} ({len(names)}):")
+            lines.extend(f"    {name}" for name in names)
+    lines.append("Choose the config of the same network, or convert the weights again.")
+    return "\n".join(lines)
+
+
+def _other_modules(state: Mapping[str, torch.Tensor], filled: set[str]) -> tuple[str, ...]:
+    """Two leading parts of each name that is not the backbone's: roi_heads.box_head, backbone.fpn_..."""
+    rest = (name for name in state if name not in filled and "num_batches" not in name)
+    return tuple(sorted({".".join(name.split(".")[:2]) for name in rest if "." in name}))
+
+
+def _log(weights: str | Path, report: LoadReport) -> None:
+    logger.info("%s: all %d tensors of the backbone loaded", weights, len(report.filled))
+    if report.new_offsets:
+        logger.info("%d offsets of deformable stages start at zero", len(report.new_offsets))
+    logger.info("new, with random weights: %s", ", ".join(report.new_modules))

@@ -1,0 +1,106 @@
+"""Checkpoints, detectors and data of toy size for the tests of the hand-over."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone, build_model
+from torch import nn
+
+from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.finetune_config import load_detection_config
+
+# A ResNet-50 in form with an eighth of its channels: every name and no weight.
+THIN = [
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", "8"),
+]
+# Detector settings that only make it small: few proposals, thin heads, 64-pixel images.
+SMALL = [
+    *("MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "8", "MODEL.ROI_BOX_HEAD.FC_DIM", "16"),
+    *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", "20", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "8"),
+    *("MODEL.RPN.PRE_NMS_TOPK_TEST", "20", "MODEL.RPN.POST_NMS_TOPK_TEST", "8"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "4", "MODEL.RPN.BATCH_SIZE_PER_IMAGE", "8"),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", "8", "INPUT.MIN_SIZE_TRAIN", "(64,)"),
+    *("INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TRAIN", "96", "INPUT.MAX_SIZE_TEST", "96"),
+    *("SOLVER.IMS_PER_BATCH", "1", "DATALOADER.NUM_WORKERS", "0"),
+]
+CATEGORIES = ["cell", "plate", "rod"]
+
+
+def pretrain_config(*overrides: str) -> CfgNode:
+    """Configuration of a Jigsaw pre-training on the CPU, three categories, batch norm."""
+    settings = ["MODEL.RESNETS.NORM", "BN", "MODEL.DEVICE", "cpu", "MODEL.JIGSAW.NUM_CLASSES", "3"]
+    return get_jigsaw_cfg("jigsaw_R_50.yaml", [*settings, *overrides])
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Norm weights, biases and statistics away from 0 and 1, so that a mix-up shows; in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.state_dict().items():
+        if "norm" in name and value.is_floating_point():
+            noise = torch.rand(value.shape, generator=generator)
+            value.copy_(0.8 + 0.4 * noise if name.endswith(("weight", "var")) else 0.2 * noise)
+        elif "conv2_offset" in name:
+            value.copy_(0.02 * torch.randn(value.shape, generator=generator))
+    return model.eval()
+
+
+def backbone_of(cfg: CfgNode, seed: int = 0) -> nn.Module:
+    """The pre-training's backbone with all stages visible."""
+    cfg = cfg.clone()
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    torch.manual_seed(seed)
+    return randomise(build_backbone(cfg), seed)
+
+
+def save_checkpoint(path: Path, cfg: CfgNode, backbone: nn.Module, **extra: object) -> Path:
+    """A checkpoint of the form that the trainer writes."""
+    model = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    model["classifier.weight"] = torch.zeros(4, 8, 1, 1)
+    model["classifier.bias"] = torch.zeros(4)
+    model["erf_weights"] = torch.zeros(4, 7, 7)
+    store = {"categories": CATEGORIES, "dataset": "toy_train", "image_ids_hash": "ab" * 32}
+    jigsaw = {"config": cfg.dump(), "store": store, "images_seen": 320, "code_version": "0.1.0"}
+    torch.save({"model": model, "iteration": 9, "jigsaw": jigsaw | extra}, path)
+    return path
+
+
+def build_detector(cfg: CfgNode, seed: int = 1) -> nn.Module:
+    """An untrained detector, in eval mode."""
+    torch.manual_seed(seed)
+    return build_model(cfg).eval()
+
+
+def small_detection_config(name: str, *overrides: str) -> CfgNode:
+    """A detection config with ``SMALL`` settings."""
+    return load_detection_config(name, [*SMALL, *overrides])
+
+
+def make_coco(folder: Path, images: int = 4, masks: bool = True, seed: int = 0) -> list[list[str]]:
+    """A COCO-format set of dark 64-pixel images, each with two bright boxes; as COCO_FILES lists it."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    records, annotations = [], []
+    for i in range(images):
+        picture = rng.integers(0, 60, (64, 64, 3), dtype=np.uint8)
+        for j in range(2):
+            x, y = (int(v) for v in rng.integers(2, 30, 2))
+            picture[y : y + 20, x : x + 24] = 180 + 20 * j
+            square = [x, y, x + 24, y, x + 24, y + 20, x, y + 20]
+            annotations.append(
+                {
+                    **{"id": len(annotations) + 1, "image_id": i + 1, "category_id": j + 1},
+                    **{"bbox": [x, y, 24, 20], "area": 480, "iscrowd": 0},
+                    **({"segmentation": [square]} if masks else {}),
+                }
+            )
+        cv2.imwrite(str(folder / "images" / f"{i}.png"), picture)
+        records.append({"id": i + 1, "file_name": f"{i}.png", "height": 64, "width": 64})
+    categories = [{"id": k + 1, "name": name} for k, name in enumerate(CATEGORIES)]
+    data = {"images": records, "annotations": annotations, "categories": categories}
+    (folder / "train.json").write_text(json.dumps(data))
+    return [[f"{folder.name}_set", str(folder / "train.json"), str(folder / "images")]]
