@@ -53,9 +53,11 @@ def erf_region_sums(
 ) -> Tensor:
     """Float64 (h, w, S): the ERF of each cell summed over each region, mean over the images.
 
-    Arguments and errors as ``measure_erf``; the network comes back as it was.
+    Arguments and errors as ``measure_erf``, and sums that are not finite are refused. The network
+    comes back in the mode, and with the statistics, it had.
     """
-    return measure_erf(backbone, images, template, feature, grad, **options).region_sums
+    measured = measure_erf(backbone, images, template, feature, grad, **options)
+    return _finite(measured.region_sums)
 
 
 def measure_erf(
@@ -85,9 +87,12 @@ def measure_erf(
         batch_size: images per pass; bounds the memory.
         amp_dtype: precision of the passes; None = that of the network. Sums are float64 always.
 
+    Values that are not finite (float16 can overflow, weights diverge) are passed on: one rank that
+    raised would leave the others waiting. ``region_weights`` refuses them.
+
     Raises:
         ErfError: an unknown feature or ``grad``, images of another size than the template, or of
-            one that the backbone cannot take; sums that are not finite.
+            one that the backbone cannot take.
     """
     _check_images(images, template)
     sums: dict[int, Tensor] = {}
@@ -102,9 +107,9 @@ def measure_erf(
                 sums[cell] = sums.get(cell, 0) + _sum_regions(erf, template)
                 if with_maps:
                     maps[owners[cell]] += erf.sum(dim=0)
+    count = len(images)
     region_sums = torch.stack([sums[cell] for cell in sorted(sums)]).view(*shape, NUM_REGIONS)
-    region_sums = _finite(region_sums / len(images), amp_dtype)
-    return ErfMeasurement(region_sums, maps if maps is None else maps / len(images), len(images))
+    return ErfMeasurement(region_sums / count, maps if maps is None else maps / count, count)
 
 
 def erf_maps(
@@ -135,7 +140,7 @@ def erf_maps(
             _, found = _cell_maps(network, chunk.to(device), feature, grad, amp_dtype, cells)
             for index, (_, erf) in enumerate(found):
                 maps[index] += erf.sum(dim=0)
-    return _finite(maps / len(images), amp_dtype)
+    return _finite(maps / len(images))
 
 
 def region_weights(region_sums: Tensor, cell_regions: Tensor, tau: float = 0.7) -> Tensor:
@@ -160,7 +165,7 @@ def region_weights(region_sums: Tensor, cell_regions: Tensor, tau: float = 0.7) 
         )
     if not 0 <= tau <= 1:
         raise ErfError(f"tau (MODEL.JIGSAW.TAU) is {tau}; it must lie in [0, 1]")
-    sums = _finite(region_sums.double().permute(2, 0, 1), None)
+    sums = _finite(region_sums.double().permute(2, 0, 1))
     if (sums < 0).any():
         raise ErfError("an ERF has negative sums; they are sums of absolute or positive gradients")
     own = own_region_weights(cell_regions)
@@ -192,6 +197,24 @@ def outside_shares(region_sums: Tensor, cell_regions: Tensor) -> Tensor:
     """Float64 (S,): the part of a cell's ERF outside its own region, mean over a region's cells."""
     shares = region_shares(region_sums, cell_regions)
     return shares.sum(dim=1) - shares.diagonal()
+
+
+def format_summary(region_sums: Tensor, weights: Tensor, cell_regions: Tensor) -> str:
+    """Table of four rows: each region's cells, where their ERF lies, and the labels they learn."""
+    shares = region_shares(region_sums, cell_regions)
+    outside = outside_shares(region_sums, cell_regions)
+    lines = ["cells of   ERF share in R1    R2    R3    R4   outside   label weight w1    w2    w3    w4"]
+    for r in range(NUM_REGIONS):
+        labels = weights[:, cell_regions == r].double().mean(dim=1)
+        lines.append(
+            f"R{r + 1} ({int((cell_regions == r).sum()):3d})"
+            + " " * 10
+            + "".join(f"{share:6.3f}" for share in shares[r].tolist())
+            + f"{outside[r].item():10.3f}"
+            + " " * 12
+            + "".join(f"{weight:6.3f}" for weight in labels.tolist())
+        )
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager
@@ -312,8 +335,10 @@ def _check_images(images: Tensor, template: JigsawTemplate) -> None:
         )
 
 
-def _finite(values: Tensor, amp_dtype: torch.dtype | None) -> Tensor:
+def _finite(values: Tensor) -> Tensor:
     if not torch.isfinite(values).all():
-        cure = "measure it in float32" if amp_dtype else "the network's weights have diverged"
-        raise ErfError(f"the ERF holds inf or nan: {cure}")
+        raise ErfError(
+            "the ERF holds inf or nan: the network's weights have diverged, or float16 overflowed "
+            "(MODEL.JIGSAW.ERF.AMP)"
+        )
     return values

@@ -1,0 +1,95 @@
+"""Effective receptive fields as figures: several networks side by side on one colour scale (Fig. 6)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from jigsaw_d2.template import JigsawTemplate
+
+COLOUR_MAP = "inferno"
+
+
+def erf_figure(
+    names: Sequence[str],
+    maps: Sequence[Tensor],
+    shares: Sequence[Tensor],
+    template: JigsawTemplate,
+    title: str = "",
+) -> Figure:
+    """Fig. 6: one row a network, one column a region's cells, and the table of shares at the right.
+
+    Each map is divided by its mean, so 1 means "as if spread evenly over the canvas"; all panels
+    share one colour scale, compressed by a square root so that the tails show.
+
+    Args:
+        names: of the networks.
+        maps: float (S, H, W) of each, ``ErfMeasurement.region_maps``.
+        shares: float (S, S) of each, ``region_shares``.
+        template: its regions are outlined, the measured cells' own region boldly.
+        title: a line above, for example the definition.
+    """
+    density = [_density(each) for each in maps]
+    norm = PowerNorm(0.5, vmin=0, vmax=max(float(each.max()) for each in density))
+    figure = Figure(figsize=(13, 2.6 * len(names) + 0.9), layout="constrained")
+    axes = figure.subplots(len(names), 5, squeeze=False, width_ratios=[1, 1, 1, 1, 1.5])
+    for row, name in enumerate(names):
+        for region in range(4):
+            panel = axes[row, region]
+            image = panel.imshow(density[row][region], cmap=COLOUR_MAP, norm=norm)
+            _outline(panel, template, region)
+            outside = 1 - float(shares[row][region, region])
+            panel.set_title(f"cells of R{region + 1}: {outside:.1%} outside", fontsize=9)
+        axes[row, 0].set_ylabel(name, fontsize=10)
+        _share_table(axes[row, 4], np.asarray(shares[row]))
+    bar = figure.colorbar(image, ax=axes[:, :4], location="bottom", fraction=0.05, aspect=60)
+    bar.set_label("ERF density (1 = spread evenly over the canvas; square-root colours)", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=9, wrap=True)
+    return figure
+
+
+def figure_pixels(figure: Figure) -> np.ndarray:
+    """The drawn figure as uint8 (3, height, width) RGB, the layout that TensorBoard takes."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3].transpose(2, 0, 1))
+
+
+def _density(maps: Tensor) -> np.ndarray:
+    """Float (S, H, W) maps, each with mean 1; a dead one stays zero."""
+    values = maps.detach().cpu().double().numpy()
+    mean = values.mean(axis=(1, 2), keepdims=True)
+    return values / np.where(mean > 0, mean, 1)
+
+
+def _outline(panel, template: JigsawTemplate, own: int) -> None:
+    for region, (x0, y0, x1, y1) in enumerate(np.asarray(template.boxes)):
+        style = {"edgecolor": "cyan", "linewidth": 2.0} if region == own else _FAINT
+        order = 3 if region == own else 2
+        corner = (x0 - 0.5, y0 - 0.5)  # imshow centres pixel 0 on 0
+        panel.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, zorder=order, **style))
+    panel.set_xticks([])
+    panel.set_yticks([])
+
+
+_FAINT = {"edgecolor": "white", "linewidth": 0.6}
+
+
+def _share_table(panel, shares: np.ndarray) -> None:
+    """Where the ERF of each region's cells lies, as numbers; the own region in bold."""
+    panel.axis("off")
+    names = [f"R{r + 1}" for r in range(4)]
+    cells = [[f"{value:.1%}" for value in row] for row in shares]
+    table = panel.table(
+        cells, rowLabels=[f"cells of {n}" for n in names], colLabels=names, loc="center"
+    )
+    table.auto_set_font_size(False)
+    table.set_fontsize(9)
+    for r in range(4):
+        table[r + 1, r].get_text().set_fontweight("bold")
+    panel.text(0.5, 0.8, "share of ERF in each region", ha="center", fontsize=9)
