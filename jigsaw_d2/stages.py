@@ -97,7 +97,7 @@ def run_stage(stage: Stage, say: Say, runner: Runner | None = None) -> StageRepo
     started = time.monotonic()
     _write_marker(stage.folder, {**identity, "seconds": before, "done": False})
     try:
-        (runner or run_in_process)(stage, argv, say)
+        (runner or run_subprocess)(stage, argv, say)
     finally:
         seconds = before + time.monotonic() - started
         _write_marker(stage.folder, {**identity, "seconds": seconds, "done": False})
@@ -137,7 +137,7 @@ def _empty(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def run_in_process(stage: Stage, argv: list[str], say: Say) -> None:
+def run_subprocess(stage: Stage, argv: list[str], say: Say) -> None:
     """Run ``python -m jigsaw_d2`` in a process of its own, its output going to ``stage.log``.
 
     Raises:
