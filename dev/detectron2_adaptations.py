@@ -49,7 +49,7 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class AddFile:
-    """Copy ``source`` (a file of this folder) to ``target`` in the tree, replacing what is there."""
+    """Copy ``source``, a file of this folder, to ``target`` in the tree, over what is there."""
 
     source: str
     target: str

@@ -1,4 +1,4 @@
-"""Installed as ``detectron2/_C.py``: stands in for the compiled ops that Detectron2 0.6 lacks on PyPI.
+"""Installed as ``detectron2/_C.py``: stands in for the compiled ops that PyPI's Detectron2 lacks.
 
 Deformable convolution runs through torchvision, which has the same operator (both descend from one
 source) for CPU and CUDA, forward and backward. The ops on rotated boxes have no substitute: they

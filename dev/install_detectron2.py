@@ -1,8 +1,8 @@
 """Installs Detectron2 0.6 from PyPI, adapted to current libraries, unless one is there already.
 
 ``python dev/install_detectron2.py`` works on the environment of the Python that runs it, in which
-torch, torchvision, setuptools and wheel must be installed. A Detectron2 that can be imported and was
-not put there by this script is left untouched.
+torch, torchvision, setuptools and wheel must be installed. A Detectron2 that can be imported and
+was not put there by this script is left untouched.
 """
 
 import argparse
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level="INFO" if args.verbose else "WARNING", format="%(message)s")
     try:
         print(*find_installed() if args.state else [install(args.archive)])
-    except (InstallError, RuntimeError) as error:
+    except RuntimeError as error:  # InstallError, AdaptationError
         print(f"install_detectron2: {error}", file=sys.stderr)
         return 1
     return 0
