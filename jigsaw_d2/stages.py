@@ -44,8 +44,8 @@ class Stage:
         outputs: files or folders that exist when it has succeeded.
         inputs: JSON-able identity of what it reads besides its command line.
         iterations: of training, to tell progress by; 0 where there is none.
-        resume_argv: added to the command line to go on in a folder left half done; empty if the
-            command always starts from the beginning.
+        resume_argv: put into the command line, before its argument number ``resume_at``, to go on
+            in a folder left half done; empty if the command always starts from the beginning.
     """
 
     title: str
@@ -55,6 +55,7 @@ class Stage:
     inputs: dict = field(default_factory=dict)
     iterations: int = 0
     resume_argv: tuple[str, ...] = ()
+    resume_at: int = 1
 
     @property
     def command(self) -> str:
@@ -93,7 +94,9 @@ def run_stage(stage: Stage, say: Say, runner: Runner | None = None) -> StageRepo
     if not resumed:
         _empty(stage.folder)
     say(f"{stage.title}: {'resumed' if resumed else 'started'}")
-    argv = [*stage.argv, *(stage.resume_argv if resumed else ())]
+    argv = list(stage.argv)
+    if resumed:
+        argv[stage.resume_at : stage.resume_at] = stage.resume_argv
     started = time.monotonic()
     _write_marker(stage.folder, {**identity, "seconds": before, "done": False})
     try:

@@ -43,7 +43,7 @@ def test_interrupted_stage_resumes(tmp_path):
     assert not read_marker(tmp_path / "a")["done"]
     runner = Recorder()
     run_stage(make_stage(tmp_path / "a"), quiet, runner)
-    assert runner.calls == [["work", "--fast", "--resume"]]
+    assert runner.calls == [["work", "--resume", "--fast"]]
     assert (tmp_path / "a" / "half").exists()
 
 
