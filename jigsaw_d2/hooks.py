@@ -1,0 +1,170 @@
+"""What happens around the steps of a pre-training: speed, memory, ledger, checkpoints, statistics."""
+
+import logging
+import resource
+import time
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils.events import EventWriter, get_event_storage
+
+from jigsaw_d2.cost import TRAIN_FORWARDS, Ledger
+from jigsaw_d2.norm import average_statistics
+from jigsaw_d2.random_state import set_random_state
+
+logger = logging.getLogger(__name__)
+
+# Iterations between two lines of metrics.json and of the log, as Detectron2 has it.
+WRITE_PERIOD = 20
+
+
+class MeterHook(HookBase):
+    """images_per_s, data_wait_share, erf_share and memory_mb; and the ledger of the training.
+
+    Seconds of a step count from its start (ERF refresh included) to its end, so that evaluation and
+    checkpoints are no part of the speed; the ledger books ERF refreshes apart.
+    """
+
+    def __init__(
+        self, ledger: Ledger, images: int, pixels: int, macs: int, world_size: int = 1
+    ) -> None:
+        """
+        Args:
+            ledger: of the run.
+            images: per step, over all ranks.
+            pixels: per image.
+            macs: multiply-accumulates of one image's forward pass.
+            world_size: number of devices that work on a step.
+        """
+        self._ledger = ledger
+        self._images = images
+        self._pixels = pixels
+        self._macs = macs
+        self._world_size = world_size
+        self._steps = 0
+        self._seconds = 0.0
+        self._run_seconds = 0.0
+        self._erf_seconds = 0.0
+        self._start = 0.0
+
+    def before_step(self) -> None:
+        self._start = time.perf_counter()
+
+    def after_step(self) -> None:
+        """Scalars of the step just done; they enter the ledger every WRITE_PERIOD steps."""
+        storage = self.trainer.storage
+        elapsed = time.perf_counter() - self._start
+        erf = self._erf_seconds_of_step()
+        self._steps += 1
+        self._seconds += elapsed - erf
+        self._run_seconds += elapsed
+        self._erf_seconds += erf
+        waited = storage.latest().get("data_time", (0.0, 0))[0]
+        storage.put_scalar("images_per_s", self._images / max(elapsed - erf, 1e-9))
+        storage.put_scalar("data_wait_share", min(waited / max(elapsed, 1e-9), 1.0))
+        storage.put_scalar("erf_share", self._erf_seconds / self._run_seconds, smoothing_hint=False)
+        if (self.trainer.iter + 1) % WRITE_PERIOD == 0:
+            storage.put_scalar("memory_mb", memory_mb(), smoothing_hint=False)
+            self._flush()
+
+    def after_train(self) -> None:
+        self._flush()
+
+    def _erf_seconds_of_step(self) -> float:
+        seconds, iteration = self.trainer.storage.latest().get("erf/seconds", (0.0, -1))
+        return seconds if iteration == self.trainer.iter else 0.0
+
+    def _flush(self) -> None:
+        if self._steps:
+            images = self._steps * self._images
+            self._ledger.record(
+                "pretraining",
+                images=images,
+                pixels=images * self._pixels,
+                flops=2 * self._macs * TRAIN_FORWARDS * images,
+                seconds=self._seconds * self._world_size,
+                macs_per_image=self._macs,
+            )
+        self._steps, self._seconds = 0, 0.0
+
+
+def memory_mb() -> float:
+    """Most memory held at once, in MiB: by PyTorch on the GPU, or by this process without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+class MeterPrinter(EventWriter):
+    """The log line that Detectron2's printer leaves out."""
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        latest = storage.latest_with_smoothing_hint(WRITE_PERIOD)
+        if "images_per_s" not in latest:
+            return
+        value = {name: pair[0] for name, pair in latest.items()}
+        line = (
+            f" iter: {storage.iter}  {value['images_per_s']:.1f} images/s"
+            f"  data wait: {value['data_wait_share']:.1%}  erf: {value['erf_share']:.1%}"
+            f"  memory: {value.get('memory_mb', memory_mb()):.0f}M"
+        )
+        tops = [
+            f"{100 * value[f'region/R{r}_top1']:.1f}" for r in range(1, 5) if self._has(value, r)
+        ]
+        logger.info("%s%s", line, f"  top-1 of R1..R4: {' '.join(tops)} %" if tops else "")
+
+    @staticmethod
+    def _has(value: dict[str, float], region: int) -> bool:
+        return f"region/R{region}_top1" in value
+
+
+class CheckpointHook(HookBase):
+    """model_XXXXXXX.pth every ``period`` iterations, model_final.pth after the last.
+
+    Runs on every rank, for each has a random state to save; rank 0 writes.
+    """
+
+    def __init__(self, period: int) -> None:
+        self._period = period
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter
+        if iteration + 1 >= self.trainer.max_iter:
+            self.trainer.save_checkpoint("model_final")
+        elif self._period > 0 and (iteration + 1) % self._period == 0:
+            self.trainer.save_checkpoint(f"model_{iteration:07d}")
+
+
+class StatisticsHook(HookBase):
+    """One set of batch norm statistics for all ranks, before whatever uses or stores them.
+
+    After the steps that a checkpoint, an evaluation or an ERF measurement may follow.
+    """
+
+    def __init__(self, periods: list[int]) -> None:
+        self._periods = [period for period in periods if period > 0]
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done >= self.trainer.max_iter or any(done % period == 0 for period in self._periods):
+            average_statistics(self.trainer.model)
+
+
+class ContinueHook(HookBase):
+    """Last before the first step: random states and smoothing windows as the checkpoint left them.
+
+    Building model, loader and writers draws random numbers; an unbroken run drew them once.
+    """
+
+    def before_train(self) -> None:
+        resumed = self.trainer.resumed
+        if not resumed:
+            return
+        for name, values in resumed["events"].items():
+            for value, iteration in values:
+                self.trainer.storage.iter = iteration
+                self.trainer.storage.put_scalar(name, value)
+        self.trainer.storage.iter = self.trainer.iter
+        if resumed["random_state"] is not None:
+            set_random_state(resumed["random_state"])

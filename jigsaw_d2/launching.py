@@ -1,0 +1,98 @@
+"""One process or many, on one machine or several: Detectron2's ``launch``, or ``torchrun``."""
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
+
+from jigsaw_d2.errors import JigsawError
+
+logger = logging.getLogger(__name__)
+
+# Set by torchrun for each process it starts.
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+# What Gloo, NCCL and the store of the process group say when a peer is gone or silent.
+_PEER_GONE = re.compile(
+    "closed by peer|connection reset|broken pipe|timed? ?out|remote process|peer|"
+    "nccl (communicator|error)|watchdog|socket",
+    re.IGNORECASE,
+)
+
+
+class PeerLostError(JigsawError, RuntimeError):
+    """Another process of the job died or fell silent."""
+
+
+def launch_job(
+    main_func: Callable[..., Any],
+    num_gpus: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str | None = None,
+    args: tuple = (),
+    timeout: float = 600,
+) -> None:
+    """Run ``main_func(*args)`` in every process of the job.
+
+    Under torchrun this process is one of them and the four numbers are torchrun's; otherwise
+    Detectron2's ``launch`` starts ``num_gpus`` processes on this machine. On CPUs they talk over Gloo.
+
+    Args:
+        timeout: seconds without a sign of life after which the others give up on a process.
+
+    Raises:
+        PeerLostError: a process of the job was killed, or did not answer in time.
+    """
+    if all(name in os.environ for name in _TORCHRUN_VARIABLES):
+        _join_torchrun(timeout)
+        try:
+            main_func(*args)
+        finally:
+            torch.distributed.destroy_process_group()
+        return
+    limit = timedelta(seconds=timeout)
+    try:
+        launch(main_func, num_gpus, num_machines, machine_rank, dist_url, args, limit)
+    except ProcessExitedException as error:
+        raise PeerLostError(
+            f"process {error.error_index} of this machine ended ({error.msg.splitlines()[0]}); the "
+            "others were stopped; start again with --resume"
+        ) from error
+
+
+def _join_torchrun(timeout: float) -> None:
+    """Do for a process of torchrun what ``launch`` does for its own."""
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.set_device(local_rank)
+    torch.distributed.init_process_group(
+        "nccl" if has_gpu else "gloo", timeout=timedelta(seconds=timeout)
+    )
+    machines = torch.distributed.get_world_size() // local_size
+    mine = torch.distributed.get_rank() // local_size
+    for machine in range(machines):  # every process creates every group, in the same order
+        ranks = list(range(machine * local_size, (machine + 1) * local_size))
+        group = torch.distributed.new_group(ranks)
+        if machine == mine:
+            comm._LOCAL_PROCESS_GROUP = group
+    logger.info("joined torchrun: rank %d of %d", comm.get_rank(), comm.get_world_size())
+
+
+def as_peer_lost(error: RuntimeError, timeout: float) -> PeerLostError | None:
+    """The readable error for one that a lost peer caused in this process, or None for any other."""
+    text = str(error)
+    if comm.get_world_size() == 1 or not _PEER_GONE.search(text):
+        return None
+    return PeerLostError(
+        f"rank {comm.get_rank()} lost a peer: another process died, or said nothing for "
+        f"SOLVER.PEER_TIMEOUT = {timeout:g} s ({text.splitlines()[0]}); see the other ranks' logs, "
+        "then start again with --resume"
+    )

@@ -1,0 +1,49 @@
+"""Every random generator that training may draw from, saved and restored as plain values.
+
+The Jigsaw images themselves need none of it (they follow from seed and position); a backbone with
+dropout or stochastic depth does.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.utils import comm
+
+
+def get_random_state() -> dict[str, Any]:
+    """States of Python's, NumPy's and PyTorch's global generators: tensors, numbers and strings.
+
+    ``torch.load(weights_only=True)`` reads them back.
+    """
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Continue where ``get_random_state`` was called; a CUDA state needs a CUDA device to matter."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def gather_random_states() -> list[dict[str, Any]]:
+    """States of all ranks, in order, on every rank; all of them must call it."""
+    if comm.get_world_size() == 1:
+        return [get_random_state()]
+    states: list[Any] = [None] * comm.get_world_size()
+    torch.distributed.all_gather_object(states, get_random_state())
+    return states

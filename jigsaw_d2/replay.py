@@ -1,0 +1,134 @@
+"""A step that went wrong, kept in a file, and done again: ``train_net.py --replay FILE``."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from jigsaw_d2.checkpointing import CheckpointError, save_atomically
+from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.meta_arch import JigsawPretrainer
+from jigsaw_d2.precision import Precision
+from jigsaw_d2.random_state import set_random_state
+from jigsaw_d2.train_step import StepRecord, TrainStep
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What the repeated step gave."""
+
+    iteration: int
+    loss: float
+    recorded_loss: float
+    # The first module, in order of execution, whose output is not finite; "" = none.
+    first_bad_module: str
+    # Parameters whose values were not finite before the step.
+    bad_parameters: list[str]
+    # Parameters whose gradients are not finite after it.
+    bad_gradients: list[str]
+
+
+def save_step(
+    path: Path, cfg: CfgNode, step: TrainStep, model: nn.Module, iteration: int, loss: float
+) -> None:
+    """Write all that the step depends on: config, model, optimiser, scaler, batches, random state.
+
+    The parameters are those before the step. (Running statistics of batch norm have seen it; a
+    training step does not read them.)
+    """
+    record: StepRecord = step.record
+    content = {
+        "jigsaw_replay": 1,
+        "config": cfg.dump(),
+        "iteration": iteration,
+        "loss": loss,
+        "model": model.state_dict(),
+        "optimizer": step.optimizer.state_dict(),
+        "grad_scaler": step.grad_scaler.state_dict(),
+        "batches": record.batches,
+        "random_state": record.random_state,
+    }
+    save_atomically(content, path)
+
+
+def sample_ids(batches: list[dict[str, Any]]) -> list[list[int]]:
+    """Ids of the four samples of each image, in the order of the batches."""
+    return [
+        ids for batch in batches if "sample_ids" in batch for ids in batch["sample_ids"].tolist()
+    ]
+
+
+def replay_step(path: str | Path, overrides: list[str] | None = None) -> Replay:
+    """Repeat a kept step, watching every module, without changing anything.
+
+    Args:
+        path: the file that the stopped run named.
+        overrides: KEY VALUE pairs, e.g. ["MODEL.DEVICE", "cpu"] or ["SOLVER.AMP.ENABLED", "False"].
+
+    Raises:
+        CheckpointError: the file is no kept step.
+    """
+    content = _read(path)
+    cfg = get_jigsaw_cfg()
+    cfg.merge_from_other_cfg(CfgNode.load_cfg(content["config"]))
+    cfg.merge_from_list(overrides or [])
+    if cfg.MODEL.RESNETS.NORM == "SyncBN":
+        logger.warning("SyncBN is replayed as BN: the other ranks' images are not in the file")
+        cfg.MODEL.RESNETS.NORM = "BN"
+    model: JigsawPretrainer = build_model(cfg)
+    model.load_state_dict(content["model"])
+    model.train()
+    step = TrainStep(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        Precision.from_config(cfg),
+        len(content["batches"]),
+    )
+    step.grad_scaler.load_state_dict(content["grad_scaler"])
+    step.feed(content["batches"])
+    bad_parameters = [n for n, p in model.named_parameters() if not p.isfinite().all()]
+    bad_modules = _watch(model)
+    set_random_state(content["random_state"])
+    scalars, _ = step._accumulate().wait()
+    bad_gradients = [
+        n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+    ]
+    first = bad_modules[0] if bad_modules else ""
+    loss = scalars["total_loss"]
+    return Replay(content["iteration"], loss, content["loss"], first, bad_parameters, bad_gradients)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    if not isinstance(content, dict) or "jigsaw_replay" not in content:
+        raise CheckpointError(f"{path} is no step kept by a stopped run (replay_*.pth)")
+    return content
+
+
+def _watch(model: nn.Module) -> list[str]:
+    """A list that fills with the names of leaf modules as their outputs turn out not finite."""
+    bad: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and not output.isfinite().all():
+                bad.append(name)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if not any(module.children()):
+            module.register_forward_hook(watch(name))
+    return bad

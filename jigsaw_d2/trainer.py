@@ -1,0 +1,345 @@
+"""Pre-training in Detectron2's engine: the paper's schedule, hooks, checkpoints, exact resume.
+
+One iteration is one optimiser step on IMS_PER_BATCH Jigsaw images (Sec. 4.1).
+"""
+
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+)
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from jigsaw_d2 import __version__
+from jigsaw_d2.checkpointing import CheckpointError, JigsawCheckpointer, truncate_metrics
+from jigsaw_d2.cost import Ledger, backbone_macs, device_name
+from jigsaw_d2.data_loader import build_jigsaw_eval_loader, build_jigsaw_train_loader
+from jigsaw_d2.erf_refresh import build_erf_refresh_hook
+from jigsaw_d2.evaluation import JigsawEvaluator
+from jigsaw_d2.hooks import (
+    WRITE_PERIOD,
+    CheckpointHook,
+    ContinueHook,
+    MeterHook,
+    MeterPrinter,
+    StatisticsHook,
+)
+from jigsaw_d2.initial_weights import load_initial_weights
+from jigsaw_d2.lr_schedule import build_lr_scheduler
+from jigsaw_d2.meta_arch import JigsawPretrainer
+from jigsaw_d2.norm import check_trainable
+from jigsaw_d2.precision import Precision, set_tf32
+from jigsaw_d2.random_state import gather_random_states
+from jigsaw_d2.replay import sample_ids, save_step
+from jigsaw_d2.run_config import open_store, resolve_config, warn_of_changes
+from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.store_format import hash_image_ids
+from jigsaw_d2.train_step import Batch, NonFiniteLossError, TrainStep
+
+logger = logging.getLogger(__name__)
+
+
+class JigsawTrainer(DefaultTrainer):
+    """DefaultTrainer whose data are Jigsaw images and whose runs can be killed and resumed exactly.
+
+    Attributes:
+        store: the samples of DATASETS.TRAIN.
+        ledger: of OUTPUT_DIR.
+        resumed: after a resume, what the hooks continue from; else empty.
+    """
+
+    def __init__(self, cfg: CfgNode, store: SampleStore | None = None) -> None:
+        """
+        Args:
+            cfg: resolved here if it is not yet, see ``run_config.resolve_config``.
+            store: opened from DATASETS.TRAIN by default.
+        """
+        # TrainerBase's: DefaultTrainer's own would build the loader before the iteration to start
+        # from is known, and a scaler that CPUs do not have.
+        super(DefaultTrainer, self).__init__()
+        self.store = store or open_store(cfg)
+        self.cfg = cfg = resolve_config(cfg, self.store, comm.get_world_size())
+        set_tf32(cfg.SOLVER.TF32)
+        model = self.build_model(cfg)
+        check_trainable(model)
+        device = model.device
+        self._macs = backbone_macs(model.backbone, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE)
+        self.ledger = Ledger(cfg.OUTPUT_DIR, device_name(device), writes=comm.is_main_process())
+        if cfg.MODEL.JIGSAW.COMPILE:
+            model.backbone.compile()
+        optimizer = self.build_optimizer(cfg, model)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        ids = [device.index] if device.type == "cuda" else None
+        parallel = create_ddp_model(model, broadcast_buffers=False, device_ids=ids)
+        precision = Precision.from_config(cfg)
+        logger.info("computing in %s on %s", precision.dtype or torch.float32, self.ledger.device)
+        self._trainer = TrainStep(parallel, optimizer, precision, cfg.SOLVER.ACCUMULATION_STEPS)
+        self._trainer.model.train()
+        self.checkpointer = JigsawCheckpointer(model, cfg.OUTPUT_DIR)
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.resumed: dict[str, Any] = {}
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> JigsawPretrainer:
+        """The registered META_ARCHITECTURE, on MODEL.DEVICE."""
+        return super().build_model(cfg)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        """Detectron2's SGD: decay WEIGHT_DECAY, for norms and biases what their own keys say."""
+        return super().build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
+        """See ``lr_schedule``."""
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(
+        cls, cfg: CfgNode, start_iter: int = 0, store: SampleStore | None = None
+    ) -> Iterable[Batch]:
+        """Endless batches of this rank, from iteration ``start_iter`` on."""
+        rank, size = comm.get_rank(), comm.get_world_size()
+        return build_jigsaw_train_loader(
+            cfg, rank=rank, world_size=size, start_iter=start_iter, store=store
+        )
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str | list[str]) -> Iterable[Batch]:
+        """This rank's share of INPUT.JIGSAW.EVAL_IMAGES images from the store(s)."""
+        paths = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
+        return build_jigsaw_eval_loader(
+            cfg, paths, rank=comm.get_rank(), world_size=comm.get_world_size()
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str | list[str]) -> DatasetEvaluator:
+        """Accuracies per region and class, named by the store's categories."""
+        return JigsawEvaluator(SampleStore(dataset_name).categories)
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
+    ) -> OrderedDict:
+        """Metrics on the held-out samples of DATASETS.TEST (its stores are parts of one set)."""
+        if not cfg.DATASETS.TEST:
+            return OrderedDict()
+        stores = list(cfg.DATASETS.TEST)
+        evaluator = evaluators[0] if evaluators else cls.build_evaluator(cfg, stores)
+        with Precision.from_config(cfg).autocast():
+            results = inference_on_dataset(model, cls.build_test_loader(cfg, stores), evaluator)
+        if comm.is_main_process():
+            print_csv_format(results)
+        return OrderedDict(results)
+
+    def build_hooks(self) -> list[HookBase]:
+        """In the order of the work around a step."""
+        cfg = self.cfg
+        height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
+        images = cfg.SOLVER.IMS_PER_BATCH
+        model = self.checkpointer.model
+        erf = cfg.MODEL.JIGSAW.ERF
+        periods = [cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, erf.PERIOD]
+        made = [
+            hooks.IterationTimer(),
+            MeterHook(self.ledger, images, height * width, self._macs, comm.get_world_size()),
+            hooks.LRScheduler(),
+            build_erf_refresh_hook(cfg, model, self.store),
+            StatisticsHook(periods),
+            CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD),
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
+        ]
+        if comm.is_main_process():
+            made.append(WriterHook())
+        return [*made, ContinueHook()]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Console, metrics.json and TensorBoard, without what a resumed run will write again."""
+        folder = Path(self.cfg.OUTPUT_DIR)
+        metrics = folder / "metrics.json"
+        dropped = truncate_metrics(metrics, self.start_iter)
+        if dropped:
+            logger.info(
+                "dropped %d lines of %s from iteration %d on", dropped, metrics, self.start_iter
+            )
+        board = TensorboardXWriter(str(folder), purge_step=self.start_iter)
+        return [CommonMetricPrinter(self.max_iter), MeterPrinter(), JSONWriter(str(metrics)), board]
+
+    def train(self) -> OrderedDict | None:
+        """Run to SOLVER.MAX_ITER; returns the last evaluation's metrics on the main process.
+
+        Raises:
+            NonFiniteLossError: with the iteration, the sample ids and the file to replay.
+        """
+        loader = self.build_train_loader(self.cfg, start_iter=self.start_iter, store=self.store)
+        self._trainer.feed(loader)
+        super().train()
+        return getattr(self, "_last_eval_results", None) if comm.is_main_process() else None
+
+    def run_step(self) -> None:
+        """One optimiser step; its scalars go to the storage."""
+        scalars = self._trainer.run(self._stop_on_bad_loss)
+        self.storage.put_scalars(**scalars)
+
+    def _stop_on_bad_loss(self, scalars: dict[str, float], own: dict[str, float]) -> None:
+        loss = own["total_loss"]
+        if math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"iteration {self.iter}: the loss of another rank is not finite; see its log"
+            )
+        path = Path(self.cfg.OUTPUT_DIR) / f"replay_{self.iter:07d}_rank{comm.get_rank()}.pth"
+        model = self.checkpointer.model
+        save_step(path, self.cfg, self._trainer, model, self.iter, loss)
+        ids = sample_ids(self._trainer.record.batches)
+        raise NonFiniteLossError(
+            f"iteration {self.iter}: the loss is {loss}; nothing was updated. Repeat the step with "
+            f"train_net.py --replay {path}; sample ids R1..R4 of its images: {ids}"
+        )
+
+    def save_checkpoint(self, name: str) -> None:
+        """Write ``name``.pth; every rank must call it."""
+        state = self.state_dict()
+        if comm.is_main_process():
+            self.checkpointer.save(name, **state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the model, as tensors and plain values. Collective: gathers random states."""
+        step = self._trainer
+        done = self.iter + 1
+        jigsaw = {
+            "config": self.cfg.dump(),
+            "store": describe_store(self.store),
+            "sampler": {"seed": self.cfg.SEED, "position": done * self.cfg.SOLVER.IMS_PER_BATCH},
+            "rng": gather_random_states(),
+            "events": self._smoothed_events(),
+            "images_seen": done * self.cfg.SOLVER.IMS_PER_BATCH,
+            "code_version": __version__,
+        }
+        state = {
+            "iteration": self.iter,
+            "optimizer": step.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "jigsaw": jigsaw,
+        }
+        if step.grad_scaler.is_enabled():
+            state["grad_scaler"] = step.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue after the iteration of a checkpoint's state.
+
+        Raises:
+            CheckpointError: the store is not the one that the run was training on.
+        """
+        jigsaw = state_dict["jigsaw"]
+        if jigsaw["store"]["fingerprint"] != self.store.fingerprint:
+            raise CheckpointError(
+                f"DATASETS.TRAIN {', '.join(self.cfg.DATASETS.TRAIN)} changed since the checkpoint "
+                "was written; give the old store back, or start a run in another OUTPUT_DIR with "
+                "MODEL.WEIGHTS set to the checkpoint"
+            )
+        self._trainer.optimizer.load_state_dict(state_dict["optimizer"])
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+        if "grad_scaler" in state_dict:
+            self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        self.iter = state_dict["iteration"]
+        self.start_iter = self.iter + 1
+        states, rank = jigsaw["rng"], comm.get_rank()
+        same_size = len(states) == comm.get_world_size()
+        if not same_size:
+            logger.warning(
+                "the checkpoint is of %d processes, this run has %d: it goes on with the same images, "
+                "but not bit for bit",
+                *(len(states), comm.get_world_size()),
+            )
+        random_state = states[rank] if same_size else None
+        self.resumed = {"events": jigsaw["events"], "random_state": random_state}
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS, or from nothing."""
+        if resume and self.checkpointer.has_checkpoint():
+            path = self.checkpointer.get_checkpoint_file()
+            state = self.checkpointer.load_state(path)
+            warn_of_changes(self.cfg, state["jigsaw"]["config"])
+            self.load_state_dict(state)
+            logger.info("resuming at iteration %d", self.start_iter)
+        elif self.cfg.MODEL.WEIGHTS:
+            load_initial_weights(self.checkpointer.model, self.cfg.MODEL.WEIGHTS, self.cfg)
+
+    def load_for_evaluation(self, resume: bool = False) -> None:
+        """Load model and classifier of MODEL.WEIGHTS, or with ``resume`` of the last checkpoint.
+
+        Raises:
+            CheckpointError: neither is there, or it was trained on other categories.
+        """
+        path = self.checkpointer.get_checkpoint_file() if resume else self.cfg.MODEL.WEIGHTS
+        if not path:
+            raise CheckpointError(
+                "nothing to evaluate: set MODEL.WEIGHTS to a checkpoint, or pass --resume for the "
+                f"last one of OUTPUT_DIR {self.cfg.OUTPUT_DIR}"
+            )
+        categories = self.checkpointer.load_state(path)["jigsaw"]["store"]["categories"]
+        if categories != self.store.categories:
+            raise CheckpointError(
+                f"{path} was trained on {categories}, not {self.store.categories}"
+            )
+
+    def _evaluate(self) -> OrderedDict:
+        start = time.perf_counter()
+        self._last_eval_results = self.test(self.cfg, self.checkpointer.model)
+        images = self.cfg.INPUT.JIGSAW.EVAL_IMAGES if self._last_eval_results else 0
+        if images:
+            seconds = (time.perf_counter() - start) * comm.get_world_size()
+            height, width = self.cfg.INPUT.JIGSAW.TEMPLATE_SIZE
+            self.ledger.record(
+                "evaluation",
+                images=images,
+                pixels=images * height * width,
+                flops=2 * self._macs * images,
+                seconds=seconds,
+            )
+        return self._last_eval_results
+
+    def _smoothed_events(self) -> dict[str, list[list[float]]]:
+        """The last values of the scalars that writers smooth."""
+        storage = self.storage
+        names = [name for name, smooth in storage.smoothing_hints().items() if smooth]
+        return {n: [list(v) for v in storage.history(n).values()[-WRITE_PERIOD:]] for n in names}
+
+
+def describe_store(store: SampleStore) -> dict[str, Any]:
+    """What a checkpoint remembers of its data."""
+    return {
+        "categories": list(store.categories),
+        "fingerprint": store.fingerprint,
+        "dataset": str(store.header.get("source", "")),
+        "image_ids_hash": hash_image_ids(store.image_ids),
+    }
+
+
+class WriterHook(hooks.PeriodicWriter):
+    """Detectron2's, with writers made only when it is known where the run starts."""
+
+    def __init__(self) -> None:
+        super().__init__([], WRITE_PERIOD)
+
+    def before_train(self) -> None:
+        self._writers = self.trainer.build_writers()
