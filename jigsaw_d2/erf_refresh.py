@@ -21,6 +21,7 @@ from jigsaw_d2.erf import (
     region_weights,
     unwrap,
 )
+from jigsaw_d2.precision import Precision
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.visualization.erf import erf_figure, figure_pixels
 
@@ -218,7 +219,7 @@ def build_erf_refresh_hook(
         first_iter=erf.FIRST_ITER,
         grad=erf.GRAD,
         max_drift=erf.MAX_DRIFT,
-        amp_dtype=_amp_dtype(cfg, unwrap(model).device),
+        amp_dtype=Precision.from_config(cfg).dtype if erf.AMP else None,
         figures=erf.FIGURES,
     )
 
@@ -239,13 +240,3 @@ def _image_loader(cfg: CfgNode, store: SampleStore) -> Callable[[int], Tensor]:
         return mapper({"position": position, "sample_ids": ids})["image"]
 
     return load
-
-
-def _amp_dtype(cfg: CfgNode, device: torch.device) -> torch.dtype | None:
-    """Precision of the measurement: that of training, where ERF.AMP asks for it."""
-    if not (cfg.MODEL.JIGSAW.ERF.AMP and cfg.SOLVER.AMP.ENABLED):
-        return None
-    named = cfg.SOLVER.AMP.DTYPE
-    if named == "auto":
-        named = "bfloat16" if device.type == "cpu" or torch.cuda.is_bf16_supported() else "float16"
-    return getattr(torch, named)
