@@ -16,6 +16,7 @@ from jigsaw_d2.erf import (
     ErfMeasurement,
     format_summary,
     measure_erf,
+    measuring,
     outside_shares,
     region_shares,
     region_weights,
@@ -183,7 +184,8 @@ class ErfRefreshHook(HookBase):
         if not self._flops:
             # One forward pass, and one backward pass to the input a cell: as many products again.
             passes = 1 + self._model.cell_regions.numel()
-            self._flops = passes * backbone_flops(self._model.backbone, height, width)
+            with measuring(self._model.backbone) as backbone:
+                self._flops = passes * backbone_flops(backbone, height, width)
         ledger.record(
             "erf_refresh",
             images=self._num_images,

@@ -1,0 +1,219 @@
+"""The refresh hook: when it acts, what it installs and logs, resume, drift, several processes."""
+
+import copy
+import logging
+import tempfile
+import unittest
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from detectron2.engine import TrainerBase
+from detectron2.utils.events import EventStorage
+from helpers_networks import tiny_backbone
+
+from jigsaw_d2 import erf_refresh
+from jigsaw_d2.erf import ErfError, erf_region_sums, outside_shares, region_weights
+from jigsaw_d2.erf_refresh import ErfRefreshHook
+from jigsaw_d2.meta_arch import JigsawPretrainer
+from jigsaw_d2.template import JigsawTemplate
+
+TINY = JigsawTemplate(height=96, width=96, split_y=32, split_x=32)
+
+
+def build_model():
+    torch.manual_seed(0)
+    return JigsawPretrainer(
+        backbone=tiny_backbone(),
+        in_feature="res5",
+        num_classes=3,
+        template=TINY,
+        pixel_mean=[123.675, 116.28, 103.53],
+        pixel_std=[58.395, 57.12, 57.375],
+    ).train()
+
+
+def load_image(position):
+    rng = torch.Generator().manual_seed(position)
+    return torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8, generator=rng)
+
+
+class Ledger:
+    def __init__(self):
+        self.entries = []
+
+    def record(self, stage, **amounts):
+        self.entries.append((stage, amounts))
+
+
+class Walk(TrainerBase):
+    """Each step moves the weights by a fixed function of the iteration, as training would."""
+
+    def __init__(self, model, hook):
+        super().__init__()
+        self.model, self.ledger, self.seen = model, Ledger(), []
+        self.register_hooks([hook])
+
+    def run_step(self):
+        self.seen.append(self.model.erf_weights.clone())
+        rng = torch.Generator().manual_seed(self.iter)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=rng)
+
+
+class ScheduleTest(unittest.TestCase):
+    def refreshed_at(self, last=12, start=0, model=None, **settings):
+        """Iterations whose step saw other weights than the one before."""
+        model = model or build_model()
+        hook = ErfRefreshHook(model, load_image, num_images=1, **settings)
+        walk, before = Walk(model, hook), model.erf_weights.clone()
+        walk.train(start, last)
+        changed = []
+        for iteration, weights in enumerate(walk.seen, start):
+            if not torch.equal(weights, before):
+                changed.append(iteration)
+            before = weights
+        return changed
+
+    def test_period_and_first_iteration(self):
+        self.assertEqual(self.refreshed_at(period=5), [0, 5, 10])
+        self.assertEqual(self.refreshed_at(period=4, first_iter=3), [3, 7, 11])
+        self.assertEqual(self.refreshed_at(start=7, period=5), [10])  # resumed: no extra one
+
+    def test_drift_triggers_earlier(self):
+        # Probes every 20 / 10 = 2 iterations; any change exceeds 1e-9, none exceeds 1.
+        self.assertEqual(self.refreshed_at(period=20, max_drift=1e-9), [0, 2, 4, 6, 8, 10])
+        self.assertEqual(self.refreshed_at(period=20, max_drift=1.0), [0])
+        self.assertEqual(self.refreshed_at(period=20), [0])
+
+    def test_impossible_settings(self):
+        for settings, message in (
+            ({"period": 0}, "PERIOD is 0"),
+            ({"num_images": 0}, "NUM_IMAGES"),
+            ({"first_iter": -1}, "FIRST_ITER"),
+            ({"max_drift": -0.1}, "MAX_DRIFT"),
+        ):
+            with self.assertRaisesRegex(ErfError, message):
+                ErfRefreshHook(build_model(), load_image, **settings)
+
+
+class RefreshTest(unittest.TestCase):
+    def run_hook(self, model, iteration=0, **settings):
+        hook = ErfRefreshHook(model, load_image, num_images=3, period=5, **settings)
+        hook.trainer = SimpleNamespace(iter=iteration, ledger=Ledger())
+        with EventStorage(iteration) as hook.trainer.storage:
+            hook.before_step()
+        return hook
+
+    def test_installs_eq_2_of_its_own_images(self):
+        model = build_model()
+        self.run_hook(model, iteration=10)
+        images = model.preprocess(torch.stack([load_image(30 + i) for i in range(3)]))
+        sums = erf_region_sums(model.backbone, images, TINY)
+        torch.testing.assert_close(model.erf_region_sums, sums)
+        expected = region_weights(sums, model.cell_regions, 0.7).float()
+        torch.testing.assert_close(model.erf_weights, expected)
+        self.assertTrue(model.training and model.backbone.training)
+
+    def test_figures_change_no_weight(self):
+        plain, drawn = build_model(), build_model()
+        self.run_hook(plain)
+        hook = self.run_hook(drawn, figures=True)
+        self.assertTrue(torch.equal(plain.erf_weights, drawn.erf_weights))
+        ((name, image, iteration),) = hook.trainer.storage._vis_data
+        self.assertEqual((name, iteration, image.dtype.name, image.shape[0]), ("erf/regions", 0, "uint8", 3))
+
+    def test_training_randomness_is_left_alone(self):
+        model = build_model()
+        state = torch.get_rng_state()
+        self.run_hook(model)
+        self.assertTrue(torch.equal(state, torch.get_rng_state()))
+
+    def test_scalars_summary_and_ledger(self):
+        model = build_model()
+        with self.assertLogs(erf_refresh.logger, logging.INFO) as log:
+            hook = self.run_hook(model)
+        self.assertIn("first measurement", log.output[0])
+        self.assertEqual(len(log.output[0].splitlines()), 6)  # a line, a head, four rows
+        scalars = {name: value for name, (value, _) in hook.trainer.storage.latest().items()}
+        self.assertNotIn("erf/drift", scalars)
+        outside = outside_shares(model.erf_region_sums, model.cell_regions)
+        for r in range(4):
+            self.assertAlmostEqual(scalars[f"erf/outside_share_R{r + 1}"], outside[r].item())
+        ((stage, amounts),) = hook.trainer.ledger.entries
+        self.assertEqual((stage, amounts["images"], amounts["pixels"]), ("erf_refresh", 3, 3 * 96 * 96))
+        self.assertGreater(amounts["flops"], 0)
+
+        before = model.erf_weights.clone()
+        hook = self.run_hook(model, iteration=5)  # same network, other images
+        drift = (model.erf_weights - before).abs().mean().item()
+        self.assertAlmostEqual(hook.trainer.storage.latest()["erf/drift"][0], drift)
+
+    def test_overflow_under_amp_is_measured_again(self):
+        model, calls = build_model(), []
+        original = erf_refresh.measure_erf
+
+        def overflowing(*args, amp_dtype, **kwargs):
+            measured = original(*args, amp_dtype=None, **kwargs)
+            calls.append(amp_dtype)
+            if amp_dtype is not None:
+                measured.region_sums[0, 0, 0] = float("inf")
+            return measured
+
+        erf_refresh.measure_erf = overflowing
+        try:
+            self.run_hook(model, amp_dtype=torch.float16)
+        finally:
+            erf_refresh.measure_erf = original
+        self.assertEqual(calls, [torch.float16, None])
+        self.assertTrue(torch.isfinite(model.erf_weights).all())
+
+    def test_resume_sees_what_the_unbroken_run_saw(self):
+        settings = dict(num_images=2, period=4, max_drift=1e-3)
+        model = build_model()
+        walk = Walk(model, ErfRefreshHook(model, load_image, **settings))
+        walk.train(0, 6)
+        saved = copy.deepcopy(model.state_dict())
+        walk.train(6, 10)
+        resumed = build_model()
+        resumed.load_state_dict(saved)
+        second = Walk(resumed, ErfRefreshHook(resumed, load_image, **settings))
+        second.train(6, 10)
+        for now, then in zip(second.seen, walk.seen[6:]):
+            self.assertTrue(torch.equal(now, then))
+
+
+def measure_in_process(rank, world_size, folder, num_images):
+    """One of ``world_size`` processes on Gloo; the model wrapped as in training."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=world_size)
+    model = build_model()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    hook = ErfRefreshHook(wrapped, load_image, num_images=num_images)
+    hook.trainer = SimpleNamespace(iter=0)
+    with EventStorage() as hook.trainer.storage:
+        hook.before_step()
+    loss = wrapped({"image": load_image(0)[None], "gt_classes": torch.tensor([[0, 1, 2, 3]])})
+    loss["loss_jigsaw"].backward()  # the reducer still works
+    torch.save((model.erf_weights, model.erf_region_sums), f"{folder}/rank{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+class ProcessesTest(unittest.TestCase):
+    def test_two_equal_one(self):
+        one = build_model()
+        RefreshTest().run_hook(one)  # three images: two on rank 0, one on rank 1
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = (2, folder, 3)
+            torch.multiprocessing.spawn(measure_in_process, arguments, nprocs=2)
+            found = [torch.load(Path(folder) / f"rank{rank}.pth") for rank in range(2)]
+        for mine, other in zip(*found):
+            self.assertTrue(torch.equal(mine, other))
+        torch.testing.assert_close(found[0][0], one.erf_weights, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found[0][1], one.erf_region_sums, rtol=1e-6, atol=1e-9)
+
+
+if __name__ == "__main__":
+    unittest.main()
