@@ -112,7 +112,7 @@ def pretraining_stage(
     overrides: Sequence[str] = (),
     *,
     seed: int = 0,
-    num_gpus: int = 0,
+    num_gpus: int = 1,
     title: str = "pre-train",
 ) -> Stage:
     """Train a backbone on Jigsaw images of ``stores`` (training, held out or None)."""
@@ -144,7 +144,7 @@ def finetuning_stage(
     overrides: Sequence[str] = (),
     *,
     seed: int = 0,
-    num_gpus: int = 0,
+    num_gpus: int = 1,
     title: str = "fine-tune",
 ) -> Stage:
     """Train and evaluate a detector from converted weights; None = from random weights."""

@@ -84,11 +84,11 @@ def run_stage(stage: Stage, say: Say, runner: Runner | None = None) -> StageRepo
         StageError: the command failed, or did not write its outputs.
     """
     known = read_marker(stage.folder)
-    identity = {"argv": list(stage.argv), "inputs": stage.inputs}
-    same = known is not None and {key: known[key] for key in identity} == identity
-    if same and known["done"] and all(path.exists() for path in stage.outputs):
+    identity = _identity(stage)
+    if is_done(stage):
         say(f"{stage.title}: done before, in {known['seconds']:.0f} s")
         return StageReport(stage.title, stage.command, known["seconds"], skipped=True)
+    same = known is not None and all(known[key] == value for key, value in identity.items())
     resumed = same and not known["done"] and bool(stage.resume_argv)
     before = known["seconds"] if resumed else 0.0
     if not resumed:
@@ -110,6 +110,21 @@ def run_stage(stage: Stage, say: Say, runner: Runner | None = None) -> StageRepo
     _write_marker(stage.folder, {**identity, "seconds": seconds, "done": True})
     say(f"{stage.title}: finished in {seconds:.0f} s")
     return StageReport(stage.title, stage.command, seconds, skipped=False)
+
+
+def is_done(stage: Stage) -> bool:
+    """Whether this very command, on these very inputs, has finished before and its outputs exist."""
+    known = read_marker(stage.folder)
+    return (
+        known is not None
+        and known["done"]
+        and all(known[key] == value for key, value in _identity(stage).items())
+        and all(path.exists() for path in stage.outputs)
+    )
+
+
+def _identity(stage: Stage) -> dict:
+    return {"argv": list(stage.argv), "inputs": stage.inputs}
 
 
 def read_marker(folder: Path) -> dict | None:
