@@ -61,8 +61,8 @@ setup(
     package_data={name: ["*.yaml"] for name in CONFIGS},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.1",
-        "torchvision>=0.16",
+        "torch>=2.6",
+        "torchvision>=0.21",
         "numpy>=1.24",
         opencv_requirement(),
         "pillow>=9.1",
@@ -73,6 +73,7 @@ setup(
         "PyYAML>=6.0",
         "scipy>=1.10",
         "tqdm>=4.60",
+        "tabulate>=0.8",
     ],
     extras_require={
         "test": ["pytest>=7.4", "pytest-xdist>=3.3", "hypothesis>=6.80"],

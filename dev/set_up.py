@@ -22,6 +22,9 @@ DETECTRON2_INPUTS = "dev/*detectron2*.py"
 STAMP = ".jigsaw-setup"
 LINT_STAMP = ".jigsaw-lint"
 LOCK = ROOT / ".setup" / "lock"
+# All that a virtual environment holds at its top: a folder with anything else is never removed.
+VENV_ENTRIES = {"bin", "include", "lib", "lib64", "share", "pyvenv.cfg", ".gitignore"}
+VENV_ENTRIES |= {STAMP, LINT_STAMP}
 # What Detectron2's own setup.py imports, and what the rest is built with.
 FOUNDATION = ("setuptools", "wheel", "torch", "torchvision")
 # Beginnings of pip's lines that say nothing new.
@@ -61,6 +64,7 @@ def set_up(venv: Path) -> None:
             # Built against the torch that is here: pins of ours could break it.
             _pip(venv, "-e", f"{ROOT}[test]", constrained=False)
         else:
+            _check_python(venv)
             _pip(venv, *FOUNDATION)
             _run(venv, str(ROOT / "dev" / "install_detectron2.py"))
             # "detectron2" is there by now; naming it brings what it needs at run time.
@@ -90,10 +94,16 @@ def make_venv(venv: Path) -> None:
     """Create ``venv``, or mend one that an interrupted call left; a sound one stays as it is.
 
     Raises:
-        SetUpError: this Python cannot make environments.
+        SetUpError: this Python cannot make environments, or the folder holds other things.
     """
     python = venv / "bin" / "python"
     if venv.exists() and not _works(python, "-c", "pass"):
+        foreign = sorted(path.name for path in venv.iterdir() if path.name not in VENV_ENTRIES)
+        if foreign:
+            raise SetUpError(
+                f"{venv} is not a virtual environment (it holds {', '.join(foreign[:3])}) and has "
+                "no working bin/python: name another folder, make VENV=path"
+            )
         print(f"{venv} has no working Python: making it anew", flush=True)
         shutil.rmtree(venv)
     if not venv.exists():
@@ -107,6 +117,15 @@ def make_venv(venv: Path) -> None:
         clear_half_installed(site)
     if not _works(python, "-m", "pip", "--version"):
         _run(venv, "-m", "ensurepip", "--upgrade")
+
+
+def _check_python(venv: Path) -> None:
+    code = "import sys; sys.exit(sys.version_info < (3, 11))"
+    if not _works(venv / "bin" / "python", "-c", code):
+        raise SetUpError(
+            f"the Python in {venv} is older than 3.11, which the pinned libraries need: remove that "
+            "folder or name another, make VENV=path"
+        )
 
 
 def clear_half_installed(site: Path) -> list[str]:

@@ -1,11 +1,13 @@
 """The set-up of dev/set_up.py and the packaging of setup.py."""
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,7 @@ def calls(monkeypatch, tmp_path):
         record.append(("venv",))
 
     monkeypatch.setattr(set_up, "make_venv", fake_venv)
+    monkeypatch.setattr(set_up, "_check_python", lambda venv: None)
     monkeypatch.setattr(set_up, "_detectron2_state", lambda venv: "missing")
     monkeypatch.setattr(
         set_up, "_pip", lambda venv, *names, **options: record.append(("pip", *names, options))
@@ -165,6 +168,14 @@ def test_a_venv_that_an_interrupted_call_left_is_made_anew(tmp_path, monkeypatch
     assert (venv / "pyvenv.cfg").is_file()
 
 
+def test_a_folder_of_other_things_is_never_removed(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(set_up.SetUpError, match="thesis.txt"):
+        set_up.make_venv(tmp_path)
+    assert (tmp_path / "thesis.txt").is_file()
+
+
 def test_a_wrong_pair_of_libraries_is_named(tmp_path, monkeypatch):
     """The check itself, on this environment, with pins that it does not have."""
     monkeypatch.setattr(set_up, "_detectron2_state", lambda venv: "ours")
@@ -240,10 +251,33 @@ def test_installed_package_finds_its_configs(wheel, tmp_path):
     assert done.stdout.strip() == str(tmp_path / "installed" / "jigsaw_d2" / "configs")
 
 
+def test_every_library_that_the_code_imports_is_asked_for(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (info,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+    required = re.findall(r"^Requires-Dist: ([\w-]+)", archive.read(info).decode(), re.M)
+    asked = {name.lower().replace("_", "-") for name in required} | {"detectron2", "jigsaw-d2"}
+    distributions = metadata.packages_distributions()
+    for path in (ROOT / "jigsaw_d2").rglob("*.py"):
+        for module in _imported(path) - set(sys.stdlib_module_names):
+            names = {name.lower().replace("_", "-") for name in distributions.get(module, [module])}
+            assert names & asked, f"{path} imports {module}, which setup.py does not ask for"
+
+
+def _imported(path):
+    """Top-level names of the modules that a source file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
 def test_wheel_states_its_licence_and_requirements(wheel):
     archive = zipfile.ZipFile(wheel)
-    (metadata,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
-    text = archive.read(metadata).decode()
+    (info,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+    text = archive.read(info).decode()
     assert "License: Apache-2.0" in text or "License-Expression: Apache-2.0" in text
     required = re.findall(r"^Requires-Dist: ([\w-]+)", text, re.M)
     assert "torch" in required and "detectron2" not in required
