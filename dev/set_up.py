@@ -123,8 +123,8 @@ def _check_python(venv: Path) -> None:
     code = "import sys; sys.exit(sys.version_info < (3, 11))"
     if not _works(venv / "bin" / "python", "-c", code):
         raise SetUpError(
-            f"the Python in {venv} is older than the pinned libraries need, 3.11: remove that folder "
-            "or name another, make VENV=path"
+            f"{venv} has a Python older than 3.11, which the pinned libraries need: remove that "
+            "folder or name another, make VENV=path"
         )
 
 
