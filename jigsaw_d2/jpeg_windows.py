@@ -67,7 +67,9 @@ def parse_jpeg(data: bytes | memoryview) -> JpegLayout:
     raise ValueError("not a JPEG with a single baseline scan")
 
 
-def cut_window(data: np.ndarray, window: tuple[int, int, int, int]) -> tuple[bytes, int, int] | None:
+def cut_window(
+    data: np.ndarray, window: tuple[int, int, int, int]
+) -> tuple[bytes, int, int] | None:
     """A JPEG of the pieces that cover ``window``.
 
     Args:
@@ -124,7 +126,9 @@ def _join_pieces(
     row_starts, row_ends = starts[top:bottom, left], ends[top:bottom, right - 1]
     body = np.concatenate([data[a:b] for a, b in zip(row_starts.tolist(), row_ends.tolist())])
     row_offsets = np.concatenate([[0], np.cumsum(row_ends - row_starts)[:-1]])
-    markers = (ends[top:bottom, left:right] - row_starts[:, None] + row_offsets[:, None]).ravel() - 1
+    markers = (
+        ends[top:bottom, left:right] - row_starts[:, None] + row_offsets[:, None]
+    ).ravel() - 1
     body[markers] = RST0 + (np.arange(len(markers)) & 7)
     body[markers[-1]] = EOI
     return body.tobytes()

@@ -13,11 +13,13 @@ import numpy as np
 
 from jigsaw_d2 import jpeg_windows
 from jigsaw_d2.store_format import (
+    HEADER_NAME,
     INDEX_NAME,
     RECORD,
     DamagedSampleError,
     StoreError,
     StoreGoneError,
+    part_name,
     read_header,
     sample_key,
 )
@@ -25,7 +27,7 @@ from jigsaw_d2.store_format import (
 __all__ = ["DamagedSampleError", "SampleStore", "StoreError", "StoreGoneError"]
 
 
-class _Part:
+class StorePart:
     """One folder: its header, its index, and its shards, each mapped when first read."""
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +47,9 @@ class _Part:
         try:
             index = np.load(self.path / INDEX_NAME, mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise StoreError(f"{self.path / INDEX_NAME} cannot be read as an index: {error}") from error
+            raise StoreError(
+                f"{self.path / INDEX_NAME} cannot be read as an index: {error}"
+            ) from error
         if index.dtype != RECORD or len(index) != self.header["samples"]:
             raise StoreError(f"{self.path / INDEX_NAME} does not belong to the header beside it")
         self.index = index.view(np.ndarray)
@@ -81,6 +85,31 @@ class _Part:
         self._open()
 
 
+def find_parts(path: Path) -> list[Path]:
+    """The folders of one store: itself, or its parts where several machines wrote it.
+
+    Raises:
+        StoreError: some of the parts are missing.
+    """
+    found = {}
+    if not (path / HEADER_NAME).exists():
+        for part in path.glob("part-*-of-*"):
+            numbers = part.name.split("-")[1::2]
+            if len(numbers) == 2 and all(n.isdigit() for n in numbers):
+                found[int(numbers[0]), int(numbers[1])] = part
+    if not found:
+        return [path]
+    counts = {n for _, n in found}
+    missing = [part_name(i, max(counts)) for i in range(1, max(counts) + 1)]
+    missing = [name for name in missing if not (path / name).is_dir()]
+    if len(counts) > 1 or missing:
+        raise StoreError(
+            f"{path} holds {', '.join(sorted(p.name for p in found.values()))}; "
+            + (f"missing: {', '.join(missing)}" if len(counts) == 1 else "parts of several splits")
+        )
+    return [found[key] for key in sorted(found)]
+
+
 class SampleStore:
     """Samples of one store, or of several parts of one, numbered 0 .. len - 1.
 
@@ -100,25 +129,25 @@ class SampleStore:
 
     def __init__(self, path: str | os.PathLike | Sequence[str | os.PathLike]) -> None:
         single = isinstance(path, (str, os.PathLike))
-        self.paths = [Path(p) for p in ([path] if single else path)]
+        self.paths = [part for p in ([path] if single else path) for part in find_parts(Path(p))]
         if not self.paths:
             raise StoreError("no sample store named; give at least one folder")
-        self._parts = [_Part(p) for p in self.paths]
-        self._starts = np.cumsum([0] + [len(p.index) for p in self._parts])
-        self.header = self._parts[0].header
+        self.parts = [StorePart(p) for p in self.paths]
+        self._starts = np.cumsum([0] + [len(p.index) for p in self.parts])
+        self.header = self.parts[0].header
         self.categories: list[str] = self.header["categories"]
-        for part in self._parts[1:]:
+        for part in self.parts[1:]:
             if part.header["categories"] != self.categories:
                 raise StoreError(f"{part.path} has other categories than {self.paths[0]}")
 
     def _column(self, name: str) -> np.ndarray:
-        columns = [part.index[name] for part in self._parts]
+        columns = [part.index[name] for part in self.parts]
         return columns[0] if len(columns) == 1 else np.concatenate(columns)
 
     @property
     def fingerprint(self) -> str:
         """Changes whenever the content does."""
-        return "+".join(part.header["fingerprint"] for part in self._parts)
+        return "+".join(part.header["fingerprint"] for part in self.parts)
 
     classes = property(lambda self: self._column("class"))
     groups = property(lambda self: self._column("group"))
@@ -130,14 +159,14 @@ class SampleStore:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def _locate(self, i: int) -> tuple[_Part, int]:
+    def _locate(self, i: int) -> tuple[StorePart, int]:
         i = int(i)
         if not 0 <= i < self._starts[-1]:
             raise IndexError(f"sample {i} of a store of {len(self)}")
-        if len(self._parts) == 1:
-            return self._parts[0], i
+        if len(self.parts) == 1:
+            return self.parts[0], i
         number = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return self._parts[number], i - int(self._starts[number])
+        return self.parts[number], i - int(self._starts[number])
 
     def __getitem__(self, i: int) -> bytes:
         """The encoded sample: a whole ordinary JPEG or PNG, not checked."""

@@ -61,7 +61,9 @@ def enlarge_boxes(
         ValueError: a box without area inside the image, or ``max_scale`` below 1.
     """
     if not max_scale >= 1:
-        raise ValueError(f"max_scale is {max_scale}; a sample cannot be smaller than its box (>= 1)")
+        raise ValueError(
+            f"max_scale is {max_scale}; a sample cannot be smaller than its box (>= 1)"
+        )
     boxes = clip_boxes(boxes, image_size).astype(np.float64)
     low, high = boxes[:, :2], boxes[:, 2:]
     sides = high - low
@@ -72,7 +74,9 @@ def enlarge_boxes(
     draws = rng.random((len(boxes), 2, 2))
     new_low = np.maximum(np.rint(low - draws[:, 0] * reach), np.ceil(low - reach))
     new_low = np.maximum(np.minimum(new_low, np.floor(low)), 0)
-    new_high = np.minimum(np.rint(high + draws[:, 1] * reach), np.floor(new_low + max_scale * sides))
+    new_high = np.minimum(
+        np.rint(high + draws[:, 1] * reach), np.floor(new_low + max_scale * sides)
+    )
     new_high = np.maximum(np.minimum(new_high, np.floor(high + reach)), np.ceil(high))
     enlarged = np.concatenate([new_low, new_high], axis=1)
     return clip_boxes(enlarged, image_size)

@@ -61,6 +61,11 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.tar"
 
 
+def part_name(number: int, parts: int) -> str:
+    """Folder of part ``number`` (from 1) of ``parts`` within a store written by several machines."""
+    return f"part-{number}-of-{parts}"
+
+
 def sample_key(class_index: int, image_id: int, serial: int) -> str:
     """Name of a sample within the shards, without suffix; unique in a store and its parts.
 
@@ -78,7 +83,9 @@ def tar_header(name: str, size: int) -> bytes:
     header = bytearray(BLOCK)
     encoded = name.encode()
     if len(encoded) > 100:
-        raise StoreError(f"member name {name!r} has more than the 100 bytes that a tar header holds")
+        raise StoreError(
+            f"member name {name!r} has more than the 100 bytes that a tar header holds"
+        )
     header[: len(encoded)] = encoded
     header[100:108] = b"0000644\0"
     header[108:116] = header[116:124] = b"0000000\0"

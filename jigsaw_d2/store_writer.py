@@ -1,9 +1,12 @@
 """Write a sample store: shards first, then the index, then the header, then the final name."""
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +16,7 @@ from jigsaw_d2 import jpeg_windows
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.samples import group_codes
 from jigsaw_d2.store_format import (
+    BLOCK,
     FORMAT,
     HEADER_NAME,
     INDEX_NAME,
@@ -32,7 +36,8 @@ from jigsaw_d2.store_format import (
 
 DEFAULT_QUALITY = 95
 DEFAULT_SHARD_SIZE = 256 << 20
-END_OF_ARCHIVE = bytes(1024)
+END_OF_ARCHIVE = bytes(2 * BLOCK)
+PROGRESS_NAME = "progress.json"
 
 
 class StoreWriteError(JigsawError, OSError):
@@ -47,11 +52,18 @@ class Chunk(NamedTuple):
 
 
 class ChunkBuilder:
-    """Collects encoded samples into one ``Chunk``; made in a worker, appended by the writer."""
+    """Collects encoded samples into one ``Chunk``; made in a worker, appended by the writer.
 
-    def __init__(self) -> None:
+    Args:
+        class_files: follow each sample by a ``.cls`` member, for WebDataset readers that want one.
+            Off by default: a tar member of one digit takes 1,024 bytes, and the class is in the
+            key (and the index) anyway.
+    """
+
+    def __init__(self, class_files: bool = False) -> None:
+        self.class_files = class_files
         self._parts: list[bytes] = []
-        self._records: list[np.ndarray] = []
+        self._rows: list[tuple] = []
         self._size = 0
 
     def add(
@@ -65,25 +77,26 @@ class ChunkBuilder:
         box: np.ndarray,
         gt_box: np.ndarray,
         interval: int = 0,
-        format: int = JPEG,
+        code: int = JPEG,
     ) -> None:
         """Add one sample; the fields are those of ``store_format.RECORD``."""
-        name = f"{sample_key(class_index, image_id, serial)}.{SUFFIXES[format]}"
-        record = np.zeros((), RECORD)
-        record["offset"] = self._size + 512
-        record["length"], record["crc32"] = len(encoded), zlib.crc32(encoded)
-        record["class"], record["image_id"], record["serial"] = class_index, image_id, serial
-        record["box"], record["gt_box"] = box, gt_box
-        record["size"], record["interval"], record["format"] = size, interval, format
-        record["group"] = group_codes(size[1], size[0])
-        parts = (tar_header(name, len(encoded)), encoded, tar_padding(len(encoded)))
+        key = sample_key(class_index, image_id, serial)
+        offset, length, crc = self._size + BLOCK, len(encoded), zlib.crc32(encoded)
+        row = (offset, image_id, class_index, tuple(box), tuple(gt_box), size)
+        self._rows.append((*row, length, crc, 0, serial, interval, 0, code))
+        self._add_member(f"{key}.{SUFFIXES[code]}", encoded)
+        if self.class_files:
+            self._add_member(f"{key}.cls", str(class_index).encode())
+
+    def _add_member(self, name: str, content: bytes) -> None:
+        parts = (tar_header(name, len(content)), content, tar_padding(len(content)))
         self._parts += parts
-        self._records.append(record)
         self._size += sum(map(len, parts))
 
     def build(self) -> Chunk:
         """All that was added so far."""
-        records = np.array(self._records, RECORD) if self._records else np.zeros(0, RECORD)
+        records = np.array(self._rows, RECORD)
+        records["group"] = group_codes(records["size"][:, 1], records["size"][:, 0])
         return Chunk(b"".join(self._parts), records)
 
 
@@ -97,20 +110,46 @@ def encode_sample(
     return encoded, interval, JPEG
 
 
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the system says into an error that says where and what to do."""
+    try:
+        yield
+    except JigsawError:
+        raise
+    except OSError as error:
+        raise StoreWriteError(
+            f"cannot write {path}: {error.strerror or error}; make room or choose another place, "
+            "then run the same command again (finished shards are kept)"
+        ) from error
+
+
+def check_free(path: str | os.PathLike, overwrite: bool) -> None:
+    """Raises StoreError where a store may not be written: something is there already."""
+    if Path(path).exists() and not overwrite:
+        raise StoreError(f"{path} exists; --overwrite replaces it, or choose another folder")
+
+
 class StoreWriter:
     """Writes under ``<path>.partial`` and renames when whole; use as a context manager.
 
-    Leaving the block without ``finish`` leaves no store behind.
+    The partial folder holds the store to be (``store/``) and, beside it, what a later run needs to
+    go on. Leaving the block without ``finish`` leaves no store behind, only the partial folder,
+    whose finished shards a writer with the same ``resume_key`` takes over.
 
     Args:
         path: folder of the finished store.
         categories: names without background, in class order.
-        shard_size: bytes after which the next chunk begins a new shard.
-        header: further entries of the header (seed, options, source, report ...).
-        overwrite: replace an existing store once the new one is whole.
+        shard_size: bytes that a shard may hold; a chunk that does not fit begins a new one.
+        header: further entries of the header (seed, options, source ...).
+        overwrite: replace an existing store, once the new one is whole.
+        resume_key: names the work exactly; "" = never take over.
+
+    Attributes:
+        mark: the ``mark`` of the last chunk in the shards that were taken over; None = start anew.
 
     Raises:
-        StoreError: ``path`` exists and ``overwrite`` is off.
+        StoreError: ``path`` exists and ``overwrite`` is off, or another process is writing it.
         StoreWriteError: the disk refuses.
     """
 
@@ -122,20 +161,48 @@ class StoreWriter:
         shard_size: int = DEFAULT_SHARD_SIZE,
         header: dict | None = None,
         overwrite: bool = False,
+        resume_key: str = "",
     ) -> None:
+        check_free(path, overwrite)
         self.path = Path(path)
         self.partial = self.path.with_name(self.path.name + ".partial")
+        self.folder = self.partial / "store"
         self.categories = list(categories)
         self.shard_size = shard_size
         self.header = dict(header or {})
-        self.overwrite = overwrite
+        self.resume_key = resume_key
+        self.mark: dict | None = None
         self.shards: list[dict] = []
-        self.records: list[np.ndarray] = []
+        self._records: list[np.ndarray] = []
+        self._open_records: list[np.ndarray] = []
         self._file = None
-        if self.path.exists() and not overwrite:
-            raise StoreError(f"{self.path} exists; --overwrite replaces it, or choose another folder")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        with _disk_errors(self.partial):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock_folder()
+            self._take_over()
+
+    def _lock_folder(self) -> int:
+        folder = os.open(self.partial, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise StoreError(f"another process is writing {self.partial}; wait for it") from None
+        return folder
+
+    def _take_over(self) -> None:
+        """Keep the finished shards of an interrupted run of the same work; clear all else."""
+        kept = {PROGRESS_NAME, self.folder.name}
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            progress = json.loads((self.partial / PROGRESS_NAME).read_bytes())
+            if self.resume_key and progress["resume_key"] == self.resume_key:
+                shards = progress["shards"]
+                self._records = [np.load(self.partial / f"{s['name']}.npy") for s in shards]
+                self.shards, self.mark = shards, progress["mark"]
+                kept |= {s["name"] for s in shards} | {f"{s['name']}.npy" for s in shards}
+        for file in [*self.partial.iterdir(), *self.folder.iterdir()]:
+            if file.name not in kept:
+                file.unlink()
 
     def add(
         self,
@@ -151,69 +218,116 @@ class StoreWriter:
         windows: bool = False,
     ) -> None:
         """Encode and append one sample, uint8 RGB (h, w, 3); boxes default to the whole of it."""
-        height, width = image.shape[:2]
-        box = np.array([0, 0, width, height], np.float32) if box is None else box
+        size = image.shape[:2]
+        box = np.array([0, 0, size[1], size[0]], np.float32) if box is None else box
+        gt_box = box if gt_box is None else gt_box
         encoded, interval, code = encode_sample(image, quality=quality, png=png, windows=windows)
         builder = ChunkBuilder()
         builder.add(
             encoded,
             class_index=class_index,
-            size=(height, width),
+            size=size,
             image_id=image_id,
             serial=serial,
             box=box,
-            gt_box=box if gt_box is None else gt_box,
+            gt_box=gt_box,
             interval=interval,
-            format=code,
+            code=code,
         )
         self.append(builder.build())
 
-    def append(self, chunk: Chunk) -> None:
-        """Write a chunk behind what is there; begins a new shard where it would not fit."""
-        if self._file is not None and self._file.tell() + len(chunk.members) > self.shard_size:
-            self._close_shard()
-        if self._file is None:
-            self._file = open(self.partial / shard_name(len(self.shards)), "wb")
-            self.shards.append({"name": shard_name(len(self.shards)), "samples": 0, "bytes": 0})
-        records = chunk.records.copy()
-        records["offset"] += self._file.tell()
-        records["shard"] = len(self.shards) - 1
-        self._file.write(chunk.members)
-        self.records.append(records)
-        self.shards[-1]["samples"] += len(records)
+    def append(self, chunk: Chunk, mark: dict | None = None) -> None:
+        """Write a chunk behind what is there.
+
+        Args:
+            mark: where the work stands after this chunk; comes back as ``mark`` after a kill.
+        """
+        with _disk_errors(self.partial):
+            if self._file is not None and self._file.tell() + len(chunk.members) > self.shard_size:
+                self._close_shard()
+            if self._file is None and len(chunk.records):
+                self._file = open(self.folder / shard_name(len(self.shards)), "wb")
+            if len(chunk.records):
+                records = chunk.records.copy()
+                records["offset"] += self._file.tell()
+                records["shard"] = len(self.shards)
+                self._file.write(chunk.members)
+                self._open_records.append(records)
+        self._next_mark = mark
 
     def _close_shard(self) -> None:
         self._file.write(END_OF_ARCHIVE)
-        self.shards[-1]["bytes"] = self._file.tell()
-        self._file.close()
+        size = self._file.tell()
+        _sync(self._file)
         self._file = None
+        name, records = shard_name(len(self.shards)), np.concatenate(self._open_records)
+        np.save(self.partial / f"{name}.npy", records)
+        self._records.append(records)
+        self._open_records = []
+        self.shards.append({"name": name, "samples": len(records), "bytes": size})
+        progress = {"resume_key": self.resume_key, "shards": self.shards, "mark": self._next_mark}
+        _write_json(self.partial / PROGRESS_NAME, progress)
+
+    def index(self) -> np.ndarray:
+        """The records of all that was appended so far, RECORD (n,)."""
+        return np.concatenate([np.zeros(0, RECORD), *self._records, *self._open_records])
 
     def finish(self, report: dict | None = None) -> None:
         """Write index and header, and give the store its name."""
-        if self._file is not None:
-            self._close_shard()
-        index = np.concatenate([np.zeros(0, RECORD), *self.records])
-        np.save(self.partial / INDEX_NAME, index)
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "categories": self.categories,
-            "samples": len(index),
-            "shards": self.shards,
-            "fingerprint": fingerprint(self.categories, index),
-            "image_ids_sha256": hash_image_ids(index["image_id"]),
-            **self.header,
-            "report": report or {},
-        }
-        (self.partial / HEADER_NAME).write_text(json.dumps(header, indent=1))
+        with _disk_errors(self.partial):
+            if self._file is not None:
+                self._close_shard()
+            index = self.index()
+            with open(self.folder / INDEX_NAME, "wb") as file:
+                np.save(file, index)
+                _sync(file)
+            header = {
+                "format": FORMAT,
+                "version": VERSION,
+                "categories": self.categories,
+                "samples": len(index),
+                "shards": self.shards,
+                "fingerprint": fingerprint(self.categories, index),
+                "image_ids_sha256": hash_image_ids(index["image_id"]),
+                **self.header,
+                "report": report or {},
+            }
+            _write_json(self.folder / HEADER_NAME, header)
+            self._replace()
+
+    def _replace(self) -> None:
+        """Rename the finished folder; an old store steps aside first and goes last."""
+        old = self.path.with_name(self.path.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
         if self.path.exists():
-            shutil.rmtree(self.path)
-        os.replace(self.partial, self.path)
+            os.replace(self.path, old)
+        os.replace(self.folder, self.path)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def __enter__(self) -> "StoreWriter":
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            # What is unwritten is not wanted, and a full disk would raise again here.
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
+        os.close(self._lock)
+
+
+def _sync(file: object) -> None:
+    """Flush to the disk itself and close: a rename must not outlive the bytes that it names."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _write_json(path: Path, content: dict) -> None:
+    """Replace ``path`` as a whole, so that a kill leaves the old or the new."""
+    temporary = path.with_name(path.name + ".new")
+    with open(temporary, "w") as file:
+        json.dump(content, file, indent=1)
+        _sync(file)
+    os.replace(temporary, path)

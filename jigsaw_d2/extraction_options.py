@@ -1,0 +1,88 @@
+"""How to extract samples, and which of them are written for window decoding."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from jigsaw_d2.extraction_log import ExtractionError
+from jigsaw_d2.samples import GROUPS, group_codes
+from jigsaw_d2.store_writer import DEFAULT_QUALITY, DEFAULT_SHARD_SIZE
+from jigsaw_d2.template import REGION_GROUPS, JigsawTemplate
+
+
+@dataclass(frozen=True)
+class ExtractionOptions:
+    """How to extract. The first block determines the store's bytes, the second does not.
+
+    Attributes:
+        max_scale: a positive's sides grow to at most this times the box (Sec. 3.1); 1 = no context.
+        negative_ratio: negatives per positive over the dataset (Sec. 3.1: 1 to 10).
+        quality: of the JPEGs, 1 to 100. Ours: 95, as near to the source as JPEG sensibly gets.
+        png: store PNG instead, without loss.
+        class_files: add a ``.cls`` member with the class beside each sample.
+        min_side: pixels; a box with a shorter side is skipped. Ours: 2, one-pixel boxes show
+            nothing.
+        shard_size: bytes that a shard may hold.
+        template: what the samples will be shown in; decides which are written for window decoding,
+            and the report.
+        scale_range: ratios that samples are resized by before they are shown (Sec. 4.1).
+        part: (i, n): extract the i-th of n parts, i from 1.
+        workers: processes; 0 = in this one; None = one for each core.
+        strict: stop at the first fault in the input.
+        overwrite: replace an existing store.
+        progress: show a progress bar.
+    """
+
+    seed: int = 0
+    max_scale: float = 2.0
+    negative_ratio: float = 0.1
+    quality: int = DEFAULT_QUALITY
+    png: bool = False
+    class_files: bool = False
+    min_side: float = 2.0
+    shard_size: int = DEFAULT_SHARD_SIZE
+    template: JigsawTemplate = JigsawTemplate()
+    scale_range: tuple[float, float] = (0.8, 1.5)
+    part: tuple[int, int] = (1, 1)
+
+    workers: int | None = None
+    strict: bool = False
+    overwrite: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        checks = {
+            "seed": (self.seed >= 0, "0 or more"),
+            "max_scale": (self.max_scale >= 1, "1 or more (1 = no context)"),
+            "negative_ratio": (
+                self.negative_ratio >= 0,
+                "0 or more, e.g. 0.1 for one to ten positives",
+            ),
+            "quality": (1 <= self.quality <= 100, "from 1 to 100"),
+            "shard_size": (self.shard_size > 0, "positive"),
+            "scale_range": (0 < self.scale_range[0] <= self.scale_range[1], "0 < low <= high"),
+            "part": (1 <= self.part[0] <= self.part[1], "i/n with 1 <= i <= n"),
+            "workers": (self.workers is None or self.workers >= 0, "0 or more"),
+        }
+        for name, (good, wanted) in checks.items():
+            if not good:
+                raise ExtractionError(f"{name} is {getattr(self, name)}; it must be {wanted}")
+
+    def content(self) -> dict:
+        """What determines the bytes of the store, for the header."""
+        names = list(asdict(self))
+        return {name: asdict(self)[name] for name in names[: names.index("part")]}
+
+
+def shown_sizes(template: JigsawTemplate, min_scale: float) -> np.ndarray:
+    """int (3, 2): the largest (height, width) in sample pixels that a region shows of each group."""
+    shown = np.zeros((3, 2), int)
+    for group, size in zip(REGION_GROUPS, template.region_sizes):
+        code = GROUPS.index(group)
+        shown[code] = np.maximum(shown[code], np.ceil(np.array(size) / min_scale))
+    return shown
+
+
+def needs_windows(size: tuple[int, int], shown: np.ndarray) -> bool:
+    """Whether a sample of (height, width) is larger than any region can show."""
+    return bool((np.array(size) > shown[group_codes(size[1], size[0])]).any())

@@ -1,0 +1,255 @@
+"""What a store holds and how it suits the template: numbers, plain sentences, text for the screen."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tabulate import tabulate
+
+from jigsaw_d2.extraction_log import FAULT, RULE, ExtractionLog
+from jigsaw_d2.samples import GROUPS
+from jigsaw_d2.template import REGION_GROUPS, REGIONS, JigsawTemplate
+
+if TYPE_CHECKING:
+    from jigsaw_d2.extraction import ExtractionOptions
+
+GROUP_NAMES = {"S": "square-like (S)", "T": "tall (T)", "W": "wide (W)"}
+# A sample shown this many times as often as one of the most numerous group is worth a warning.
+STARVING_FACTOR = 10
+# Below this share of a region's pixels the padding dominates what the network sees.
+LOW_FILL = 0.35
+HIGH_CROP = 0.5
+FEW_SAMPLES = 10
+SCALES = 8  # ratios of the augmentation over which the fill is averaged
+
+
+def build_report(
+    index: np.ndarray,
+    categories: list[str],
+    options: "ExtractionOptions",
+    negatives_wanted: int,
+    logs: tuple[int, ExtractionLog, ExtractionLog],
+) -> dict:
+    """The report of a store.
+
+    Args:
+        index: its records, ``store_format.RECORD`` (n,).
+        negatives_wanted: over the whole dataset, all parts.
+        logs: images listed by the dataset; what planning logged, on all of it; what cutting logged,
+            in this part.
+    """
+    listed, plan_log, cut_log = logs
+    summary = summarise(index, categories, options.template, options.scale_range)
+    skipped = {"dataset": plan_log.to_dict(), "part": cut_log.to_dict()}
+    summary["images"] = {"listed": listed, "with_samples": len(np.unique(index["image_id"]))}
+    summary["negatives_wanted"] = negatives_wanted
+    summary["log"] = skipped
+    if options.part == (1, 1) and negatives_wanted:
+        summary["cautions"] += _ratio_cautions(summary, negatives_wanted)
+    return summary
+
+
+def summarise(
+    index: np.ndarray,
+    categories: list[str],
+    template: JigsawTemplate,
+    scale_range: Sequence[float],
+) -> dict:
+    """Counts per class and group, sizes, fill of the template, and cautions; plain Python values."""
+    background = len(categories)
+    positive = index["class"] < background
+    counts = np.zeros((background + 1, 3), np.int64)
+    np.add.at(counts, (index["class"], index["group"]), 1)
+    fill = template_fill(index["size"], index["group"], template, scale_range)
+    report = {
+        "samples": len(index),
+        "positives": int(positive.sum()),
+        "negatives": int((~positive).sum()),
+        "jpeg_bytes": int(index["length"].sum()),
+        "groups": {
+            name: {
+                "positive": int(counts[:-1, g].sum()),
+                "negative": int(counts[-1, g]),
+                "size_percentiles": _percentiles(index["size"][index["group"] == g]),
+            }
+            for g, name in enumerate(GROUPS)
+        },
+        "classes": [
+            [name, *row] for name, row in zip([*categories, "background"], counts.tolist())
+        ],
+        "template": {
+            "size": [template.height, template.width],
+            "split": [template.split_y, template.split_x],
+            "scale_range": list(scale_range),
+            "regions": fill,
+        },
+    }
+    report["cautions"] = cautions(report)
+    return report
+
+
+def _percentiles(sizes: np.ndarray) -> dict:
+    """{"height": [5 %, 50 %, 95 %], "width": ...} in pixels; empty without samples."""
+    if not len(sizes):
+        return {}
+    values = np.percentile(sizes, [5, 50, 95], axis=0).round(1)
+    return {"height": values[:, 0].tolist(), "width": values[:, 1].tolist()}
+
+
+def template_fill(
+    sizes: np.ndarray, groups: np.ndarray, template: JigsawTemplate, scale_range: Sequence[float]
+) -> dict:
+    """{region: {"used", "padded", "cropped"}}: expected over the draws of Jigsaw assembly.
+
+    "used" and "padded" are shares of the region's pixels; "cropped" is the mean share of a sample's
+    pixels that find no place. Of two S samples the smaller goes to R1: a sample's chance to be the
+    larger is its rank by area. None for a region whose group is empty.
+    """
+    low, high = scale_range
+    scales = low + (high - low) * (np.arange(SCALES) + 0.5) / SCALES
+    fill = {}
+    for region, group, size in zip(REGIONS, REGION_GROUPS, template.region_sizes):
+        mine = sizes[groups == GROUPS.index(group)].astype(np.float64)
+        if not len(mine):
+            fill[region] = None
+            continue
+        larger = (np.argsort(np.argsort(mine.prod(axis=1), kind="stable")) + 0.5) / len(mine)
+        weight = {"R1": 1 - larger, "R4": larger}.get(region, np.ones(len(mine)))
+        weight = weight / weight.sum() / SCALES
+        used = kept = 0.0
+        for scale in scales:
+            shown = np.minimum(mine * scale, size).prod(axis=1)
+            used += weight @ shown / (size[0] * size[1])
+            kept += weight @ (shown / (mine * scale).prod(axis=1))
+        fill[region] = {
+            "used": round(float(used), 4),
+            "padded": round(float(1 - used), 4),
+            "cropped": round(float(1 - kept), 4),
+        }
+    return fill
+
+
+def cautions(report: dict) -> list[str]:
+    """Sentences that say where the data do not suit the template, and what will be done."""
+    counts = {g: sum(report["groups"][g][k] for k in ("positive", "negative")) for g in GROUPS}
+    sentences = []
+    # Two of the four regions show an S sample.
+    rates = {g: (2 if g == "S" else 1) / count for g, count in counts.items() if count}
+    for group, count in counts.items():
+        name, regions = GROUP_NAMES[group], _regions_of(group)
+        if count == 0:
+            sentences.append(
+                f"No {name} sample: {regions} will borrow the samples of nearest aspect ratio."
+            )
+        elif rates[group] > STARVING_FACTOR * min(rates.values()):
+            often = rates[group] / min(rates.values())
+            sentences.append(
+                f"Only {count} {name} samples: each will be shown {often:.0f} times as often as one "
+                "of the most numerous group; nothing else changes, but they may be learnt by heart."
+            )
+    sentences += _fill_cautions(report)
+    few = [row[0] for row in report["classes"][:-1] if 0 < sum(row[1:]) < FEW_SAMPLES]
+    if few:
+        sentences.append(
+            f"{len(few)} of {len(report['classes']) - 1} classes have fewer than {FEW_SAMPLES} "
+            f"samples ({_some(few)}): INPUT.JIGSAW.SAMPLING class_balanced shows them more often."
+        )
+    empty = [row[0] for row in report["classes"][:-1] if not sum(row[1:])]
+    if empty:
+        sentences.append(f"{len(empty)} classes have no sample ({_some(empty)}): never a target.")
+    return sentences
+
+
+def _fill_cautions(report: dict) -> list[str]:
+    sentences = []
+    for region, fill in report["template"]["regions"].items():
+        if fill is None:
+            continue
+        group = REGION_GROUPS[REGIONS.index(region)]
+        height, width = (
+            report["groups"][group]["size_percentiles"][k][1] for k in ("height", "width")
+        )
+        samples = f"{GROUP_NAMES[group]} samples (median {width:.0f} x {height:.0f} pixels)"
+        if fill["used"] < LOW_FILL:
+            sentences.append(
+                f"{region} will be {fill['padded']:.0%} zero padding: {samples} are far smaller than "
+                "it. A smaller INPUT.JIGSAW.TEMPLATE_SIZE would waste less."
+            )
+        if fill["cropped"] > HIGH_CROP:
+            sentences.append(
+                f"{region} will show random crops: on average {fill['cropped']:.0%} of {samples} does "
+                "not fit. A lower INPUT.JIGSAW.SCALE_RANGE would show more of each."
+            )
+    return sentences
+
+
+def _ratio_cautions(report: dict, wanted: int) -> list[str]:
+    found = report["negatives"]
+    if abs(found - wanted) <= 0.01 * wanted:
+        return []
+    return [
+        f"{found} negatives instead of {wanted}: the images have no more free room, or some could "
+        "not be read. Training goes on with what there is."
+    ]
+
+
+def _regions_of(group: str) -> str:
+    return " and ".join(r for r, g in zip(REGIONS, REGION_GROUPS) if g == group)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def format_report(report: dict, max_classes: int = 100) -> str:
+    """The report as text for the screen."""
+    groups = [
+        [
+            GROUP_NAMES[g],
+            values["positive"],
+            values["negative"],
+            *(_range(values["size_percentiles"].get(k)) for k in ("width", "height")),
+        ]
+        for g, values in report["groups"].items()
+    ]
+    regions = [
+        [region, *([f"{fill[k]:.1%}" for k in fill] if fill else ["borrows"] * 3)]
+        for region, fill in report["template"]["regions"].items()
+    ]
+    classes = [[*row, sum(row[1:])] for row in report["classes"]]
+    rest = len(classes) - max_classes
+    if rest > 0:
+        classes = sorted(classes[:-1], key=lambda row: -row[4])[: max_classes - 1] + classes[-1:]
+    size = "width", "height"
+    parts = [
+        f"{report['samples']} samples: {report['positives']} positive, {report['negatives']} "
+        f"negative; {report['jpeg_bytes'] / 1e6:.1f} MB encoded",
+        tabulate(groups, ["group", "positive", "negative", *(f"{s} 5|50|95 %" for s in size)]),
+        tabulate(regions, ["region", "used", "padded", "cropped away"], colalign=("left",) * 4),
+        tabulate(classes, ["class", "S", "T", "W", "all"])
+        + (f"\n... and {rest + 1} smaller classes" if rest > 0 else ""),
+        *format_log(report.get("log", {})),
+        *(f"! {sentence}" for sentence in report["cautions"]),
+    ]
+    return "\n\n".join(parts)
+
+
+def _range(values: list[float] | None) -> str:
+    return "|".join(f"{v:.0f}" for v in values) if values else "-"
+
+
+def format_log(logs: dict) -> list[str]:
+    """Tables of what was skipped and noticed: at most one text each."""
+    merged = ExtractionLog()
+    for entries in logs.values():
+        merged.merge(ExtractionLog.from_dict(entries))
+    texts = []
+    for title, kinds in (("skipped", (FAULT, RULE)), ("noticed", ("note",))):
+        rows = [
+            [entry["count"], reason, entry["text"], entry["examples"][0]]
+            for reason, entry in merged.to_dict().items()
+            if entry["kind"] in kinds
+        ]
+        if rows:
+            texts.append(tabulate(rows, [title, "reason", "meaning", "for example"]))
+    return texts

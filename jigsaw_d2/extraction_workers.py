@@ -1,0 +1,81 @@
+"""Work shared out between processes, its results in the order of the tasks."""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+
+import cv2
+
+from jigsaw_d2.errors import JigsawError
+
+# Tasks submitted ahead of the one whose result is due, per process: enough that none idles while
+# a slow one is awaited, few enough that results do not pile up in memory.
+AHEAD = 4
+
+
+class WorkerLostError(JigsawError, RuntimeError):
+    """A worker process died, most often for want of memory."""
+
+
+def default_workers() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _start_worker(parent: int) -> None:
+    cv2.setNumThreads(1)  # the processes are the parallelism
+
+    def exit_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+class Workers:
+    """A pool of ``count`` processes as a context manager; 0 = work in this process."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        if self.count:
+            # fork: a worker starts in milliseconds and shares what is loaded already.
+            self._pool = ProcessPoolExecutor(
+                self.count, get_context("fork"), _start_worker, (os.getpid(),)
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, function: Callable, tasks: Iterable[tuple]) -> Iterator:
+        """``function(*task)`` of every task, in order.
+
+        Raises:
+            WorkerLostError: a process died.
+        """
+        if self._pool is None:
+            yield from (function(*task) for task in tasks)
+            return
+        pending = deque()
+        try:
+            for task in tasks:
+                pending.append(self._pool.submit(function, *task))
+                if len(pending) > AHEAD * self.count:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise WorkerLostError(
+                "a worker process died (out of memory?): run the same command again with fewer "
+                "--workers; finished shards are kept"
+            ) from error

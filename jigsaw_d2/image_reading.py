@@ -1,0 +1,122 @@
+"""Image files -> the pixels that Detectron2's reader gives, or a named reason why not."""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from jigsaw_d2.errors import JigsawError
+
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPS_SIDES = (5, 6, 7, 8)
+GREY_MODES = ("1", "L", "LA")
+ALPHA_MODES = ("LA", "PA", "RGBA", "La", "RGBa")
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+# Last bytes of a whole file; where they are missing, only decoding tells whether pixels are too.
+ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+class ImageReadError(JigsawError, ValueError):
+    """An image that cannot be used; ``reason`` is a key of ``extraction_log.REASONS``."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class ImageInfo(NamedTuple):
+    """Size (height, width) as read, i.e. upright, and what is special (keys of ``REASONS``)."""
+
+    size: tuple[int, int]
+    notes: tuple[str, ...]
+
+
+def _open(path: str) -> Image.Image:
+    try:
+        if os.path.getsize(path) == 0:
+            raise ImageReadError("image_empty")
+        return Image.open(path)
+    except FileNotFoundError:
+        raise ImageReadError("image_missing") from None
+    except Image.UnidentifiedImageError:
+        raise ImageReadError("image_not_an_image") from None
+    except ImageReadError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "image_unreadable" if isinstance(error, OSError) else "image_not_an_image"
+        raise ImageReadError(reason) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # EXIF is free-form: Detectron2's reader ignores what it cannot parse, too
+        return 1
+
+
+def _notes(image: Image.Image, orientation: int) -> tuple[str, ...]:
+    if image.mode in DEEP_MODES:
+        raise ImageReadError("image_16_bit")
+    notes = {
+        "image_grey": image.mode in GREY_MODES,
+        "image_palette": image.mode in ("P", "PA"),
+        "image_cmyk": image.mode == "CMYK",
+        "image_alpha": image.mode in ALPHA_MODES or "transparency" in image.info,
+        "image_rotated": orientation in UPRIGHT,
+    }
+    return tuple(note for note, true in notes.items() if true)
+
+
+def probe_image(path: str) -> ImageInfo:
+    """Size and peculiarities from the header; decodes only where the file's end looks cut off.
+
+    Raises:
+        ImageReadError: with the reason.
+    """
+    with _open(path) as image:
+        orientation = _orientation(image)
+        notes = _notes(image, orientation)
+        width, height = image.size
+        ending = ENDINGS.get(image.format)
+        if ending is not None and not _ends_with(path, ending):
+            _load(image)
+    return ImageInfo((width, height) if orientation in SWAPS_SIDES else (height, width), notes)
+
+
+def _ends_with(path: str, ending: bytes) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-min(len(ending), os.path.getsize(path)), os.SEEK_END)
+        return file.read() == ending
+
+
+def _load(image: Image.Image) -> None:
+    try:
+        image.load()
+    except Exception as error:  # Pillow's decoders raise what they like on broken files
+        raise ImageReadError("image_truncated") from error
+
+
+def read_pixels(path: str) -> np.ndarray:
+    """uint8 RGB (h, w, 3), or (h, w) where the image is grey: upright, as Detectron2 reads it.
+
+    Raises:
+        ImageReadError: with the reason.
+    """
+    with _open(path) as image:
+        orientation = _orientation(image)
+        _notes(image, orientation)
+        _load(image)
+        if orientation in UPRIGHT:
+            image = image.transpose(UPRIGHT[orientation])
+        mode = "L" if image.mode in GREY_MODES else "RGB"
+        return np.asarray(image if image.mode == mode else image.convert(mode))
