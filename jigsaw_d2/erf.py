@@ -1,32 +1,29 @@
-"""Effective receptive field (ERF) of any Detectron2 backbone, and the label weights of Eq. 2.
+"""Effective receptive field (ERF) of any Detectron2 backbone; ``region_weights`` makes labels of it.
 
 Shape letters: N images; S = 4 regions R1..R4; H, W canvas pixels; h, w feature cells.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.erf_weights import NUM_REGIONS, ErfError, check_finite, region_weights
+from jigsaw_d2.network_state import measuring
 from jigsaw_d2.template import JigsawTemplate
 
-NUM_REGIONS = 4
+__all__ = ["ErfMeasurement", "erf_maps", "erf_region_sums", "measure_erf", "region_weights"]
+
 GRADS = {"abs": torch.abs, "relu": torch.relu}
 
 # Luo et al. 2016, cited by the paper, leave the reduction open; this is ours.
 DEFINITION = (
     "ERF of a cell = gradient of the sum of the cell's feature vector with respect to the "
     "normalised input image, {grad}, summed over the input channels, averaged over {images} "
-    "images; network in evaluation mode"
+    "image(s); network in evaluation mode"
 )
 GRAD_WORDS = {"abs": "absolute value", "relu": "positive part"}
-
-
-class ErfError(JigsawError, ValueError):
-    """A network, feature, input or setting whose ERF cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def erf_region_sums(
     comes back in the mode, and with the statistics, it had.
     """
     measured = measure_erf(backbone, images, template, feature, grad, **options)
-    return _finite(measured.region_sums)
+    return check_finite(measured.region_sums)
 
 
 def measure_erf(
@@ -96,7 +93,9 @@ def measure_erf(
     """
     _check_images(images, template)
     sums: dict[int, Tensor] = {}
-    maps = images.new_zeros(NUM_REGIONS, *images.shape[2:], dtype=torch.float32) if with_maps else None
+    maps = (
+        images.new_zeros(NUM_REGIONS, *images.shape[2:], dtype=torch.float32) if with_maps else None
+    )
     with measuring(backbone) as network:
         device = _device_of(network, images)
         maps = maps if maps is None else maps.to(device)
@@ -140,117 +139,7 @@ def erf_maps(
             _, found = _cell_maps(network, chunk.to(device), feature, grad, amp_dtype, cells)
             for index, (_, erf) in enumerate(found):
                 maps[index] += erf.sum(dim=0)
-    return _finite(maps / len(images))
-
-
-def region_weights(region_sums: Tensor, cell_regions: Tensor, tau: float = 0.7) -> Tensor:
-    """Eq. 2: the weights of the four labels in every cell.
-
-    Args:
-        region_sums: float (h, w, S), non-negative.
-        cell_regions: int64 (h, w) in [0, S), r of Eq. 2.
-        tau: least weight of the cell's own region, in [0, 1].
-
-    Returns:
-        float64 (S, h, w), adding up to 1 in every cell. A cell that sees nothing outside its region
-        (share 1) gives its own label weight 1, and so does a cell that sees nothing at all (a dead
-        feature vector, 0 / 0 in Eq. 2): it tells nothing about the neighbours.
-
-    Raises:
-        ErfError: shapes that do not belong together, negative or non-finite sums, tau outside [0, 1].
-    """
-    if region_sums.shape != (*cell_regions.shape, NUM_REGIONS):
-        raise ErfError(
-            f"region sums {tuple(region_sums.shape)} do not fit {tuple(cell_regions.shape)} cells"
-        )
-    if not 0 <= tau <= 1:
-        raise ErfError(f"tau (MODEL.JIGSAW.TAU) is {tau}; it must lie in [0, 1]")
-    sums = _finite(region_sums.double().permute(2, 0, 1))
-    if (sums < 0).any():
-        raise ErfError("an ERF has negative sums; they are sums of absolute or positive gradients")
-    own = own_region_weights(cell_regions)
-    outside = (sums * (1 - own)).sum(dim=0)
-    # Not 1 - share: that difference loses all digits where nearly everything lies inside.
-    own_share = 1 - outside / sums.sum(dim=0).clamp_min(torch.finfo(sums.dtype).tiny)
-    own_weight = torch.where(outside > 0, own_share.clamp_min(tau), 1.0)
-    others = sums / outside.where(outside > 0, torch.ones_like(outside))
-    return torch.where(own > 0, own_weight, (1 - own_weight) * others)
-
-
-def own_region_weights(cell_regions: Tensor) -> Tensor:
-    """Float64 (S, h, w): weight 1 on each cell's own region, the limit tau = 1 of Eq. 2."""
-    regions = torch.arange(NUM_REGIONS, device=cell_regions.device)
-    return (cell_regions == regions[:, None, None]).double()
-
-
-def region_shares(region_sums: Tensor, cell_regions: Tensor) -> Tensor:
-    """Float64 (S, S): row r = how the ERF of a cell of region r spreads over R1..R4, cell mean.
-
-    A dead cell counts as zeros.
-    """
-    shares = region_sums.double()
-    shares = shares / shares.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.double).tiny)
-    return torch.stack([shares[cell_regions == r].mean(dim=0) for r in range(NUM_REGIONS)])
-
-
-def outside_shares(region_sums: Tensor, cell_regions: Tensor) -> Tensor:
-    """Float64 (S,): the part of a cell's ERF outside its own region, mean over a region's cells."""
-    shares = region_shares(region_sums, cell_regions)
-    return shares.sum(dim=1) - shares.diagonal()
-
-
-def format_summary(region_sums: Tensor, weights: Tensor, cell_regions: Tensor) -> str:
-    """Table of four rows: each region's cells, where their ERF lies, and the labels they learn."""
-    shares = region_shares(region_sums, cell_regions)
-    outside = outside_shares(region_sums, cell_regions)
-    lines = ["cells of   ERF share in R1    R2    R3    R4   outside   label weight w1    w2    w3    w4"]
-    for r in range(NUM_REGIONS):
-        labels = weights[:, cell_regions == r].double().mean(dim=1)
-        lines.append(
-            f"R{r + 1} ({int((cell_regions == r).sum()):3d})"
-            + " " * 10
-            + "".join(f"{share:6.3f}" for share in shares[r].tolist())
-            + f"{outside[r].item():10.3f}"
-            + " " * 12
-            + "".join(f"{weight:6.3f}" for weight in labels.tolist())
-        )
-    return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def measuring(network: nn.Module) -> Iterator[nn.Module]:
-    """The bare network, in evaluation mode and with frozen weights, gradients on, for this block.
-
-    Afterwards, even after an exception, modes, ``requires_grad``, statistics, ``.grad``, torch's
-    random state and autograd's and autocast's state are what they were.
-    """
-    network = unwrap(network)
-    modes = [(module, module.training) for module in network.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-    cuda = sorted({p.device.index for p, _ in flags if p.device.type == "cuda"})
-    # A compiled backward frees what it saved on its first use; this measurement uses it per cell.
-    eager = torch.compiler.set_stance("force_eager")
-    with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad(), eager:
-        try:
-            network.eval()
-            network.requires_grad_(False)
-            yield network
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-
-
-def unwrap(network: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel and torch.compile."""
-    while True:
-        inner = getattr(network, "_orig_mod", None)
-        if inner is None and isinstance(network, nn.parallel.DistributedDataParallel):
-            inner = network.module
-        if inner is None:
-            return network
-        network = inner
+    return check_finite(maps / len(images))
 
 
 def _cell_maps(
@@ -333,12 +222,3 @@ def _check_images(images: Tensor, template: JigsawTemplate) -> None:
             f"images are {images.shape[2]}x{images.shape[3]}, the template is "
             f"{template.height}x{template.width}; they must be equal"
         )
-
-
-def _finite(values: Tensor) -> Tensor:
-    if not torch.isfinite(values).all():
-        raise ErfError(
-            "the ERF holds inf or nan: the network's weights have diverged, or float16 overflowed "
-            "(MODEL.JIGSAW.ERF.AMP)"
-        )
-    return values

@@ -11,17 +11,15 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from jigsaw_d2.cost import backbone_flops
-from jigsaw_d2.erf import (
+from jigsaw_d2.erf import ErfMeasurement, measure_erf
+from jigsaw_d2.erf_weights import (
     ErfError,
-    ErfMeasurement,
     format_summary,
-    measure_erf,
-    measuring,
     outside_shares,
     region_shares,
     region_weights,
-    unwrap,
 )
+from jigsaw_d2.network_state import measuring, unwrap
 from jigsaw_d2.precision import Precision
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.visualization.erf import erf_figure, figure_pixels

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NUM_REGIONS = 4
+from jigsaw_d2.erf_weights import NUM_REGIONS
 
 
 def soft_labels(weights: Tensor, gt_classes: Tensor, num_classes: int) -> Tensor:

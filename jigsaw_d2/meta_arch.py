@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from jigsaw_d2 import losses
 from jigsaw_d2.config import OBJECTIVES
-from jigsaw_d2.erf import own_region_weights
+from jigsaw_d2.erf_weights import own_region_weights
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.template import JigsawTemplate
 
@@ -192,7 +192,9 @@ class JigsawPretrainer(nn.Module):
             storage.put_scalar(name, value, smoothing_hint=False)
 
 
-def _collate(batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor | None]:
+def _collate(
+    batch: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+) -> tuple[Tensor, Tensor | None]:
     """Images and classes of either form of batch; classes may be absent in evaluation."""
     if isinstance(batch, Mapping):
         return batch["image"], batch.get("gt_classes")

@@ -57,9 +57,13 @@ def line_operator(size: int, stride: int = 1, dilation: int = 1) -> np.ndarray:
     return matrix
 
 
-def tiny_backbone(*overrides: object, features: tuple[str, ...] = ("res5",), seed: int = 0) -> nn.Module:
+def tiny_backbone(
+    *overrides: object, features: tuple[str, ...] = ("res5",), seed: int = 0
+) -> nn.Module:
     """ResNet-50 of 4 to 64 channels, randomly initialised; statistics of its norms random too."""
-    cfg = get_jigsaw_cfg("", [*TINY_RESNET, "MODEL.RESNETS.OUT_FEATURES", list(features), *overrides])
+    cfg = get_jigsaw_cfg(
+        "", [*TINY_RESNET, "MODEL.RESNETS.OUT_FEATURES", list(features), *overrides]
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         backbone = build_backbone(cfg)

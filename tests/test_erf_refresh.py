@@ -13,8 +13,9 @@ from detectron2.utils.events import EventStorage
 from helpers_networks import tiny_backbone
 
 from jigsaw_d2 import erf_refresh
-from jigsaw_d2.erf import ErfError, erf_region_sums, outside_shares, region_weights
+from jigsaw_d2.erf import erf_region_sums, region_weights
 from jigsaw_d2.erf_refresh import ErfRefreshHook
+from jigsaw_d2.erf_weights import ErfError, outside_shares
 from jigsaw_d2.meta_arch import JigsawPretrainer
 from jigsaw_d2.template import JigsawTemplate
 
@@ -122,7 +123,9 @@ class RefreshTest(unittest.TestCase):
         hook = self.run_hook(drawn, figures=True)
         self.assertTrue(torch.equal(plain.erf_weights, drawn.erf_weights))
         ((name, image, iteration),) = hook.trainer.storage._vis_data
-        self.assertEqual((name, iteration, image.dtype.name, image.shape[0]), ("erf/regions", 0, "uint8", 3))
+        self.assertEqual(
+            (name, iteration, image.dtype.name, image.shape[0]), ("erf/regions", 0, "uint8", 3)
+        )
 
     def test_training_randomness_is_left_alone(self):
         model = build_model()
@@ -142,7 +145,9 @@ class RefreshTest(unittest.TestCase):
         for r in range(4):
             self.assertAlmostEqual(scalars[f"erf/outside_share_R{r + 1}"], outside[r].item())
         ((stage, amounts),) = hook.trainer.ledger.entries
-        self.assertEqual((stage, amounts["images"], amounts["pixels"]), ("erf_refresh", 3, 3 * 96 * 96))
+        self.assertEqual(
+            (stage, amounts["images"], amounts["pixels"]), ("erf_refresh", 3, 3 * 96 * 96)
+        )
         self.assertGreater(amounts["flops"], 0)
 
         before = model.erf_weights.clone()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from jigsaw_d2 import losses
 from jigsaw_d2.config import OBJECTIVES, get_jigsaw_cfg
-from jigsaw_d2.erf import own_region_weights
+from jigsaw_d2.erf_weights import own_region_weights
 from jigsaw_d2.meta_arch import LOG_PERIOD, JigsawModelError, JigsawPretrainer
 from jigsaw_d2.template import JigsawTemplate, TemplateError
 
@@ -105,7 +105,9 @@ class ForwardTest(unittest.TestCase):
     def test_memory_format_changes_nothing_else(self):
         data = batch()
         plain, last = build().eval(), build(channels_last=True).eval()
-        self.assertTrue(last.preprocess(data["image"]).is_contiguous(memory_format=torch.channels_last))
+        self.assertTrue(
+            last.preprocess(data["image"]).is_contiguous(memory_format=torch.channels_last)
+        )
         expected = plain(data)["region_logits"]
         torch.testing.assert_close(last(data)["region_logits"], expected, rtol=1e-4, atol=1e-5)
 
@@ -176,7 +178,9 @@ class SettingsTest(unittest.TestCase):
         cfg = get_jigsaw_cfg("Base-JigsawPretrain.yaml", keys)
         model = build_model(cfg)
         self.assertIsInstance(model, JigsawPretrainer)
-        self.assertEqual((model.objective, model.tau, model.classifier.out_channels), ("global", 0.7, 4))
+        self.assertEqual(
+            (model.objective, model.tau, model.classifier.out_channels), ("global", 0.7, 4)
+        )
         self.assertEqual(model.erf_weights.shape, (4, 7, 7))
 
     def test_refusals(self):

@@ -1,6 +1,7 @@
 """Effective receptive fields as figures: several networks side by side on one colour scale (Fig. 6)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -47,7 +48,9 @@ def erf_figure(
         axes[row, 0].set_ylabel(name, fontsize=10)
         _share_table(axes[row, 4], np.asarray(shares[row]))
     bar = figure.colorbar(image, ax=axes[:, :4], location="bottom", fraction=0.05, aspect=60)
-    bar.set_label("ERF density (1 = spread evenly over the canvas; square-root colours)", fontsize=9)
+    bar.set_label(
+        "ERF density (1 = spread evenly over the canvas; square-root colours)", fontsize=9
+    )
     if title:
         figure.suptitle(title, fontsize=9, wrap=True)
     return figure
@@ -93,3 +96,65 @@ def _share_table(panel, shares: np.ndarray) -> None:
     for r in range(4):
         table[r + 1, r].get_text().set_fontweight("bold")
     panel.text(0.5, 0.8, "share of ERF in each region", ha="center", fontsize=9)
+
+
+def cell_figure(
+    maps: Tensor, cells: Sequence[tuple[int, int]], stride: int, title: str = ""
+) -> Figure:
+    """The ERF of single cells over the input, one panel each, one colour scale.
+
+    Args:
+        maps: float (len(cells), H, W).
+        cells: (row, column) of each; a row of panels for every row of cells.
+        stride: pixels per cell; outlines the pixels that the cell stands on.
+        title: a line above.
+    """
+    density = _density(maps)
+    norm = PowerNorm(0.5, vmin=0, vmax=max(float(density.max()), 1e-12))
+    rows = len({row for row, _ in cells})
+    columns = -(-len(cells) // rows)
+    figure = Figure(figsize=(3.0 * columns + 0.6, 3.0 * rows + 1.0), layout="compressed")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for panel, (row, column), values in zip(axes.flat, cells, density):
+        image = panel.imshow(values, cmap=COLOUR_MAP, norm=norm)
+        corner = (column * stride - 0.5, row * stride - 0.5)
+        panel.add_patch(Rectangle(corner, stride, stride, fill=False, edgecolor="cyan"))
+        panel.set_title(f"cell ({row}, {column})", fontsize=9)
+        panel.set_xticks([])
+        panel.set_yticks([])
+    bar = figure.colorbar(image, ax=axes, location="bottom", fraction=0.05, aspect=50)
+    bar.set_label("ERF density (1 = spread evenly over the input; square-root colours)", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=9, wrap=True)
+    return figure
+
+
+def map_size(erf: Tensor) -> dict[str, float]:
+    """How far one ERF, float (H, W), reaches, in pixels; zeros for a dead one.
+
+    Returns:
+        radius_50, radius_90: around its centre of mass, of the circle that holds so much of it.
+        side_luo: square root of the number of pixels above 4.55 % of the peak, the measure of Luo
+            et al. 2016.
+    """
+    values = erf.detach().cpu().double().numpy()
+    total = values.sum()
+    if total <= 0:
+        return {"radius_50": 0.0, "radius_90": 0.0, "side_luo": 0.0}
+    y, x = np.indices(values.shape)
+    distance = np.hypot(y - (values * y).sum() / total, x - (values * x).sum() / total).ravel()
+    order = np.argsort(distance)
+    mass = np.cumsum(values.ravel()[order]) / total
+    radii = [
+        float(distance[order[min(np.searchsorted(mass, q), mass.size - 1)]]) for q in (0.5, 0.9)
+    ]
+    side = float(np.sqrt((values > (1 - 0.9545) * values.max()).sum()))
+    return {"radius_50": radii[0], "radius_90": radii[1], "side_luo": side}
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as an image file, the format taken from its suffix."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
