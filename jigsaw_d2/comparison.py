@@ -28,7 +28,7 @@ from jigsaw_d2.pipeline import (
     read_results,
     stage_cost,
 )
-from jigsaw_d2.stages import Runner, Say, Stage, is_done, read_marker, run_stage
+from jigsaw_d2.stages import Runner, Say, Stage, is_done, run_stage
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +150,8 @@ class Comparison:
 
     def _pretrain(self, run: Run, folder: Path) -> Path:
         """Converted weights of a Jigsaw arm."""
-        stores, seconds = self._stores(run)
-        run.costs["extraction"] = {"images": 0, "flops": 0, "seconds": seconds}
+        stores = self._stores(run)
+        run.costs["extraction"] = stage_cost(stores[0].parent, "extraction")
         overrides = [*self.plan.pretrain, *run.arm.pretrain]
         cfg = scale_to_batch(get_jigsaw_cfg(self.plan.pretrain_config, overrides))
         base = self.plan.pretrain_iterations or cfg.SOLVER.MAX_ITER
@@ -175,8 +175,8 @@ class Comparison:
         self._do(run, converted)
         return converted.outputs[0]
 
-    def _stores(self, run: Run) -> tuple[tuple[Path, Path], float]:
-        """Stores of an arm (train, val), and the seconds that the training one took."""
+    def _stores(self, run: Run) -> tuple[Path, Path]:
+        """Stores of an arm: training, held out."""
         ways = list(dict.fromkeys(arm.extract for arm in self.plan.arms if arm.kind == "jigsaw"))
         folder = self.output / f"samples-{ways.index(run.arm.extract)}"
         stages = [
@@ -185,8 +185,7 @@ class Comparison:
         ]
         for stage in stages:
             self._do(run, stage)
-        train, val = stages
-        return (train.outputs[0], val.outputs[0]), read_marker(train.folder)["seconds"]
+        return stages[0].outputs[0], stages[1].outputs[0]
 
     def _do(self, run: Run, stage: Stage) -> None:
         over = self._deadline is not None and time.monotonic() > self._deadline

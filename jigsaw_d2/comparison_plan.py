@@ -160,7 +160,7 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
     "fit": _variants("fit", "INPUT.JIGSAW.FIT", FIT_METHODS, _BLOCK),
     "context": _variants("context", "INPUT.JIGSAW.CONTEXT", (True, False), _ERF),  # Sec. 3.1
     "negatives": tuple(
-        replace(_ERF, name=f"positives per negative {ratio}", extract=("--negative-ratio", str(1 / ratio)))
+        replace(_ERF, name=f"positives per negative {ratio}", extract=("--negative-ratio", str(ratio)))
         for ratio in (2, 10, 50)
     ),
     "tau": _variants("tau", "MODEL.JIGSAW.TAU", (0.5, 0.6, 0.7, 0.8, 1.0), _ERF),  # Fig. 7a

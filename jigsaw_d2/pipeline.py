@@ -102,7 +102,7 @@ def extraction_stage(
         *("--output", str(store), "--seed", str(seed), *options),
     )
     inputs = {"json": file_digest(annotations)}
-    return Stage(f"extract {split}", argv, folder, (store,), inputs)
+    return Stage(f"extract {split}", argv, folder, (store,), inputs, resumable=True)
 
 
 def pretraining_stage(
@@ -181,6 +181,7 @@ def _training_stage(
         (folder / output,),
         inputs,
         iterations,
+        resumable=True,
         resume_argv=("--resume",),
         resume_at=len(argv),
     )

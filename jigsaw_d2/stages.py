@@ -44,8 +44,8 @@ class Stage:
         outputs: files or folders that exist when it has succeeded.
         inputs: JSON-able identity of what it reads besides its command line.
         iterations: of training, to tell progress by; 0 where there is none.
-        resume_argv: put into the command line, before its argument number ``resume_at``, to go on
-            in a folder left half done; empty if the command always starts from the beginning.
+        resumable: the command can go on in a folder left half done; otherwise that is emptied.
+        resume_argv: put into the command line then, before its argument number ``resume_at``.
     """
 
     title: str
@@ -54,6 +54,7 @@ class Stage:
     outputs: tuple[Path, ...]
     inputs: dict = field(default_factory=dict)
     iterations: int = 0
+    resumable: bool = False
     resume_argv: tuple[str, ...] = ()
     resume_at: int = 1
 
@@ -89,7 +90,7 @@ def run_stage(stage: Stage, say: Say, runner: Runner | None = None) -> StageRepo
         say(f"{stage.title}: done before, in {known['seconds']:.0f} s")
         return StageReport(stage.title, stage.command, known["seconds"], skipped=True)
     same = known is not None and all(known[key] == value for key, value in identity.items())
-    resumed = same and not known["done"] and bool(stage.resume_argv)
+    resumed = same and not known["done"] and stage.resumable
     before = known["seconds"] if resumed else 0.0
     if not resumed:
         _empty(stage.folder)

@@ -5,8 +5,9 @@ import pytest
 from jigsaw_d2.stages import Stage, StageError, progress_text, read_marker, run_stage
 
 
-def make_stage(folder, argv=("work", "--fast"), inputs=None, resume=("--resume",)):
-    return Stage("work", argv, folder, (folder / "result",), inputs or {}, 0, resume)
+def make_stage(folder, argv=("work", "--fast"), inputs=None, resumable=True):
+    outputs = (folder / "result",)
+    return Stage("work", argv, folder, outputs, inputs or {}, 0, resumable, ("--resume",))
 
 
 class Recorder:
@@ -49,10 +50,10 @@ def test_interrupted_stage_resumes(tmp_path):
 
 def test_interrupted_stage_that_cannot_resume_starts_over(tmp_path):
     with pytest.raises(StageError):
-        run_stage(make_stage(tmp_path / "a", resume=()), quiet, Recorder(fail=True))
+        run_stage(make_stage(tmp_path / "a", resumable=False), quiet, Recorder(fail=True))
     (tmp_path / "a" / "left over").touch()
     runner = Recorder()
-    run_stage(make_stage(tmp_path / "a", resume=()), quiet, runner)
+    run_stage(make_stage(tmp_path / "a", resumable=False), quiet, runner)
     assert runner.calls == [["work", "--fast"]]
     assert not (tmp_path / "a" / "left over").exists()
 

@@ -1,0 +1,35 @@
+"""``python -m jigsaw_d2 demo``: all of it within minutes of a CPU, on a set drawn from a seed."""
+
+import argparse
+from pathlib import Path
+
+from jigsaw_d2.commands.dataset_arguments import demo_dataset
+from jigsaw_d2.commands.run import finish
+from jigsaw_d2.job import Job, default_configs
+from jigsaw_d2.pipeline import DetectionSet
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Arguments of the command."""
+    parser = argparse.ArgumentParser(prog="python -m jigsaw_d2 demo", description=__doc__)
+    parser.add_argument(
+        "--data", help="folder with images/, train.json and val.json in COCO format, instead of the set drawn"
+    )
+    parser.add_argument("--output", default="output/demo", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of every stage but the set's drawing")
+    parser.add_argument("--pretrain", nargs="+", default=[], metavar="X", help="KEY VALUE pairs")
+    parser.add_argument("--detector", nargs="+", default=[], metavar="X", help="KEY VALUE pairs")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the set, run the job with and without pre-training, print the table."""
+    args = build_parser().parse_args(argv)
+    output = Path(args.output).resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    data = DetectionSet.from_folder(args.data) if args.data else demo_dataset(output / "data")
+    # The CPU's configs on every machine: the demo is a first look, and the same one everywhere.
+    pretrain, detector = default_configs(on_gpu=False)
+    overrides = (tuple(args.pretrain), tuple(args.detector))
+    finish(Job(data, output, pretrain, detector, *overrides, seed=args.seed, with_scratch=True))
+    return 0

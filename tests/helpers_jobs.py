@@ -1,0 +1,67 @@
+"""A runner of stages that computes nothing: it writes what each command would leave behind."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+from helpers_store import make_store
+from jigsaw_d2.cost import record_stage
+from jigsaw_d2.demo_data import DemoOptions, make_demo_set
+from jigsaw_d2.pipeline import DetectionSet
+from jigsaw_d2.stages import StageError
+
+
+def tiny_set(folder: Path, train_images: int = 4, val_images: int = 2) -> DetectionSet:
+    """A demo set of a few images."""
+    options = DemoOptions(train_images=train_images, val_images=val_images)
+    return DetectionSet.from_folder(make_demo_set(folder, options))
+
+
+def fake_passports(monkeypatch) -> None:
+    """Let the digest of fake weights be their text."""
+
+    def read(weights):
+        return SimpleNamespace(digest="" if weights == "none" else Path(weights).read_text())
+
+    monkeypatch.setattr("jigsaw_d2.pipeline.read_passport", read)
+
+
+def flag(argv: list[str], name: str) -> str:
+    """Value behind a flag or a key."""
+    return argv[argv.index(name) + 1]
+
+
+class FakeRunner:
+    """Pre-training costs 60 s, a detection step 2 s; AP is what ``score(weights, seed)`` says."""
+
+    def __init__(self, score=lambda weights, seed: 10.0, fail=lambda argv: False):
+        self.calls, self._score, self._fail = [], score, fail
+
+    def __call__(self, stage, argv, say):
+        self.calls.append(argv)
+        if self._fail(argv):
+            raise StageError(f"{argv[0]} broke\nwith details")
+        getattr(self, f"_{argv[0]}")(stage.folder, argv)
+
+    def _extract(self, folder, argv):
+        make_store(Path(flag(argv, "--output")))
+        record_stage(folder, "extraction", images=4, seconds=10.0)
+
+    def _pretrain(self, folder, argv):
+        (folder / "model_final.pth").write_text(" ".join(argv))
+        steps = int(flag(argv, "SOLVER.MAX_ITER"))
+        record_stage(folder, "pretraining", images=16 * steps, flops=100, seconds=1.0 * steps)
+        record_stage(folder, "erf_refresh", seconds=5.0)
+
+    def _convert(self, folder, argv):
+        Path(flag(argv, "--output")).write_text(f"weights {flag(argv, '--input')}")
+
+    def _finetune(self, folder, argv):
+        steps, seed = int(flag(argv, "SOLVER.MAX_ITER")), int(flag(argv, "SEED"))
+        score = self._score(flag(argv, "--weights"), seed)
+        record_stage(folder, "finetuning", images=8 * steps, flops=10 * steps, seconds=2.0 * steps)
+        record_stage(folder, "evaluation", images=2, seconds=3.0)
+        metrics = {"AP": score, "AP50": 2 * score, "AP75": score, "APs": score, "APm": score, "APl": None}
+        (folder / "results.json").write_text(json.dumps({"bbox": metrics}))
+        lines = [{"iteration": 0, "total_loss": 1.0}, {"iteration": steps - 1, "bbox/AP": score}]
+        (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,228 @@
+import dataclasses
+import json
+
+import pytest
+from helpers_jobs import FakeRunner, fake_passports, flag, tiny_set
+from jigsaw_d2.commands import compare
+from jigsaw_d2.comparison import DONE, FAILED, PENDING, Comparison
+from jigsaw_d2.comparison_plan import (
+    ABLATIONS,
+    PRESETS,
+    Arm,
+    ComparisonError,
+    ablation_arms,
+    parse_arm,
+    preset,
+)
+from jigsaw_d2.report import build_report
+from jigsaw_d2.report_figures import cost_curve, write_figures
+from jigsaw_d2.report_markdown import render, verdict
+
+PLAN = dataclasses.replace(PRESETS["smoke"], pretrain_iterations=45, detection_iterations=20)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    fake_passports(monkeypatch)
+    return tiny_set(tmp_path / "set")
+
+
+def compare_with(runner, data, tmp_path, plan=PLAN, **options):
+    comparison = Comparison(plan, data, tmp_path / "out", lambda text: None, runner=runner, **options)
+    comparison.execute()
+    return comparison
+
+
+def score(weights, seed):
+    """Jigsaw is worth 5 AP; seeds move everything by up to 2."""
+    return 10.0 + seed % 1000 + (5.0 if "jigsaw" in weights else 0.0)
+
+
+def test_scratch_gets_the_iterations_that_pre_training_cost(data, tmp_path):
+    # 10 s extraction + 45 s pre-training + 5 s ERF = 60 s; a detection step is 2 s: 30 more steps.
+    comparison = compare_with(FakeRunner(score), data, tmp_path)
+    lengths = {run.arm.name: run.iterations["detection"] for run in comparison.runs}
+    assert lengths == {"jigsaw erf_adaptive": 20, "scratch": 50, "scratch again": 50}
+    totals = [
+        run.cost_before_detection("seconds") + run.costs["finetuning"]["seconds"]
+        for run in comparison.runs
+    ]
+    assert set(totals) == {100.0}  # equal total cost
+
+
+def test_equal_detection_cost_gives_nothing_extra(data, tmp_path):
+    plan = dataclasses.replace(PLAN, budget="detection")
+    comparison = compare_with(FakeRunner(score), data, tmp_path, plan)
+    assert {run.iterations["detection"] for run in comparison.runs} == {20}
+
+
+def test_detection_settings_are_identical_but_for_weights_seed_and_length(data, tmp_path):
+    runner = FakeRunner(score)
+    compare_with(runner, data, tmp_path, dataclasses.replace(PLAN, budget="detection"))
+    seen = set()
+    for argv in (argv for argv in runner.calls if argv[0] == "finetune"):
+        argv = list(argv)
+        for name in ("--weights", "SEED", "OUTPUT_DIR"):
+            argv[argv.index(name) + 1] = "*"
+        seen.add(tuple(argv))
+    assert len(seen) == 1
+
+
+def test_steps_of_the_schedule_keep_their_fractions(data, tmp_path):
+    runner = FakeRunner(score)
+    compare_with(runner, data, tmp_path)
+    finetunings = [argv for argv in runner.calls if argv[0] == "finetune"]
+    steps = {flag(argv, "SOLVER.MAX_ITER"): flag(argv, "SOLVER.STEPS") for argv in finetunings}
+    # The config has steps (120, 145) of 160.
+    assert steps == {"20": "(15, 18)", "50": "(38, 45)"}
+
+
+def test_aa_arm_has_other_seeds_and_the_report_tells_chance(data, tmp_path):
+    comparison = compare_with(FakeRunner(score), data, tmp_path)
+    seeds = {run.arm.name: [] for run in comparison.runs}
+    for run in comparison.runs:
+        seeds[run.arm.name].append(run.seed)
+    assert seeds["scratch"] == [0, 1, 2] and seeds["scratch again"] == [1000, 1001, 1002]
+    report = build_report(PLAN, data, comparison.runs, tmp_path / "out", "compare")
+    found = {(d["ours"], d["theirs"]): d["AP"] for d in report["differences"]}
+    assert found["scratch again", "scratch"]["covers_zero"]
+    jigsaw = found["jigsaw erf_adaptive", "scratch"]
+    assert jigsaw["mean"] == pytest.approx(5.0) and not jigsaw["covers_zero"]
+    text = render(report)
+    assert "A/A test" in text and "covers zero" in text and "above zero" in text
+
+
+def test_finished_runs_are_not_run_again(data, tmp_path):
+    compare_with(FakeRunner(score), data, tmp_path)
+    runner = FakeRunner(score)
+    comparison = compare_with(runner, data, tmp_path)
+    assert runner.calls == []
+    assert all(run.status == DONE for run in comparison.runs)
+
+
+def test_more_seeds_run_only_what_is_new(data, tmp_path):
+    compare_with(FakeRunner(score), data, tmp_path, dataclasses.replace(PLAN, seeds=(0, 1)))
+    runner = FakeRunner(score)
+    compare_with(runner, data, tmp_path)
+    assert sorted(argv[0] for argv in runner.calls) == ["convert"] + 3 * ["finetune"] + ["pretrain"]
+
+
+def test_a_failed_run_stays_in_the_report(data, tmp_path):
+    def fail(argv):
+        return argv[0] == "pretrain" and flag(argv, "SEED") == "1"
+
+    comparison = compare_with(FakeRunner(score, fail), data, tmp_path)
+    failed = [run for run in comparison.runs if run.status == FAILED]
+    assert [(run.arm.name, run.seed) for run in failed] == [("jigsaw erf_adaptive", 1)]
+    report = build_report(PLAN, data, comparison.runs, tmp_path / "out")
+    text = render(report)
+    assert "failed: pretrain broke" in text and "2 of 3" in text and "**1 run(s) failed" in text
+    # Its pair is left out of the differences, the other two stay.
+    entry = next(d for d in report["differences"] if d["ours"] == "jigsaw erf_adaptive")
+    assert entry["AP"]["count"] == 2
+
+
+def test_no_time_leaves_runs_pending_and_listed(data, tmp_path):
+    runner = FakeRunner(score)
+    comparison = compare_with(runner, data, tmp_path, minutes=0)
+    assert runner.calls == []
+    assert {run.status for run in comparison.runs} == {PENDING}
+    text = render(build_report(PLAN, data, comparison.runs, tmp_path / "out"))
+    assert text.count("| not run |") == 9
+
+
+def test_report_and_figures_are_whole_and_hide_local_paths(data, tmp_path):
+    comparison = compare_with(FakeRunner(score), data, tmp_path)
+    path = compare.write_report(comparison, f"compare --output {tmp_path / 'out'}")
+    report = json.loads(path.with_suffix(".json").read_text())
+    assert str(tmp_path) not in path.read_text() + json.dumps(report)
+    assert {arm["name"] for arm in report["arms"]} == {arm.name for arm in PLAN.arms}
+    for name in ("figures/ap_over_cost.png", "figures/ap_by_seed.png"):
+        assert f"![{name}]({name})" in path.read_text()
+        assert (path.parent / name).stat().st_size > 5000
+
+
+def test_curve_begins_behind_the_cost_of_pre_training(data, tmp_path):
+    comparison = compare_with(FakeRunner(score), data, tmp_path)
+    report = build_report(PLAN, data, comparison.runs, tmp_path / "out")
+    curves = {arm["name"]: cost_curve(arm["runs"][0], "seconds") for arm in report["arms"]}
+    assert curves == {
+        "jigsaw erf_adaptive": [(100.0, 15.0)],
+        "scratch": [(100.0, 10.0)],
+        "scratch again": [(100.0, 10.0)],
+    }
+
+
+def test_empty_report_can_be_drawn_and_rendered(data, tmp_path):
+    comparison = Comparison(PLAN, data, tmp_path / "out", print)
+    report = build_report(PLAN, data, comparison.runs, tmp_path / "out")
+    assert len(write_figures(report, tmp_path / "out")) == 2
+    assert "no common seeds finished" in render(report)
+
+
+def test_verdicts():
+    wide = {"mean": -1.0, "half_width": 2.0, "covers_zero": True}
+    assert "covers zero" in verdict(wide)
+    assert verdict({"mean": -1.0, "half_width": 0.5, "covers_zero": False}) == "below zero"
+    assert "no interval" in verdict({"mean": 1.0, "half_width": None, "covers_zero": None})
+
+
+def test_arms_from_the_command_line(tmp_path):
+    weights = tmp_path / "imagenet.pkl"
+    weights.touch()
+    assert parse_arm("scratch-again").seed_offset > 0
+    assert parse_arm("jigsaw:global").pretrain == ("MODEL.JIGSAW.OBJECTIVE", "global")
+    assert parse_arm("jigsaw").name == "jigsaw erf_adaptive"
+    assert parse_arm(f"imagenet={weights}").weights == weights
+    for bad in ("nonsense", "jigsaw:nonsense", f"x={tmp_path / 'none'}"):
+        with pytest.raises(ComparisonError):
+            parse_arm(bad)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_differ_in_one_thing_and_have_names_of_their_own(name):
+    arms = ablation_arms(name)
+    assert len({arm.slug for arm in arms}) == len(arms) >= 2
+    assert len({(arm.pretrain, arm.extract, arm.length) for arm in arms}) == len(arms)
+    dataclasses.replace(PLAN, arms=arms).checked()
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        ({"arms": ()}, "names of their own"),
+        ({"arms": (Arm("a b", "scratch"), Arm("a-b", "scratch"))}, "names of their own"),
+        ({"seeds": ()}, "seeds"),
+        ({"seeds": (1, 1)}, "seeds"),
+        ({"seeds": (0, 1000)}, "within"),  # would meet the A/A arm's
+        ({"budget": "none"}, "budget"),
+    ],
+)
+def test_impossible_plans_are_refused(change, what):
+    with pytest.raises(ComparisonError, match=what):
+        dataclasses.replace(PLAN, **change).checked()
+
+
+def test_presets_read_their_configs_on_both_machines():
+    for name in PRESETS:
+        for on_gpu in (False, True):
+            assert preset(name, on_gpu=on_gpu).checked().preset == name
+
+
+def test_dry_run_lists_arms_and_runs_nothing(data, tmp_path, capsys):
+    argv = ["--data", str(tmp_path / "set"), "--output", str(tmp_path / "out"), "--dry-run"]
+    assert compare.main(argv) == 0
+    printed = capsys.readouterr().out
+    for name in ("jigsaw erf_adaptive", "scratch again", "0 1 2", "1000 1001 1002", "9 runs"):
+        assert name in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_arm_needs_no_pre_training(data, tmp_path):
+    weights = tmp_path / "imagenet.pkl"
+    weights.write_text("weights")
+    plan = dataclasses.replace(PLAN, arms=(parse_arm(f"imagenet={weights}"), parse_arm("scratch")))
+    runner = FakeRunner(score)
+    comparison = compare_with(runner, data, tmp_path, plan)
+    assert {argv[0] for argv in runner.calls} == {"finetune"}
+    assert {run.iterations["detection"] for run in comparison.runs} == {20}
