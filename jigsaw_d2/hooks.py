@@ -101,8 +101,8 @@ class MeterPrinter(EventWriter):
     def write(self) -> None:
         storage = get_event_storage()
         latest = storage.latest_with_smoothing_hint(WRITE_PERIOD)
-        if "images_per_s" not in latest:
-            return
+        if latest.get("images_per_s", (0.0, -1))[1] != storage.iter:
+            return  # no step since the last line
         value = {name: pair[0] for name, pair in latest.items()}
         line = (
             f" iter: {storage.iter}  {value['images_per_s']:.1f} images/s"

@@ -1,0 +1,122 @@
+"""cost.py: hand counts of multiply-accumulates, and a ledger that survives kills and crowds."""
+
+import json
+import multiprocessing
+
+import pytest
+import torch
+from torch import nn
+
+from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.cost import (
+    Ledger,
+    LedgerError,
+    backbone_flops,
+    backbone_macs,
+    device_name,
+    read_ledger,
+    record_stage,
+)
+
+
+def bottleneck_stage(cells: int, inside: int, width: int, blocks: int, stride: int) -> int:
+    """MACs of one stage of a ResNet-50, stride in the first block's 3x3 convolution.
+
+    ``cells``: of the stage's output, along one side; ``inside``: channels that enter it.
+    """
+    out, area, before = 4 * width, cells**2, (cells * stride) ** 2
+    first = before * inside * width  # 1x1 at the incoming resolution
+    first += area * (9 * width * width + width * out)  # 3x3 that strides, 1x1
+    first += area * inside * out  # 1x1 of the shortcut, striding
+    rest = area * (out * width + 9 * width * width + width * out)
+    return first + (blocks - 1) * rest
+
+
+def test_resnet_50_by_hand():
+    # 7x7 convolution, 3 -> 64 channels, 112 x 112 cells out.
+    by_hand = 112**2 * 49 * 3 * 64
+    by_hand += bottleneck_stage(56, 64, 64, 3, 1)
+    by_hand += bottleneck_stage(28, 256, 128, 4, 2)
+    by_hand += bottleneck_stage(14, 512, 256, 6, 2)
+    by_hand += bottleneck_stage(7, 1024, 512, 3, 2)
+    counted = backbone_macs(get_jigsaw_cfg("jigsaw_R_50.yaml"), 224, 224)
+    assert counted == by_hand == 4_087_136_256
+    # With ImageNet's classifier, 2048 x 1000, the figure that everyone quotes.
+    assert round((by_hand + 2048 * 1000) / 1e9, 2) == 4.09
+    assert backbone_flops(get_jigsaw_cfg("jigsaw_R_50.yaml"), 224, 224) == 2 * by_hand
+
+
+def test_deformable_stages_cost_their_offsets_on_top():
+    plain = backbone_macs(get_jigsaw_cfg("jigsaw_R_50.yaml"), 224, 224)
+    deformable = backbone_macs(get_jigsaw_cfg("jigsaw_R_50_DCN.yaml"), 224, 224)
+    # Offsets: a 3x3 convolution to 18 channels in each block, at the block's output resolution.
+    offsets = sum(
+        blocks * cells**2 * 9 * width * 18
+        for blocks, cells, width in ((4, 28, 128), (6, 14, 256), (3, 7, 512))
+    )
+    assert deformable == plain + offsets
+
+
+def test_counting_leaves_the_network_as_it_was():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    net[1].eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    # 6 x 6 cells, 3x3 kernel, 3 -> 4 channels.
+    assert backbone_macs(net, 8, 8) == 36 * 9 * 3 * 4
+    assert [m.training for m in net.modules()] == [True, True, False, True]
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_stages_add_up(tmp_path):
+    record_stage(tmp_path, "extraction", images=5, seconds=1.5, device="CPU", workers=2)
+    record_stage(tmp_path, "pretraining", images=8, pixels=800, flops=1e12, seconds=2, device="CPU")
+    total = record_stage(tmp_path, "pretraining", images=8, pixels=800, flops=1e12, seconds=3, device="GPU")
+    assert total["images"] == 16 and total["pixels"] == 1600 and total["flops"] == 2 * 10**12
+    assert total["seconds"] == 5 and total["devices"] == {"CPU": 2.0, "GPU": 3.0}
+    stages = read_ledger(tmp_path)["stages"]
+    assert stages["pretraining"] == total
+    assert stages["extraction"]["workers"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["cost.json"]  # no temporary left
+
+
+def _record_many(folder: str) -> None:
+    for _ in range(50):
+        record_stage(folder, "evaluation", images=1, seconds=0.25)
+
+
+def test_processes_that_record_at_once_lose_nothing(tmp_path):
+    workers = [
+        multiprocessing.get_context("fork").Process(target=_record_many, args=(str(tmp_path),))
+        for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    entry = read_ledger(tmp_path)["stages"]["evaluation"]
+    assert entry["images"] == 200 and entry["seconds"] == 50
+
+
+def test_a_folder_without_ledger_is_empty_and_a_damaged_one_is_named(tmp_path):
+    assert read_ledger(tmp_path) == {"version": 1, "stages": {}}
+    (tmp_path / "cost.json").write_text('{"version": 1')
+    with pytest.raises(LedgerError, match="cost.json is not a ledger"):
+        read_ledger(tmp_path)
+
+
+def test_unknown_stage_is_refused(tmp_path):
+    with pytest.raises(LedgerError, match="'training'; the stages are extraction, pretraining"):
+        record_stage(tmp_path, "training")
+    assert not (tmp_path / "cost.json").exists()
+
+
+def test_only_the_main_rank_writes(tmp_path):
+    quiet = Ledger(tmp_path, "CPU", writes=False)
+    quiet.record("pretraining", seconds=2.0, images=3)
+    assert quiet.seconds == {"pretraining": 2.0} and not list(tmp_path.iterdir())
+    Ledger(tmp_path, "CPU").record("pretraining", seconds=2.0, images=3)
+    assert json.loads((tmp_path / "cost.json").read_text())["stages"]["pretraining"]["images"] == 3
+
+
+def test_the_cpu_has_a_name_and_a_number_of_threads():
+    assert device_name("cpu").endswith(f", {torch.get_num_threads()} threads")
