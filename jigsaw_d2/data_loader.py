@@ -1,0 +1,201 @@
+"""Loaders of Jigsaw batches: for training without end, for evaluation once through.
+
+Iteration k of training takes images k * B .. (k + 1) * B - 1 (B = SOLVER.IMS_PER_BATCH), whatever
+the number of ranks and workers. Within each micro-batch of the step, rank r of R makes the images
+r, r + R, r + 2R ...: so the images of a step do not depend on R, only who makes them.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from jigsaw_d2.dataset_mapper import JigsawDatasetMapper
+from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.jigsaw_sampler import JigsawSampler, repeat_factors
+from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.samples import group_codes
+
+logger = logging.getLogger(__name__)
+
+
+class LoaderError(JigsawError, ValueError):
+    """A batch that cannot be shared out as the config asks."""
+
+
+class JigsawBatches(Dataset):
+    """Batch ``range`` of image numbers -> one batch, made whole in the worker."""
+
+    def __init__(self, sampler: JigsawSampler, mapper: JigsawDatasetMapper) -> None:
+        self.sampler, self.mapper = sampler, mapper
+
+    def __getitem__(self, positions: range) -> dict:
+        """
+        Returns:
+            {"image": uint8 (N, 3, H, W), "gt_classes" and "sample_ids": int64 (N, 4) in region
+            order, "position": number of the first image, "damaged": list of (id, reason)}.
+        """
+        template = self.mapper.template
+        images = torch.empty(
+            (len(positions), 3, template.height, template.width), dtype=torch.uint8
+        )
+        pixels = images.numpy()
+        classes, ids, damaged = [], [], []
+        for n, position in enumerate(positions):
+            made = self.mapper.draw_into(
+                pixels[n],
+                position,
+                self.sampler.quadruple(position),
+                lambda slot, p=position: self.sampler.replacements(slot, p),
+            )
+            classes.append(made.gt_classes)
+            ids.append(made.sample_ids)
+            damaged += made.damaged
+        return {
+            "image": images,
+            "gt_classes": torch.tensor(classes),
+            "sample_ids": torch.tensor(ids),
+            "position": positions[0],
+            "damaged": damaged,
+        }
+
+
+class BatchPositions(Sampler):
+    """Image numbers of each micro-batch of one rank, from ``start_iter`` on, without end."""
+
+    def __init__(
+        self, *, batch_size: int, rank: int, world_size: int, micro_batches: int, start_iter: int
+    ) -> None:
+        share = world_size * micro_batches
+        if batch_size % share:
+            raise LoaderError(
+                f"SOLVER.IMS_PER_BATCH = {batch_size} cannot be shared by {world_size} processes x "
+                f"SOLVER.ACCUMULATION_STEPS = {micro_batches}: use a multiple of {share}"
+            )
+        self.batch_size, self.micro_size = batch_size, batch_size // micro_batches
+        self.rank, self.world_size, self.start_iter = rank, world_size, start_iter
+
+    def __iter__(self) -> Iterator[range]:
+        first = self.start_iter * self.batch_size
+        while True:
+            yield range(first + self.rank, first + self.micro_size, self.world_size)
+            first += self.micro_size
+
+
+class _FixedPositions(Sampler):
+    """Image numbers 0 .. total - 1 of one rank, in batches, once through."""
+
+    def __init__(self, *, total: int, batch_size: int, rank: int, world_size: int) -> None:
+        # Contiguous shares, sizes differing by at most one.
+        bounds = np.linspace(0, total, world_size + 1).astype(int)
+        self.positions = range(int(bounds[rank]), int(bounds[rank + 1]))
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.positions) // self.batch_size)
+
+    def __iter__(self) -> Iterator[range]:
+        for first in range(0, len(self.positions), self.batch_size):
+            yield self.positions[first : first + self.batch_size]
+
+
+def build_jigsaw_sampler(cfg: CfgNode, mapper: JigsawDatasetMapper) -> JigsawSampler:
+    """The sampler of ``INPUT.JIGSAW.SAMPLING`` over the mapper's store, seeded like the mapper."""
+    factors = None
+    if cfg.INPUT.JIGSAW.SAMPLING == "class_balanced":
+        factors = repeat_factors(mapper.classes, cfg.DATALOADER.REPEAT_THRESHOLD)
+    elif cfg.INPUT.JIGSAW.SAMPLING != "uniform":
+        raise LoaderError(
+            f"INPUT.JIGSAW.SAMPLING = {cfg.INPUT.JIGSAW.SAMPLING!r}: use uniform or class_balanced"
+        )
+    sizes = mapper.shown_sizes()
+    groups = mapper.store.groups if mapper.context else group_codes(sizes[:, 1], sizes[:, 0])
+    return JigsawSampler(sizes=sizes, groups=groups, seed=mapper.seed, repeat_factors=factors)
+
+
+def build_jigsaw_train_loader(
+    cfg: CfgNode,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start_iter: int = 0,
+    store: SampleStore | None = None,
+) -> DataLoader:
+    """Training batches of one rank, without end.
+
+    Args:
+        rank, world_size: this process among those that share each step's images.
+        start_iter: iteration whose batch comes first; what follows is exactly what a loader
+            started at 0 yields from there on.
+        store: opened ``DATASETS.TRAIN``; opened here when None.
+
+    Returns:
+        a loader of dicts as ``JigsawBatches`` makes them, N = IMS_PER_BATCH / world_size /
+        ACCUMULATION_STEPS images each; ACCUMULATION_STEPS in turn make one iteration.
+    """
+    store = SampleStore(list(cfg.DATASETS.TRAIN)) if store is None else store
+    mapper = JigsawDatasetMapper(cfg, store)
+    positions = BatchPositions(
+        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        rank=rank,
+        world_size=world_size,
+        micro_batches=cfg.SOLVER.ACCUMULATION_STEPS,
+        start_iter=start_iter,
+    )
+    return _build_loader(cfg, JigsawBatches(build_jigsaw_sampler(cfg, mapper), mapper), positions)
+
+
+def build_jigsaw_eval_loader(
+    cfg: CfgNode,
+    store_paths: Sequence[str] | SampleStore,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader:
+    """``INPUT.JIGSAW.EVAL_IMAGES`` held-out images, the same in every run, shared by the ranks.
+
+    Samples are shown at their own size, unflipped; which four meet, and the crops, are fixed by
+    ``INPUT.JIGSAW.EVAL_SEED``. Batches hold IMS_PER_BATCH / world_size / ACCUMULATION_STEPS images.
+    """
+    store = store_paths if isinstance(store_paths, SampleStore) else SampleStore(store_paths)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.JIGSAW.SCALE_RANGE, cfg.INPUT.JIGSAW.FLIP_PROB = [1.0, 1.0], 0.0
+    cfg.INPUT.JIGSAW.SAMPLING = "uniform"
+    mapper = JigsawDatasetMapper(cfg, store, seed=cfg.INPUT.JIGSAW.EVAL_SEED)
+    share = world_size * cfg.SOLVER.ACCUMULATION_STEPS
+    positions = _FixedPositions(
+        total=cfg.INPUT.JIGSAW.EVAL_IMAGES,
+        batch_size=max(1, cfg.SOLVER.IMS_PER_BATCH // share),
+        rank=rank,
+        world_size=world_size,
+    )
+    return _build_loader(cfg, JigsawBatches(build_jigsaw_sampler(cfg, mapper), mapper), positions)
+
+
+def _build_loader(cfg: CfgNode, batches: JigsawBatches, positions: Sampler) -> DataLoader:
+    workers = cfg.DATALOADER.NUM_WORKERS
+    return DataLoader(
+        batches,
+        sampler=positions,
+        batch_size=None,  # an item is a whole batch already
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_one_thread,
+        persistent_workers=False,
+    )
+
+
+def _as_it_is(batch: dict) -> dict:
+    return batch
+
+
+def _one_thread(worker: int) -> None:
+    """A worker is one core's work: threads inside it would only compete with other workers."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

@@ -1,0 +1,223 @@
+"""Four sample numbers -> one Jigsaw image and its four classes."""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+
+from jigsaw_d2.assembly import METHODS, Augmentation, paint, place_sample, source_window
+from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.sample_store import DamagedSampleError, SampleStore
+from jigsaw_d2.template import JigsawTemplate
+
+logger = logging.getLogger(__name__)
+
+
+class MapperError(JigsawError, ValueError):
+    """Input options that no Jigsaw image can follow."""
+
+
+class JigsawImage(NamedTuple):
+    """What one image shows, in region order R1..R4."""
+
+    sample_ids: list[int]
+    gt_classes: list[int]
+    damaged: list[tuple[int, str]]  # samples that were replaced, and why
+
+
+class JigsawDatasetMapper:
+    """Makes a Jigsaw image from its number and four sample ids, in these steps:
+
+    1. draw scale, flip and crop position of each sample from (seed, position) alone;
+    2. the S sample of smaller area goes to R1, the larger to R4, W to R2, T to R3 (Sec. 3.2);
+    3. lay each sample into its region, and decode only the window that will be seen;
+    4. resize what is seen, flip it and draw it into the canvas, zeros around it.
+
+    "Area" is that of the stored sample before it is resized: which region a sample goes to does
+    not depend on the draw.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        store: SampleStore,
+        template: JigsawTemplate,
+        method: str = "pad_crop",
+        scale_range: tuple[float, float] = (0.8, 1.5),
+        flip_prob: float = 0.5,
+        context: bool = True,
+        image_format: str = "RGB",
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            method: one of ``assembly.METHODS``.
+            scale_range: ratios between which each sample's is drawn uniformly.
+            flip_prob: probability of a horizontal flip, per sample.
+            context: False shows a positive's annotated box without what is stored around it.
+            image_format: channel order of the result, "RGB" or "BGR".
+            seed: with a position, fixes every draw.
+
+        Raises:
+            MapperError: an option outside its range, by the name of its key.
+        """
+        low, high = scale_range
+        if not 0 < low <= high:
+            raise MapperError(f"INPUT.JIGSAW.SCALE_RANGE = {scale_range}: needs 0 < low <= high")
+        if not 0 <= flip_prob <= 1:
+            raise MapperError(f"INPUT.JIGSAW.FLIP_PROB = {flip_prob} is not a probability")
+        if method not in METHODS:
+            raise MapperError(f"INPUT.JIGSAW.FIT = {method!r}: use one of {', '.join(METHODS)}")
+        if image_format not in ("RGB", "BGR"):
+            raise MapperError(f"INPUT.FORMAT = {image_format!r}: use RGB or BGR")
+        self.store, self.template = store, template
+        self.method, self.context, self.image_format = method, context, image_format
+        self.scale_range, self.flip_prob, self.seed = (float(low), float(high)), flip_prob, seed
+        self.classes, self.sizes = store.classes, store.sizes
+        self.windows = None if context else annotated_windows(store)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, store: SampleStore, seed: int | None = None) -> dict:
+        options = cfg.INPUT.JIGSAW
+        return {
+            "store": store,
+            "template": JigsawTemplate.from_config(cfg),
+            "method": options.FIT,
+            "scale_range": tuple(options.SCALE_RANGE),
+            "flip_prob": options.FLIP_PROB,
+            "context": options.CONTEXT,
+            "image_format": cfg.INPUT.FORMAT,
+            "seed": max(cfg.SEED, 0) if seed is None else seed,
+        }
+
+    def shown_sizes(self) -> np.ndarray:
+        """int (n, 2) (height, width) of each sample as it is shown: with or without context."""
+        if self.windows is None:
+            return self.sizes
+        return np.stack(
+            [self.windows[:, 3] - self.windows[:, 1], self.windows[:, 2] - self.windows[:, 0]], 1
+        )
+
+    def __call__(self, record: dict) -> dict:
+        """
+        Args:
+            record: {"position": int, "sample_ids": int (4,) in draw order S, S, T, W}, and
+                optionally "replacements": slot -> iterator of ids for damaged samples.
+
+        Returns:
+            {"image": uint8 (3, H, W) tensor, "gt_classes": int64 (4,), "sample_ids": int64 (4,)
+            both in region order, "damaged": list of (id, reason)}.
+
+        Raises:
+            DamagedSampleError: a sample cannot be decoded and nothing may replace it.
+        """
+        out = torch.empty((3, self.template.height, self.template.width), dtype=torch.uint8)
+        made = self.draw_into(
+            out.numpy(), record["position"], record["sample_ids"], record.get("replacements")
+        )
+        return {
+            "image": out,
+            "gt_classes": torch.tensor(made.gt_classes),
+            "sample_ids": torch.tensor(made.sample_ids),
+            "damaged": made.damaged,
+        }
+
+    def draw_into(
+        self,
+        out: np.ndarray,
+        position: int,
+        sample_ids: np.ndarray,
+        replacements: Callable[[int], Iterator[int]] | None = None,
+    ) -> JigsawImage:
+        """As ``__call__``, into ``out`` uint8 (3, H, W), all of which is overwritten."""
+        augmentations = self.draw_augmentations(position)
+        canvas = np.zeros((self.template.height, self.template.width, 3), np.uint8)
+        made = JigsawImage([], [], [])
+        for region, slot in enumerate(self.region_slots(sample_ids)):
+            x0, y0, x1, y1 = self.template.boxes[region].tolist()
+            candidates = _candidates(int(sample_ids[slot]), slot, replacements)
+            shown = self._draw_first_whole(
+                candidates, canvas[y0:y1, x0:x1], augmentations[region], made.damaged
+            )
+            made.sample_ids.append(shown)
+            made.gt_classes.append(int(self.classes[shown]))
+        order = (0, 1, 2) if self.image_format == "RGB" else (2, 1, 0)
+        cv2.split(canvas, [out[c] for c in order])
+        return made
+
+    def region_slots(self, sample_ids: np.ndarray) -> tuple[int, int, int, int]:
+        """Which of the draws S, S, T, W goes to R1, R2, R3, R4; at equal areas the first to R1."""
+        first, second = (self._area(int(i)) for i in sample_ids[:2])
+        return (0, 3, 2, 1) if first <= second else (1, 3, 2, 0)
+
+    def _window(self, i: int) -> tuple[int, int, int, int]:
+        """XYXY sample pixels of the part of sample ``i`` that may be shown."""
+        if self.windows is not None:
+            return tuple(self.windows[i].tolist())
+        height, width = self.sizes[i].tolist()
+        return 0, 0, width, height
+
+    def _area(self, i: int) -> int:
+        x0, y0, x1, y1 = self._window(i)
+        return (x1 - x0) * (y1 - y0)
+
+    def draw_augmentations(self, position: int) -> list[Augmentation]:
+        """The four samples' draws of image ``position``, in region order."""
+        draws = np.random.default_rng((self.seed, position)).random((4, 4))
+        low, high = self.scale_range
+        return [
+            Augmentation(low + (high - low) * a, b < self.flip_prob, c, d)
+            for a, b, c, d in draws.tolist()
+        ]
+
+    def _draw_first_whole(
+        self,
+        candidates: Iterator[int],
+        region: np.ndarray,
+        augmentation: Augmentation,
+        damaged: list[tuple[int, str]],
+    ) -> int:
+        """Draw the first candidate that decodes; returns its id, adds the others to ``damaged``."""
+        for i in candidates:
+            try:
+                self._draw_sample(i, region, augmentation)
+                return i
+            except DamagedSampleError as error:
+                damaged.append((i, str(error)))
+        raise DamagedSampleError(
+            f"no sample of a whole group can be decoded; the first of {len(damaged)}: {damaged[0][1]}"
+        )
+
+    def _draw_sample(self, i: int, region: np.ndarray, augmentation: Augmentation) -> None:
+        left, top, right, bottom = self._window(i)
+        size = (bottom - top, right - left)
+        placement = place_sample(size, region.shape[:2], self.method, augmentation)
+        x0, y0, x1, y1 = window = source_window(placement, size)
+        source = self.store.decode(i, (left + x0, top + y0, left + x1, top + y1))
+        paint(source, window, size, placement, region)
+
+
+def _candidates(
+    sample_id: int, slot: int, replacements: Callable[[int], Iterator[int]] | None
+) -> Iterator[int]:
+    yield sample_id
+    if replacements is not None:
+        yield from replacements(slot)
+
+
+def annotated_windows(store: SampleStore) -> np.ndarray:
+    """int32 (n, 4) XYXY sample pixels of each sample's annotated box, widened to whole pixels.
+
+    A background sample has none and is shown whole.
+    """
+    offsets = store.boxes[:, :2]
+    low = np.floor(store.gt_boxes[:, :2] - offsets)
+    high = np.ceil(store.gt_boxes[:, 2:] - offsets)
+    sizes = store.sizes[:, ::-1]
+    low = np.clip(low, 0, sizes - 1)
+    return np.concatenate([low, np.clip(high, low + 1, sizes)], axis=1).astype(np.int32)
