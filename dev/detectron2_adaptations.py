@@ -170,6 +170,12 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         "    if has_gpu:\n        torch.cuda.set_device(local_rank)",
         "there is no device to set without CUDA",
     ),
+    Rewrite(
+        "detectron2/engine/defaults.py",
+        r"^( *kwargs\[\"device_ids\"\] = \[comm\.get_local_rank\(\)\])$",
+        r"\1 if torch.cuda.is_available() else None",
+        "DistributedDataParallel takes no device ids for a model on the CPU",
+    ),
     # ---- caffe2
     Rewrite(
         "detectron2/export/__init__.py",

@@ -11,7 +11,7 @@ import torch
 from detectron2 import model_zoo
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.data.datasets import register_coco_instances
-from detectron2.engine import DefaultTrainer, launch
+from detectron2.engine import DefaultTrainer, create_ddp_model, launch
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
@@ -153,10 +153,19 @@ def _rank_main(folder, tensor_size):
         "gathered": comm.all_gather({"rank": comm.get_rank()}),
         "seed": comm.shared_random_seed(),
         "mean": _reduced_mean(),
+        "grad": _averaged_gradient() if ADAPTED else 1.5,
     }
     comm.synchronize()
     with open(os.path.join(folder, f"{comm.get_rank()}.json"), "w") as file:
         json.dump(report, file)
+
+
+def _averaged_gradient():
+    """d(w * x)/dw is x: 1 in the first process, 2 in the second."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    parallel = create_ddp_model(model, broadcast_buffers=False)
+    parallel(torch.full((1, 1), float(comm.get_rank() + 1))).sum().backward()
+    return model.weight.grad.item()
 
 
 def _reduced_mean():
@@ -184,6 +193,7 @@ def test_launch_runs_two_processes_without_cuda(tmp_path, monkeypatch):
     for report in (first, second):
         assert report["world"] == report["local_size"] == 2
         assert report["sum"] == [3.0, 3.0, 3.0]
+        assert report["grad"] == 1.5
         assert report["gathered"] == [{"rank": 0}, {"rank": 1}]
     assert first["seed"] == second["seed"]
     assert first["mean"] == 0.5
