@@ -61,7 +61,9 @@ def load_backbone(
     arrays, _ = read_converted(weights)
     state = model.state_dict()
     ours = backbone_names(state)
-    fresh = {name for name in ours if new_offsets and ".conv2_offset." in name and name not in arrays}
+    fresh = {
+        name for name in ours if new_offsets and ".conv2_offset." in name and name not in arrays
+    }
     missing = sorted(set(ours) - set(arrays) - fresh)
     unused = sorted(set(arrays) - set(ours))
     shared = sorted(set(ours) & set(arrays))
@@ -111,9 +113,7 @@ def _fill(
         state[name].zero_()
 
 
-def _mismatch(
-    weights: str | Path, missing: list[str], unused: list[str], shapes: list[str]
-) -> str:
+def _mismatch(weights: str | Path, missing: list[str], unused: list[str], shapes: list[str]) -> str:
     lines = [f"{weights} does not fit the detector's backbone; nothing was loaded."]
     for title, names in (
         ("In the detector, not in the file", missing),

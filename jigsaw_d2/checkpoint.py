@@ -7,19 +7,15 @@ the ImageNet files of torchvision and of MSRA.
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
-from jigsaw_d2 import __version__
-from jigsaw_d2.architecture import Architecture, check_architecture, norm_family, read_architecture
+from jigsaw_d2.architecture import check_architecture
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.imagenet_weights import (
-    RESNET_NAME,
     from_msra,
     from_torchvision,
     is_msra,
@@ -30,13 +26,19 @@ from jigsaw_d2.imagenet_weights import (
     to_torchvision,
 )
 from jigsaw_d2.passport import PASSPORT_KEY, Passport, compare_passports
-from jigsaw_d2.weight_files import WeightFileError, check_free, read_weights, write_object, write_text
+from jigsaw_d2.training_weights import from_training
+from jigsaw_d2.weight_files import (
+    WeightFileError,
+    check_free,
+    read_weights,
+    write_object,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 
 FORMATS = ("detectron2", "torchvision")
 AUTHOR = "jigsaw_d2"
-_BACKBONE = "backbone."
 
 
 class ConversionError(JigsawError, ValueError):
@@ -117,7 +119,7 @@ def read_backbone(path: str | Path, trust: bool = False) -> tuple[dict[str, np.n
     if passport_values is not None:
         return _open_converted(file, data, passport_values)
     if isinstance(data, Mapping) and "jigsaw" in data and "model" in data:
-        arrays, passport = _from_training(file, data)
+        arrays, passport = from_training(data, str(file))
     else:
         arrays, passport = _from_imagenet(file, data)
         logger.info("%s: read as ImageNet weights, input %s", file, passport.input_format)
@@ -159,48 +161,6 @@ def _open_converted(
             )
     _check_tensors(path, arrays, passport)
     passport.check_seal(arrays, str(path))
-    return arrays, passport
-
-
-def _from_training(path: Path, data: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Passport]:
-    """From the checkpoint of a Jigsaw pre-training."""
-    record = data["jigsaw"]
-    config = yaml.safe_load(record["config"])
-    model = config["MODEL"]
-    arrays = {
-        name.removeprefix(_BACKBONE): to_array(value)
-        for name, value in data["model"].items()
-        if name.startswith(_BACKBONE) and not name.endswith("num_batches_tracked")
-    }
-    architecture = Architecture.from_config(model)
-    if architecture.is_resnet:
-        stray = [name for name in arrays if not RESNET_NAME.match(name)]
-        if stray:
-            raise ConversionError(f"{path}: the ResNet holds tensors of no stage: {stray[:4]}")
-        found = read_architecture({name: array.shape for name, array in arrays.items()})
-        if norm_family(str(architecture.norm)) == "auto":  # chosen when training started
-            architecture = replace(architecture, norm=found["norm"])
-    jigsaw, store, inputs = model["JIGSAW"], record.get("store", {}), config["INPUT"]
-    template = inputs["JIGSAW"]
-    passport = Passport(
-        origin="jigsaw",
-        architecture=architecture,
-        input_format=inputs["FORMAT"],
-        pixel_mean=tuple(float(v) for v in model["PIXEL_MEAN"]),
-        pixel_std=tuple(float(v) for v in model["PIXEL_STD"]),
-        categories=tuple(store.get("categories", ())),
-        template={
-            "size": [int(v) for v in template["TEMPLATE_SIZE"]],
-            "split": [int(v) for v in template["TEMPLATE_SPLIT"]],
-        },
-        objective=str(jigsaw["OBJECTIVE"]),
-        tau=float(jigsaw["TAU"]),
-        iterations=int(data["iteration"]) + 1 if "iteration" in data else None,
-        images_seen=int(record["images_seen"]) if "images_seen" in record else None,
-        dataset=str(store.get("dataset", "")),
-        dataset_hash=str(store.get("image_ids_hash", "")),
-        code_version=str(record.get("code_version", __version__)),
-    )
     return arrays, passport
 
 

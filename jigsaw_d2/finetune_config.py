@@ -5,25 +5,22 @@ is refused where it contradicts the passport.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from detectron2 import model_zoo
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
 from jigsaw_d2.architecture import BATCH_NORMS, Architecture, norm_family
 from jigsaw_d2.checkpoint import read_converted
-from jigsaw_d2.config import add_jigsaw_config, find_config
+from jigsaw_d2.detection_config import get_key, load_detection_config, set_key
 from jigsaw_d2.detection_data import dataset_classes
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.passport import Passport
 
 logger = logging.getLogger(__name__)
 
-ZOO_BASE = "_ZOO_BASE_"
 SCRATCH = "none"
 NUM_CLASSES_KEYS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
 # Random weights: the paper's input, a norm that trains (Table 5: group norm) and nothing frozen.
@@ -52,35 +49,6 @@ def read_passport(weights: str | Path) -> Passport:
     return read_converted(weights)[1]
 
 
-def load_detection_config(config_file: str, overrides: Sequence[str] = ()) -> CfgNode:
-    """Detectron2's defaults and our keys + ``config_file`` + overrides; nothing applied yet.
-
-    Args:
-        config_file: a path, the name of a shipped file ("finetune/faster_rcnn_R_50_C4_1x.yaml"), or a
-            name in Detectron2's model zoo. In a file, ``_ZOO_BASE_: <zoo name>`` lays a zoo config
-            under it, wherever the file lies.
-
-    Raises:
-        FinetuneConfigError: none of the three, or a config without a detector's keys.
-    """
-    cfg = get_cfg()
-    add_jigsaw_config(cfg)
-    path = _find(config_file)
-    loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=True)
-    zoo = loaded.pop(ZOO_BASE, None)
-    if zoo is not None:
-        cfg.merge_from_file(_zoo_file(zoo))
-    if zoo is not None or loaded.get("VERSION") == cfg.VERSION:
-        cfg.merge_from_other_cfg(CfgNode(loaded))
-    else:
-        cfg.merge_from_file(path)  # knows how to read older versions
-    try:
-        cfg.merge_from_list(list(overrides))
-    except (KeyError, ValueError, AssertionError) as error:
-        raise FinetuneConfigError(f"overrides {list(overrides)}: {error}") from None
-    return cfg
-
-
 def setup_finetune(
     config_file: str,
     weights: str | Path,
@@ -104,7 +72,9 @@ def setup_finetune(
     """
     cfg = load_detection_config(config_file, overrides)
     if "MODEL.WEIGHTS" in overrides[::2]:
-        raise FinetuneConfigError("MODEL.WEIGHTS is set by --weights; leave it out of the overrides")
+        raise FinetuneConfigError(
+            "MODEL.WEIGHTS is set by --weights; leave it out of the overrides"
+        )
     passport = read_passport(weights)
     explicit = frozenset(overrides[::2])
     apply_passport(
@@ -152,7 +122,11 @@ def apply_passport(
         else:
             conflicts.append(f"{key}: config {get_key(cfg, key)}, weights {value}")
     if conflicts and not force:
-        hint = "" if match_architecture else "; --match-architecture takes the network from the weights"
+        hint = (
+            ""
+            if match_architecture
+            else "; --match-architecture takes the network from the weights"
+        )
         raise FinetuneConfigError(
             f"config and passport contradict each other: {'; '.join(conflicts)} (--force insists on "
             f"the config{hint})"
@@ -201,58 +175,3 @@ def _trains(cfg: CfgNode, key: str, explicit: frozenset[str]) -> bool:
     if key == "MODEL.RESNETS.NORM":
         return cfg.MODEL.RESNETS.NORM not in ("FrozenBN", "")
     return key == "MODEL.RESNETS.STRIDE_IN_1X1" and key in explicit
-
-
-def config_changes(before: CfgNode, after: CfgNode) -> dict[str, Any]:
-    """Nested plain dict of the values in ``after`` that differ from ``before``."""
-    changes: dict[str, Any] = {}
-    for key, value in after.items():
-        old = before.get(key)
-        if isinstance(value, CfgNode):
-            inner = config_changes(old if isinstance(old, CfgNode) else CfgNode(), value)
-            if inner:
-                changes[key] = inner
-        elif key not in before or old != value:
-            changes[key] = _plain(value)
-    return changes
-
-
-def changes_yaml(changes: Mapping[str, Any]) -> str:
-    """As a block that can be pasted into a config."""
-    return yaml.safe_dump(changes, sort_keys=True, default_flow_style=None) if changes else "{}\n"
-
-
-def get_key(cfg: CfgNode, key: str) -> Any:
-    """Value of a dotted key."""
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
-def set_key(cfg: CfgNode, key: str, value: Any) -> None:
-    """Set a dotted key."""
-    *nodes, last = key.split(".")
-    for part in nodes:
-        cfg = cfg[part]
-    cfg[last] = value
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _find(config_file: str) -> str:
-    try:
-        return str(find_config(config_file))
-    except FileNotFoundError:
-        return _zoo_file(config_file)
-
-
-def _zoo_file(name: str) -> str:
-    try:
-        return model_zoo.get_config_file(name)
-    except RuntimeError:
-        raise FinetuneConfigError(
-            f"no config {name!r}: not a file, nor one of ours (finetune/...), nor in Detectron2's "
-            "model zoo (such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml)"
-        ) from None

@@ -1,18 +1,15 @@
 """Fine-tuning and evaluation of a detector, by Detectron2's own trainer and COCO evaluator."""
 
-import contextlib
-import functools
 import json
 import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, default_setup
@@ -21,12 +18,11 @@ from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from jigsaw_d2.backbone_loading import load_backbone
-from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops, device_name, record_stage
 from jigsaw_d2.datasets import register_coco_files
 from jigsaw_d2.detection_data import check_annotations
+from jigsaw_d2.detector_compute import LedgerHook, counted_images, record_compute, unwrapped
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.finetune_config import read_passport
 from jigsaw_d2.passport import Passport
@@ -36,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 RESULTS_NAME = "results.json"
 PASSPORT_NAME = "passport.yaml"
-# Side in pixels of the image on which the backbone's FLOPs per pixel are counted.
-_FLOP_SIDE = 128
 
 
 class FinetuneError(JigsawError, RuntimeError):
@@ -92,7 +86,7 @@ class FinetuneTrainer(DefaultTrainer):
         start = time.perf_counter()
         with counted_images(model, training=False) as count:
             results = super().test(cfg, model, evaluators)
-        _record(cfg.OUTPUT_DIR, "evaluation", count, time.perf_counter() - start, forwards=1)
+        record_compute(cfg.OUTPUT_DIR, "evaluation", count, time.perf_counter() - start, forwards=1)
         return results
 
     @classmethod
@@ -102,37 +96,6 @@ class FinetuneTrainer(DefaultTrainer):
         evaluators = [cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, model, evaluators)
         return OrderedDict((f"{task}_TTA", values) for task, values in results.items())
-
-
-class LedgerHook(HookBase):
-    """Enters the compute of training steps into the ledger, every ``period`` and at the end."""
-
-    def __init__(self, output_dir: str, period: int = 100) -> None:
-        self._output_dir = output_dir
-        self._period = period
-        self._seconds = 0.0
-        self._start = 0.0
-
-    def before_train(self) -> None:
-        self._stack = contextlib.ExitStack()
-        self._count = self._stack.enter_context(counted_images(self.trainer.model, training=True))
-
-    def before_step(self) -> None:
-        self._start = time.perf_counter()
-
-    def after_step(self) -> None:
-        self._seconds += time.perf_counter() - self._start
-        if (self.trainer.iter + 1) % self._period == 0:
-            self._flush()
-
-    def after_train(self) -> None:
-        self._flush()
-        self._stack.close()
-
-    def _flush(self) -> None:
-        _record(self._output_dir, "finetuning", self._count, self._seconds, TRAIN_FORWARDS)
-        self._count.images = self._count.pixels = 0
-        self._seconds = 0.0
 
 
 def finetune(
@@ -164,7 +127,9 @@ def finetune(
     _check_multi_scale(cfg)
     if not eval_only:
         check_annotations(cfg)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="jigsaw_d2")
+    setup_logger(
+        cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="jigsaw_d2", abbrev_name="jigsaw"
+    )
     default_setup(cfg, SimpleNamespace(config_file="", eval_only=eval_only, resume=resume))
     if comm.is_main_process():
         write_text(Path(cfg.OUTPUT_DIR) / PASSPORT_NAME, passport.to_yaml(), force=True)
@@ -199,61 +164,6 @@ def check_output(cfg: CfgNode, passport: Passport, resume: bool) -> None:
                 f"{folder} was started from other weights ({earlier}: digest {digest[:12] or 'none'}, "
                 f"now {passport.digest[:12] or 'none'}); resume with the same --weights"
             )
-
-
-class Count:
-    """What entered a detector's backbone: ``images``, and their ``pixels`` with padding."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        self.images = self.pixels = 0
-        self.backbone = backbone
-
-    @functools.cached_property
-    def flops_per_pixel(self) -> float:
-        """Of a forward pass of the backbone (with FPN); RoI heads are left out."""
-        return backbone_flops(self.backbone, _FLOP_SIDE, _FLOP_SIDE) / _FLOP_SIDE**2
-
-
-@contextlib.contextmanager
-def counted_images(model: nn.Module, training: bool) -> Iterator[Count]:
-    """Count what enters the backbone of a detector while it is (or is not) in training mode."""
-    backbone = unwrapped(model).backbone
-    count = Count(backbone)
-
-    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if module.training == training:
-            images, _, height, width = inputs[0].shape
-            count.images += images
-            count.pixels += images * height * width
-
-    handle = backbone.register_forward_pre_hook(note)
-    try:
-        yield count
-    finally:
-        handle.remove()
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The detector inside its wrappers (several GPUs; test-time augmentation)."""
-    if isinstance(model, GeneralizedRCNNWithTTA):
-        return model.model
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _record(output_dir: str, stage: str, count: Count, seconds: float, forwards: int) -> None:
-    """Enter the whole job's share, taken as this rank's times the number of ranks."""
-    if not comm.is_main_process() or count.images == 0:
-        return
-    ranks = comm.get_world_size()
-    record_stage(
-        output_dir,
-        stage,
-        images=count.images * ranks,
-        pixels=count.pixels * ranks,
-        flops=forwards * count.flops_per_pixel * count.pixels * ranks,
-        seconds=seconds * ranks,
-        device=device_name(next(count.backbone.parameters()).device),
-    )
 
 
 def _train(cfg: CfgNode, resume: bool, partial: bool) -> tuple[nn.Module, dict[str, Any]]:

@@ -87,7 +87,7 @@ def from_msra(tensors: Mapping[str, Any]) -> tuple[Arrays, Passport]:
     Raises:
         ArchitectureError: no ResNet.
     """
-    names = list(tensors)
+    names = [name for name in tensors if not name.endswith("_momentum")]
     renamed = dict(zip(convert_basic_c2_names(names), (tensors[name] for name in names)))
     arrays = keep_resnet(renamed)
     for name in [n for n in arrays if n.endswith("norm.weight")]:
@@ -99,11 +99,11 @@ def from_msra(tensors: Mapping[str, Any]) -> tuple[Arrays, Passport]:
 
 
 def keep_resnet(tensors: Mapping[str, Any]) -> Arrays:
-    """Only stem and stages, as float32 arrays; counters of batch norm and momentum are left out."""
+    """Only stem and stages, as float32 arrays; the counters of batch norm are left out."""
     return {
         name: to_array(value)
         for name, value in tensors.items()
-        if RESNET_NAME.match(name) and not name.endswith(("num_batches_tracked", "_momentum"))
+        if RESNET_NAME.match(name) and not name.endswith("num_batches_tracked")
     }
 
 

@@ -161,7 +161,9 @@ class Passport:
         if self.origin not in ORIGINS:
             raise PassportError(f"{where}: origin {self.origin!r} is none of {ORIGINS}")
         if self.input_format not in ("RGB", "BGR"):
-            raise PassportError(f"{where}: input_format {self.input_format!r} is neither RGB nor BGR")
+            raise PassportError(
+                f"{where}: input_format {self.input_format!r} is neither RGB nor BGR"
+            )
         if len(self.pixel_mean) != len(self.pixel_std) or min(self.pixel_std, default=0) <= 0:
             raise PassportError(
                 f"{where}: pixel_mean {self.pixel_mean} and pixel_std {self.pixel_std} must be "

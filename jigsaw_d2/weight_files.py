@@ -15,6 +15,13 @@ import torch
 from jigsaw_d2.errors import JigsawError
 
 _ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
+# How our unpickler words a refusal, and how torch's does.
+_REFUSALS = ("it holds", "bytes spelled in", "Unsupported global", "Unsupported class")
+# What unpicklers raise over bytes that are no pickle, or half of one.
+_DAMAGES = (
+    *(EOFError, RuntimeError, zipfile.BadZipFile, ValueError, KeyError, OSError),
+    *(AttributeError, ImportError, IndexError, TypeError),
+)
 _NUMERIC_MODULES = ("numpy.core.numeric", "numpy._core.numeric")
 
 
@@ -25,7 +32,7 @@ class WeightFileError(JigsawError, ValueError):
 def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
     """Stands for ``codecs.encode``, which pickles of protocol 2 call to spell bytes."""
     if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"bytes spelled in {encoding!r}")
+        raise pickle.UnpicklingError(f"{_REFUSALS[1]} {encoding!r}")
     return text.encode("latin1")
 
 
@@ -43,7 +50,7 @@ class _ArrayUnpickler(pickle.Unpickler):
             return getattr(np._core.multiarray, name)
         if module in _NUMERIC_MODULES and name == "_frombuffer":
             return np._core.numeric._frombuffer
-        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        raise pickle.UnpicklingError(f"{_REFUSALS[0]} {module}.{name}")
 
 
 def read_weights(path: str | Path, trust: bool = False) -> Any:
@@ -59,24 +66,21 @@ def read_weights(path: str | Path, trust: bool = False) -> Any:
     path = Path(path)
     if not path.is_file():
         raise WeightFileError(f"{path}: no such file")
-    size = path.stat().st_size
     try:
         if path.suffix == ".pkl":
             return _read_pickle(path, trust)
         return torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        raise WeightFileError(f"{path}: {_refusal(error, trust)}") from None
-    except (EOFError, RuntimeError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
-        kind = "pickle of numpy arrays" if path.suffix == ".pkl" else "file of torch.save"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it ends too early"
-        raise WeightFileError(
-            f"{path} ({size} bytes): expected a whole {kind}, but it cannot be read ({reason}); "
-            "is it truncated, or another kind of file?"
-        ) from None
-    except (AttributeError, ImportError, IndexError, TypeError) as error:
-        raise WeightFileError(
-            f"{path} ({size} bytes): damaged or foreign file: {type(error).__name__}: {error}"
-        ) from None
+        reason = _reason(str(error))
+        if any(sign in str(error) for sign in _REFUSALS):
+            raise WeightFileError(
+                f"{path}: refused, because reading it could run code from it ({reason}); expected "
+                "tensors or arrays and plain values only. If the file is your own, --trust reads it"
+            ) from None
+        raise WeightFileError(_damaged(path, reason)) from None
+    except _DAMAGES as error:
+        reason = _reason(str(error)) or f"it ends too early, {type(error).__name__}"
+        raise WeightFileError(_damaged(path, reason)) from None
 
 
 def _read_pickle(path: Path, trust: bool) -> Any:
@@ -85,16 +89,17 @@ def _read_pickle(path: Path, trust: bool) -> Any:
         return unpickler(stream, encoding="latin1").load()
 
 
-def _refusal(error: pickle.UnpicklingError, trust: bool) -> str:
-    text = str(error)
-    truncated = "truncated" in text or "invalid load key" in text
-    if trust or truncated:
-        first = text.strip().splitlines()[0]
-        return f"cannot be read ({first}); is it truncated, or another kind of file?"
-    reason = text.strip().splitlines()[0]
+def _reason(text: str) -> str:
+    """First sentence of what matters in an error of torch's or pickle's, which can be a page long."""
+    text = text.rpartition("WeightsUnpickler error:")[2].strip()
+    return text.splitlines()[0].split(". ")[0][:160] if text else ""
+
+
+def _damaged(path: Path, reason: str) -> str:
+    kind = "pickle of numpy arrays" if path.suffix == ".pkl" else "file of torch.save"
     return (
-        f"refused, because reading it could run code from it ({reason}); expected tensors or "
-        "arrays and plain values only. If the file is your own, --trust reads it all the same"
+        f"{path} ({path.stat().st_size} bytes): expected a whole {kind}, but it cannot be read "
+        f"({reason}); is it truncated, or another kind of file?"
     )
 
 

@@ -1,19 +1,25 @@
 """Checkpoints, detectors and data of toy size for the tests of the hand-over."""
 
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import build_model
 from torch import nn
 
+import jigsaw_d2.meta_arch  # noqa: F401  (registers JigsawPretrainer)
+from jigsaw_d2.checkpoint import convert_checkpoint, passport_path
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.finetune_config import load_detection_config
+from jigsaw_d2.detection_config import load_detection_config
+from jigsaw_d2.passport import PASSPORT_KEY, Passport
+from jigsaw_d2.weight_files import read_weights
 
-# A ResNet-50 in form with an eighth of its channels: every name and no weight.
+# A ResNet-50 (or 101) in form with an eighth of its channels.
 THIN = [
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
     *("MODEL.RESNETS.WIDTH_PER_GROUP", "8"),
@@ -28,6 +34,16 @@ SMALL = [
     *("INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TRAIN", "96", "INPUT.MAX_SIZE_TEST", "96"),
     *("SOLVER.IMS_PER_BATCH", "1", "DATALOADER.NUM_WORKERS", "0"),
 ]
+# The same for group norm, whose 32 groups ask for more.
+THIN_GN = [
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "32", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", "32"),
+]
+RESNET_18 = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
+C4 = "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"
+FPN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 CATEGORIES = ["cell", "plate", "rod"]
 
 
@@ -49,24 +65,40 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def backbone_of(cfg: CfgNode, seed: int = 0) -> nn.Module:
-    """The pre-training's backbone with all stages visible."""
+def pretrained(cfg: CfgNode, seed: int = 0) -> nn.Module:
+    """A ``JigsawPretrainer`` with all stages visible and every tensor different, in eval mode."""
     cfg = cfg.clone()
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     torch.manual_seed(seed)
-    return randomise(build_backbone(cfg), seed)
+    return randomise(build_model(cfg), seed)
 
 
-def save_checkpoint(path: Path, cfg: CfgNode, backbone: nn.Module, **extra: object) -> Path:
+def save_checkpoint(path: Path, cfg: CfgNode, model: nn.Module, **extra: object) -> Path:
     """A checkpoint of the form that the trainer writes."""
-    model = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
-    model["classifier.weight"] = torch.zeros(4, 8, 1, 1)
-    model["classifier.bias"] = torch.zeros(4)
-    model["erf_weights"] = torch.zeros(4, 7, 7)
     store = {"categories": CATEGORIES, "dataset": "toy_train", "image_ids_hash": "ab" * 32}
     jigsaw = {"config": cfg.dump(), "store": store, "images_seen": 320, "code_version": "0.1.0"}
-    torch.save({"model": model, "iteration": 9, "jigsaw": jigsaw | extra}, path)
+    torch.save({"model": model.state_dict(), "iteration": 9, "jigsaw": jigsaw | extra}, path)
     return path
+
+
+def convert(folder: Path, *overrides: str, name: str = "weights.pkl", seed: int = 0) -> Path:
+    """Converted weights of an untrained pre-training model with these overrides."""
+    cfg = pretrain_config(*overrides)
+    checkpoint = save_checkpoint(folder / "model_final.pth", cfg, pretrained(cfg, seed))
+    convert_checkpoint(checkpoint, folder / name, force=True)
+    return folder / name
+
+
+def rewrite(weights: Path, change: Callable[[dict], None], seal: bool = False) -> Path:
+    """Alter what a converted ``.pkl`` holds; ``seal`` makes a new digest, as a liar would."""
+    data = read_weights(weights)
+    change(data)
+    if seal:
+        passport = Passport.from_dict(data[PASSPORT_KEY]).sealed(data["model"])
+        data[PASSPORT_KEY] = passport.to_dict()
+    weights.write_bytes(pickle.dumps(data))
+    passport_path(weights).unlink(missing_ok=True)
+    return weights
 
 
 def build_detector(cfg: CfgNode, seed: int = 1) -> nn.Module:

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from jigsaw_d2.checkpoint import FORMATS, convert_checkpoint
-from jigsaw_d2.finetune_config import changes_yaml, config_changes, load_detection_config
+from jigsaw_d2.detection_config import changes_yaml, config_changes, load_detection_config
 from jigsaw_d2.plain_config import nest, plain_config, write_plain_config
 
 EPILOG = """\
@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", required=True, help=".pkl (numpy arrays) or .pth (tensors); YAML goes beside it"
     )
-    parser.add_argument("--format", choices=FORMATS, default="detectron2", help="default: %(default)s")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="detectron2", help="default: %(default)s"
+    )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     parser.add_argument(
         "--trust",
@@ -76,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     out = sys.stdout
     out.write(f"# {args.output}: passport, also in {args.output}.yaml\n{passport.to_yaml()}")
-    out.write(f"# a detector that uses these weights needs\n{changes_yaml(nest(passport.demands()))}")
+    out.write(
+        f"# a detector that uses these weights needs\n{changes_yaml(nest(passport.demands()))}"
+    )
     if args.write_config:
         cfg = plain_config(
             args.config_file, args.output, args.opts, match_architecture=args.match_architecture

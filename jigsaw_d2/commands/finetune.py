@@ -1,18 +1,16 @@
 """``finetune_net.py``: train and evaluate a detector from converted weights."""
 
 import argparse
+import os
 import sys
 from functools import partial
 
 from detectron2.config import CfgNode
 
-from jigsaw_d2.finetune_config import (
-    changes_yaml,
-    config_changes,
-    load_detection_config,
-    setup_finetune,
-)
+from jigsaw_d2.detection_config import changes_yaml, config_changes, load_detection_config
+from jigsaw_d2.finetune_config import setup_finetune
 from jigsaw_d2.finetuning import finetune
+from jigsaw_d2.launching import launch_job
 
 EPILOG = """\
 examples:
@@ -76,9 +74,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
         match_architecture=args.match_architecture,
         force=args.force,
     )
-    changes = changes_yaml(config_changes(before, cfg))
-    sys.stdout.write(f"# weights, dataset and machine change {args.config_file} in\n{changes}")
-    sys.stdout.flush()
+    if _is_first():
+        changes = changes_yaml(config_changes(before, cfg))
+        sys.stdout.write(f"# weights, dataset and machine change {args.config_file} in\n{changes}")
+        sys.stdout.flush()
     cfg.freeze()
     return cfg
 
@@ -88,13 +87,13 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     cfg = setup(args)
     job = partial(finetune, resume=args.resume, eval_only=args.eval_only, force=args.force)
-    if args.num_gpus * args.num_machines <= 1:
-        job(cfg)
-    else:
-        from jigsaw_d2.launching import launch_job
-
-        launch_job(
-            job, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(cfg,)
-        )
-    sys.stdout.write(f"results: {cfg.OUTPUT_DIR}/results.json\n")
+    machines = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+    launch_job(job, *machines, args=(cfg,), timeout=cfg.SOLVER.PEER_TIMEOUT)
+    if _is_first():
+        sys.stdout.write(f"results: {cfg.OUTPUT_DIR}/results.json\n")
     return 0
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for the job: torchrun starts this command once per GPU."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,212 @@
+"""Strict loading: the detector's features equal the pre-training's, or nothing is loaded at all."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import read_image
+from helpers_weights import (
+    C4,
+    FPN,
+    MASK,
+    RESNET_18,
+    RETINANET,
+    THIN,
+    THIN_GN,
+    build_detector,
+    convert,
+    pretrain_config,
+    pretrained,
+    rewrite,
+    save_checkpoint,
+    small_detection_config,
+)
+from torch import nn
+
+from jigsaw_d2.backbone_loading import BackboneMismatchError, load_backbone
+from jigsaw_d2.checkpoint import convert_checkpoint, read_converted
+from jigsaw_d2.finetune_config import apply_passport
+
+DCN = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, True, True, True]"]
+X101 = ["MODEL.RESNETS.DEPTH", "101", "MODEL.RESNETS.NUM_GROUPS", "32"]
+X101 += ["MODEL.RESNETS.WIDTH_PER_GROUP", "4", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
+NETWORKS = {
+    "R18": (RESNET_18, [FPN, MASK, RETINANET]),  # Detectron2 has no C4 head of basic blocks
+    "R50": ([], [C4, FPN, MASK, RETINANET]),
+    "X101": (X101, [C4, FPN, MASK, RETINANET]),
+    "GN": ([*THIN_GN, "MODEL.RESNETS.NORM", "GN"], [C4, FPN, MASK, RETINANET]),
+    "DCN": ([*THIN, *DCN], [FPN, MASK, RETINANET]),  # nor one with deformable convolution
+    "DCNv2": ([*THIN, *DCN, "MODEL.RESNETS.DEFORM_MODULATED", "True"], [FPN]),
+    "stride in 1x1, BGR": (
+        [*THIN, "MODEL.RESNETS.STRIDE_IN_1X1", "True", "INPUT.FORMAT", "BGR"],
+        [C4, FPN],
+    ),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_features_equal_the_pretrainings(network: str, tmp_path: Path) -> None:
+    """One picture file, read as either config says, through both: res2..res5 to 1e-5."""
+    overrides, detectors = NETWORKS[network]
+    cfg = pretrain_config(*overrides)
+    model = pretrained(cfg)
+    checkpoint = save_checkpoint(tmp_path / "model_final.pth", cfg, model)
+    passport = convert_checkpoint(checkpoint, tmp_path / "weights.pkl")
+    picture = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "picture.png"), picture)
+    with torch.no_grad():
+        expected = model.backbone(model.preprocess(_read(tmp_path / "picture.png", cfg)[None]))
+    for name in detectors:
+        detection = small_detection_config(name)
+        apply_passport(detection, passport, match_architecture=True)
+        detector = build_detector(detection)
+        report = load_backbone(detector, tmp_path / "weights.pkl")
+        assert len(report.filled) == len(read_converted(tmp_path / "weights.pkl")[0])
+        features = _features(detector, _read(tmp_path / "picture.png", detection))
+        assert set(features) >= {"res4", "res5"}
+        for stage, feature in features.items():
+            scale = expected[stage].abs().max()
+            difference = float((feature - expected[stage]).abs().max() / scale)
+            assert scale > 0.1 and difference < 1e-5, (name, stage, difference)
+
+
+def _read(path: Path, cfg: CfgNode) -> torch.Tensor:
+    """uint8 (3, H, W) in the order of the config's INPUT.FORMAT, as Detectron2's mapper reads."""
+    image = read_image(str(path), format=cfg.INPUT.FORMAT)
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+@torch.no_grad()
+def _features(detector: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    images = detector.preprocess_image([{"image": image}]).tensor
+    features = getattr(detector.backbone, "bottom_up", detector.backbone)(images)
+    if "res5" not in features:  # C4 applies res5 to regions of res4; here to all of it
+        features["res5"] = detector.roi_heads.res5(features["res4"])
+    return features
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_plain_detectron2_loads_it_without_our_code(suffix: str, tmp_path: Path) -> None:
+    """In a fresh process that never imports us: all backbone tensors of a zoo model are the file's."""
+    weights = convert(tmp_path, name=f"weights{suffix}")
+    script = f"""
+import sys, pickle, torch
+from detectron2 import model_zoo
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+if {suffix!r} == ".pkl":
+    held = pickle.load(open({str(weights)!r}, "rb"))["model"]
+else:
+    held = torch.load({str(weights)!r}, weights_only=True)["model"]
+for name in ({C4!r}, {FPN!r}):
+    cfg = model_zoo.get_config(name)
+    cfg.MODEL.DEVICE, cfg.MODEL.ROI_BOX_HEAD.FC_DIM = "cpu", 16
+    model = build_model(cfg)
+    extra = DetectionCheckpointer(model).load({str(weights)!r})
+    assert "jigsaw_passport" in extra
+    state, used = model.state_dict(), set()
+    for key in state:
+        if "bottom_up" in key or ("C4" in name and key.startswith(("backbone", "roi_heads.res5"))):
+            short = key.removeprefix("backbone.").removeprefix("bottom_up.").removeprefix("roi_heads.")
+            assert torch.equal(state[key], torch.as_tensor(held[short])), key
+            used.add(short)
+    assert used == set(held), set(held) - used
+assert not [name for name in sys.modules if name.startswith("jigsaw")]
+print("equal", len(used))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "equal 265"  # 53 convolutions, each with a norm of four tensors
+
+
+class TestRefusals:
+    """Both sides are listed, and the detector stays as it was."""
+
+    @pytest.fixture()
+    def weights(self, tmp_path: Path) -> Path:
+        return convert(tmp_path, *THIN)
+
+    def refused(self, weights: Path, *overrides: str, config: str = FPN) -> str:
+        detector = build_detector(small_detection_config(config, *THIN, *overrides))
+        before = {name: value.clone() for name, value in detector.state_dict().items()}
+        with pytest.raises(BackboneMismatchError) as error:
+            load_backbone(detector, weights)
+        after = detector.state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        return str(error.value)
+
+    def test_missing_tensor(self, weights: Path) -> None:
+        rewrite(weights, lambda data: data["model"].pop("res4.3.conv2.weight"), seal=True)
+        message = self.refused(weights)
+        assert "In the detector, not in the file (1):\n    res4.3.conv2.weight" in message
+
+    def test_extra_tensor(self, weights: Path) -> None:
+        extra = {"res4.3.conv4.weight": np.zeros((2, 2), np.float32)}
+        rewrite(weights, lambda data: data["model"].update(extra), seal=True)
+        message = self.refused(weights)
+        assert "In the file, not in the detector (1):\n    res4.3.conv4.weight" in message
+
+    def test_wrong_shape(self, weights: Path) -> None:
+        wrong = {"res4.3.conv2.weight": np.zeros((8, 8, 3, 3), np.float32)}
+        rewrite(weights, lambda data: data["model"].update(wrong), seal=True)
+        expected = "res4.3.conv2.weight: file (8, 8, 3, 3), detector (32, 32, 3, 3)"
+        assert expected in self.refused(weights)
+
+    def test_deeper_detector(self, weights: Path) -> None:
+        message = self.refused(weights, "MODEL.RESNETS.DEPTH", "101")
+        assert "res4.22.conv1.weight" in message and "In the file" not in message
+
+    def test_batch_norm_into_group_norm(self, tmp_path: Path) -> None:
+        weights = convert(tmp_path, *THIN_GN)
+        message = self.refused(weights, *THIN_GN, "MODEL.RESNETS.NORM", "GN")
+        assert "In the file, not in the detector (106)" in message  # two statistics a norm
+
+    def test_group_norm_into_batch_norm(self, tmp_path: Path) -> None:
+        weights = convert(tmp_path, *THIN_GN, "MODEL.RESNETS.NORM", "GN")
+        message = self.refused(weights, *THIN_GN)
+        assert "In the detector, not in the file (106)" in message
+
+    def test_a_detector_that_never_uses_res5(self, weights: Path) -> None:
+        message = self.refused(weights, config="COCO-Detection/rpn_R_50_C4_1x.yaml")
+        assert "In the file, not in the detector (50)" in message  # the ten convolutions of res5
+
+    def test_insisting_loads_what_fits(self, weights: Path) -> None:
+        wrong = {"res4.3.conv2.weight": np.zeros((8, 8, 3, 3), np.float32)}
+        rewrite(weights, lambda data: data["model"].update(wrong), seal=True)
+        detector = build_detector(small_detection_config(FPN, *THIN))
+        report = load_backbone(detector, weights, partial=True)
+        assert len(report.filled) == 264
+
+    def test_new_modules_are_named(self, weights: Path) -> None:
+        report = load_backbone(build_detector(small_detection_config(C4, *THIN)), weights)
+        assert report.new_modules == ("proposal_generator.rpn_head", "roi_heads.box_predictor")
+
+
+def test_offsets_start_at_zero_where_asked(tmp_path: Path) -> None:
+    """Zero offsets are a plain convolution: features equal those of the plain network."""
+    weights = convert(tmp_path, *THIN)
+    plain = build_detector(small_detection_config(FPN, *THIN))
+    deformable = build_detector(small_detection_config(FPN, *THIN, *DCN), seed=2)
+    load_backbone(plain, weights)
+    with pytest.raises(BackboneMismatchError, match="conv2_offset"):
+        load_backbone(deformable, weights)
+    report = load_backbone(deformable, weights, new_offsets=True)
+    assert len(report.new_offsets) == 2 * (4 + 6 + 3)  # weight and bias in each block of res3-res5
+    image = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0))
+    one, other = _features(plain, image), _features(deformable, image)
+    for stage in one:
+        assert torch.allclose(one[stage], other[stage], atol=1e-5 * float(one[stage].abs().max()))
+
+
+def test_detectors_with_another_norm_of_the_batch_kind(tmp_path: Path) -> None:
+    """Trainable batch norm holds the same tensors and a counter, which stays."""
+    weights = convert(tmp_path, *THIN)
+    detector = build_detector(small_detection_config(FPN, *THIN, "MODEL.RESNETS.NORM", "BN"))
+    assert len(load_backbone(detector, weights).filled) == 265

@@ -1,0 +1,190 @@
+"""torchvision's and MSRA's files, in both directions; random weights stand for the real ones."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from detectron2.modeling import build_backbone
+from helpers_weights import (
+    C4,
+    FPN,
+    RESNET_18,
+    build_detector,
+    convert,
+    pretrain_config,
+    pretrained,
+    randomise,
+    save_checkpoint,
+    small_detection_config,
+)
+from torch import nn
+
+from jigsaw_d2.architecture import ArchitectureError
+from jigsaw_d2.backbone_loading import load_backbone
+from jigsaw_d2.checkpoint import convert_checkpoint, read_backbone, read_converted
+from jigsaw_d2.finetune_config import apply_passport
+from jigsaw_d2.imagenet_weights import name_from_torchvision, name_to_torchvision
+
+X101 = ["MODEL.RESNETS.DEPTH", "101", "MODEL.RESNETS.NUM_GROUPS", "32"]
+X101 += ["MODEL.RESNETS.WIDTH_PER_GROUP", "4"]
+
+
+def resnext101_32x4d() -> nn.Module:
+    """torchvision has the parts but no function of this name; its hub cousins are built like this."""
+    block = torchvision.models.resnet.Bottleneck
+    return torchvision.models.ResNet(block, [3, 4, 23, 3], groups=32, width_per_group=4)
+
+
+BUILDERS = {
+    "resnet18": (torchvision.models.resnet18, RESNET_18),
+    "resnet50": (torchvision.models.resnet50, []),
+    "resnet101": (torchvision.models.resnet101, ["MODEL.RESNETS.DEPTH", "101"]),
+    "resnext101_32x4d": (resnext101_32x4d, X101),
+}
+
+
+def torchvision_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What the classifier ``fc`` sees."""
+    model.fc = nn.Identity()
+    with torch.no_grad():
+        return model.eval()(images)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_ours_load_strictly_into_torchvision(name: str, tmp_path: Path) -> None:
+    """strict=True, and the pooled features are those of the pre-training."""
+    build, overrides = BUILDERS[name]
+    cfg = pretrain_config(*overrides)
+    model = pretrained(cfg)
+    checkpoint = save_checkpoint(tmp_path / "model_final.pth", cfg, model)
+    convert_checkpoint(checkpoint, tmp_path / "tv.pth", format="torchvision")
+    theirs = build()
+    theirs.load_state_dict(torch.load(tmp_path / "tv.pth", weights_only=True), strict=True)
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.backbone(images)["res5"].mean(dim=(2, 3))
+    features = torchvision_features(theirs, images)
+    assert torch.allclose(features, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_torchvision_format_keeps_the_passport(tmp_path: Path) -> None:
+    """A file in torchvision's form is still ours when read back: not taken for ImageNet's."""
+    weights = convert(tmp_path)
+    convert_checkpoint(weights, tmp_path / "tv.pth", format="torchvision")
+    arrays, passport = read_converted(tmp_path / "tv.pth")
+    first, said = read_converted(weights)
+    assert passport == said and passport.origin == "jigsaw"
+    assert set(arrays) == set(first)
+    assert all(np.array_equal(arrays[key], first[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101"])
+def test_torchvisions_file_becomes_a_passport(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = randomise(BUILDERS[name][0]())
+    torch.save(theirs.state_dict(), tmp_path / f"{name}.pth")
+    passport = convert_checkpoint(tmp_path / f"{name}.pth", tmp_path / "w.pkl")
+    assert passport.origin == "imagenet"
+    assert passport.architecture.depth == int(name.removeprefix("resnet"))
+    assert passport.demands()["INPUT.FORMAT"] == "RGB"
+    assert passport.demands()["MODEL.RESNETS.STRIDE_IN_1X1"] is False
+    detection = small_detection_config(C4)
+    apply_passport(detection, passport, match_architecture=True)
+    detector = build_detector(detection)
+    load_backbone(detector, tmp_path / "w.pkl")
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        res5 = detector.roi_heads.res5(detector.backbone(images)["res4"]).mean(dim=(2, 3))
+    expected = torchvision_features(theirs, images)
+    assert torch.allclose(res5, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def to_msra(name: str, statistics: bool = True) -> str:
+    """Our name -> Caffe2's, as in MSRA's R-50.pkl: res2.0.conv1.norm.weight -> res2_0_branch2a_bn_s."""
+    norm = {"weight": "gamma", "bias": "beta"} if statistics else {"weight": "s", "bias": "b"}
+    stem = name.startswith("stem.")
+    name = name.removeprefix("stem.")
+    parts = name.split(".")
+    if "norm" in parts:
+        tail = "bn_" + norm.get(parts[-1], parts[-1])
+        head = ["res", "conv1"] if stem else parts[:-2]
+    else:
+        tail, head = "w", parts[:-1]
+    branches = {
+        "conv1": "branch2a",
+        "conv2": "branch2b",
+        "conv3": "branch2c",
+        "shortcut": "branch1",
+    }
+    if not stem:
+        head = [branches.get(part, part) for part in head]
+    return "_".join([*head, tail])
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_msras_file_becomes_a_passport(statistics: bool, tmp_path: Path) -> None:
+    """Stride in the 1x1, BGR, std 1; with or without the statistics of batch norm."""
+    cfg = pretrain_config("MODEL.RESNETS.STRIDE_IN_1X1", "True", "MODEL.RESNETS.NORM", "FrozenBN")
+    torch.manual_seed(0)
+    backbone = randomise(build_backbone(cfg))
+    if not statistics:  # what such files mean: scale and shift alone
+        for key, value in backbone.state_dict().items():
+            if "running" in key:
+                value.fill_(0.0 if key.endswith("mean") else 1 - 1e-5)
+    data = {
+        to_msra(key, statistics): value.numpy()
+        for key, value in backbone.state_dict().items()
+        if statistics or "running" not in key
+    }
+    data |= {"fc1000_w": np.zeros((1000, 8), np.float32), "conv1_w_momentum": np.zeros(1)}
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(data, protocol=2))
+    passport = convert_checkpoint(tmp_path / "R-50.pkl", tmp_path / "w.pth")
+    assert passport.demands() == {
+        "INPUT.FORMAT": "BGR",
+        "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
+        "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+        "MODEL.RESNETS.NORM": "FrozenBN",
+        "MODEL.RESNETS.STRIDE_IN_1X1": True,
+    }
+    detection = small_detection_config(FPN)  # made for MSRA's files: nothing changes
+    before = detection.clone()
+    apply_passport(detection, passport)
+    assert detection == before
+    detector = build_detector(detection)
+    load_backbone(detector, tmp_path / "w.pth")
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = detector.backbone.bottom_up(images)["res5"], backbone(images)["res5"]
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_wrapped_state_dicts_are_found(tmp_path: Path) -> None:
+    torch.save({"state_dict": torchvision.models.resnet18().state_dict()}, tmp_path / "w.pth")
+    assert read_backbone(tmp_path / "w.pth")[1].architecture.depth == 18
+
+
+def test_names_go_there_and_back() -> None:
+    names = set(build_backbone(pretrain_config()).state_dict())
+    theirs = {name_to_torchvision(name) for name in names}
+    assert {name_from_torchvision(name) for name in theirs} == names
+    expected = set(torchvision.models.resnet50().state_dict()) - {"fc.weight", "fc.bias"}
+    assert theirs == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["MODEL.RESNETS.STRIDE_IN_1X1", "True"], "stride_in_1x1 is True"),
+        (["MODEL.RESNETS.NORM", "GN"], "norm is GN"),
+        (["MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, True, True, True]"], "deform_on_per_stage"),
+        (["MODEL.RESNETS.RES2_OUT_CHANNELS", "128"], r"\(64, 128\) channels"),
+    ],
+)
+def test_networks_that_torchvision_lacks(overrides: list[str], named: str, tmp_path: Path) -> None:
+    weights = convert(tmp_path, *overrides)
+    with pytest.raises(ArchitectureError, match=named):
+        convert_checkpoint(weights, tmp_path / "tv.pth", format="torchvision")
+    assert not (tmp_path / "tv.pth").exists()
