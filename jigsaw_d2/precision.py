@@ -1,7 +1,6 @@
 """Number formats of a training step: AMP with or without loss scaling, TF32."""
 
 import contextlib
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +10,10 @@ from detectron2.config import CfgNode
 from jigsaw_d2.config import AMP_DTYPES
 from jigsaw_d2.errors import JigsawError
 
-logger = logging.getLogger(__name__)
-
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # CPU flags of instructions that multiply bfloat16: x86 (AVX-512, AMX) and ARM.
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 class PrecisionError(JigsawError, ValueError):
@@ -67,10 +65,9 @@ def has_bfloat16(device_type: str) -> bool:
     """Whether the hardware multiplies bfloat16 itself, instead of emulating it."""
     if device_type == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
+    if not _CPUINFO.is_file():
         return False
-    lines = (line.lower() for line in cpuinfo.read_text().splitlines())
+    lines = (line.lower() for line in _CPUINFO.read_text().splitlines())
     flags = (
         line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "features"))
     )

@@ -1,0 +1,83 @@
+"""run_config.py: a config made definite once, and refusals that name the key."""
+
+import logging
+
+import pytest
+import yaml
+from helpers_run import tiny_cfg
+from helpers_store import make_store
+
+from jigsaw_d2.checkpointing import save_atomically
+from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.run_config import RunConfigError, open_store, resolve_config, warn_of_changes
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("data") / "store", n_per_group=2)
+
+
+def test_everything_left_open_is_filled_in_once(tmp_path, store):
+    overrides = ("SOLVER.IMS_PER_BATCH", 256, "SOLVER.REFERENCE_BATCH_SIZE", 512, "SEED", -1)
+    cfg = resolve_config(tiny_cfg(tmp_path, *overrides), store)
+    assert cfg.MODEL.JIGSAW.NUM_CLASSES == 3
+    assert cfg.MODEL.RESNETS.NORM == "BN"
+    assert cfg.SOLVER.MAX_ITER == 24 and cfg.SOLVER.REFERENCE_BATCH_SIZE == 256
+    assert cfg.SEED >= 0
+    assert resolve_config(cfg, store) == cfg
+    path = tmp_path / "config.yaml"
+    path.write_text(cfg.dump())
+    again = resolve_config(get_jigsaw_cfg(str(path)), store)
+    assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
+
+
+def test_a_drawn_seed_is_kept_by_the_run(tmp_path, store):
+    cfg = tiny_cfg(tmp_path, "SEED", -1)
+    first, second = resolve_config(cfg, store).SEED, resolve_config(cfg, store).SEED
+    assert first != second
+    (tmp_path / "run").mkdir()
+    content = {"model": {}, "jigsaw": {"sampler": {"seed": 1234}}}
+    save_atomically(content, tmp_path / "run" / "model_0000002.pth")
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000002.pth")
+    assert resolve_config(cfg, store).SEED == 1234
+
+
+@pytest.mark.parametrize(
+    "overrides, world_size, message",
+    [
+        (("SOLVER.IMS_PER_BATCH", 6), 4, r"IMS_PER_BATCH 6 does not divide into 4 process"),
+        (("SOLVER.ACCUMULATION_STEPS", 3), 1, "ACCUMULATION_STEPS 3"),
+        (("SOLVER.ACCUMULATION_STEPS", 0), 1, "ACCUMULATION_STEPS 0"),
+        (("MODEL.JIGSAW.NUM_CLASSES", 80), 1, "NUM_CLASSES is 80, but the store .* has 3"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, store, overrides, world_size, message):
+    with pytest.raises(RunConfigError, match=message):
+        resolve_config(tiny_cfg(tmp_path, *overrides), store, world_size)
+
+
+def test_a_machine_without_gpu_says_which_key_to_set(tmp_path, store, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(RunConfigError, match="add MODEL.DEVICE cpu"):
+        resolve_config(tiny_cfg(tmp_path, "MODEL.DEVICE", "cuda"), store)
+
+
+def test_no_store_is_named():
+    with pytest.raises(RunConfigError, match="DATASETS.TRAIN names no sample store"):
+        open_store(get_jigsaw_cfg("jigsaw_R_50.yaml"))
+
+
+def test_parts_open_as_one_store(tmp_path, store):
+    cfg = tiny_cfg(tmp_path)
+    cfg.DATASETS.TRAIN = (str(store.paths[0]), str(tmp_path / "store"))
+    assert len(open_store(cfg)) == len(store) + 24
+
+
+def test_changes_against_a_checkpoint_are_listed(tmp_path, caplog):
+    cfg = tiny_cfg(tmp_path)
+    saved = cfg.dump()
+    assert warn_of_changes(cfg, saved) == []
+    cfg.SOLVER.BASE_LR, cfg.DATALOADER.NUM_WORKERS, cfg.OUTPUT_DIR = 0.5, 7, "elsewhere"
+    with caplog.at_level(logging.WARNING):
+        assert warn_of_changes(cfg, saved) == ["SOLVER.BASE_LR: 0.05 -> 0.5"]
+    assert "other settings than before: SOLVER.BASE_LR" in caplog.text
