@@ -1,4 +1,4 @@
-"""Effective receptive field (ERF) of any Detectron2 backbone; ``region_weights`` makes labels of it.
+"""Effective receptive field (ERF) of any Detectron2 backbone, cell by cell.
 
 Shape letters: N images; S = 4 regions R1..R4; H, W canvas pixels; h, w feature cells.
 """
@@ -215,7 +215,8 @@ def _device_of(network: nn.Module, images: Tensor) -> torch.device:
 def _check_images(images: Tensor, template: JigsawTemplate) -> None:
     if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
         raise ErfError(
-            f"images are {images.dtype} {tuple(images.shape)}; give normalised float (N, 3, H, W), N > 0"
+            f"images are {images.dtype} {tuple(images.shape)}; give normalised float "
+            "(N, 3, H, W), N > 0"
         )
     if tuple(images.shape[2:]) != (template.height, template.width):
         raise ErfError(

@@ -15,14 +15,19 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from jigsaw_d2.checkpoint import read_backbone
+from jigsaw_d2.data_loader import JigsawBatches, build_jigsaw_sampler
+from jigsaw_d2.dataset_mapper import JigsawDatasetMapper
 from jigsaw_d2.erf_weights import ErfError
 from jigsaw_d2.finetune_config import load_detection_config
 from jigsaw_d2.norm import resolve_norm
+from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.weight_files import read_weights
 
 logger = logging.getLogger(__name__)
 
 RANDOM = "random"
+# Added to a run's seed, so that measurements and training draw different images.
+SEED_OFFSET = 7_919
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -128,6 +133,24 @@ def normalise(images: Tensor, cfg: CfgNode) -> Tensor:
         images = images.flip(1)
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
     return (images - mean) / torch.tensor(cfg.MODEL.PIXEL_STD).view(-1, 1, 1)
+
+
+def jigsaw_stream(cfg: CfgNode, store: SampleStore) -> JigsawBatches:
+    """Range of positions (ints >= 0) -> batch: Jigsaw images of a stream of its own.
+
+    Drawn and made as the training images are, but with another seed; a function of position alone.
+    """
+    mapper = JigsawDatasetMapper(cfg, store, seed=max(cfg.SEED, 0) + SEED_OFFSET)
+    return JigsawBatches(build_jigsaw_sampler(cfg, mapper), mapper)
+
+
+def rgb_stream(cfg: CfgNode, stores: Sequence[str], seed: int = 0) -> JigsawBatches:
+    """``jigsaw_stream`` of stores on disk, in RGB whatever the network takes: for figures."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.SEED = seed
+    return jigsaw_stream(cfg, SampleStore(list(stores)))
 
 
 def random_images(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from jigsaw_d2.cost import backbone_flops
 from jigsaw_d2.erf import ErfMeasurement, measure_erf
+from jigsaw_d2.erf_inputs import jigsaw_stream
 from jigsaw_d2.erf_weights import (
     ErfError,
     format_summary,
@@ -28,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Probes per period when MAX_DRIFT watches the weights: ten times the refresh cost, still under 1 %.
 PROBES_PER_PERIOD = 10
-# Added to the run's seed, so that measurements and training draw different images.
-SEED_OFFSET = 7_919
 
 
 class ErfRefreshHook(HookBase):
@@ -43,7 +42,7 @@ class ErfRefreshHook(HookBase):
     def __init__(
         self,
         model: nn.Module,
-        load_image: Callable[[int], Tensor],
+        load_images: Callable[[range], Tensor],
         *,
         num_images: int = 64,
         period: int = 5000,
@@ -56,7 +55,7 @@ class ErfRefreshHook(HookBase):
         """
         Args:
             model: ``JigsawPretrainer``, bare or wrapped in DistributedDataParallel.
-            load_image: position (any int >= 0) -> uint8 (3, H, W), the same on every rank.
+            load_images: positions (ints >= 0) -> uint8 (N, 3, H, W), the same on every rank.
             num_images: images per measurement, over all ranks.
             period: iterations from one refresh to the next.
             first_iter: iteration of the first one.
@@ -76,7 +75,7 @@ class ErfRefreshHook(HookBase):
             if value < least:
                 raise ErfError(f"MODEL.JIGSAW.ERF.{name} is {value}; it must be at least {least}")
         self._model = unwrap(model)
-        self._load_image = load_image
+        self._load_images = load_images
         self._num_images = num_images
         self._period = period
         self._first_iter = first_iter
@@ -126,21 +125,22 @@ class ErfRefreshHook(HookBase):
     def _measure(self, iteration: int, amp_dtype: torch.dtype | None) -> ErfMeasurement:
         """Mean over the images of all ranks; maps, if any, of this rank's images alone."""
         model = self._model
-        numbers = range(comm.get_rank(), self._num_images, comm.get_world_size())
+        first = iteration * self._num_images
+        last = first + self._num_images
+        positions = range(first + comm.get_rank(), last, comm.get_world_size())
         total = torch.zeros_like(model.erf_region_sums)
         maps = None
-        if numbers:
-            images = [self._load_image(iteration * self._num_images + i) for i in numbers]
+        if positions:
             measured = measure_erf(
                 model.backbone,
-                model.preprocess(torch.stack(images)),
+                model.preprocess(self._load_images(positions)),
                 model.template,
                 model.in_feature,
                 self._grad,
                 with_maps=self._figures and comm.is_main_process(),
                 amp_dtype=amp_dtype,
             )
-            total += measured.region_sums * len(numbers)
+            total += measured.region_sums * len(positions)
             maps = measured.region_maps
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(total)
@@ -165,9 +165,12 @@ class ErfRefreshHook(HookBase):
         storage.put_scalar("erf/seconds", seconds, smoothing_hint=False)
         change = "first measurement" if first else f"drift {drift:.4f}"
         verb = "ERF weights renewed" if installed else "ERF probed, weights kept"
-        head = f"{verb} at iteration {iteration}: {measured.num_images} images, {seconds:.1f} s, {change}"
         table = format_summary(measured.region_sums, model.erf_weights, model.cell_regions)
-        logger.info("%s%s", head, f"\n{table}" if installed else "")
+        logger.info(
+            "%s at iteration %d: %d images, %.1f s, %s%s",
+            *(verb, iteration, measured.num_images, seconds, change),
+            f"\n{table}" if installed else "",
+        )
         if installed and measured.region_maps is not None:
             shares = region_shares(measured.region_sums, model.cell_regions)
             figure = erf_figure([""], [measured.region_maps], [shares], model.template)
@@ -211,9 +214,10 @@ def build_erf_refresh_hook(
     if cfg.MODEL.JIGSAW.OBJECTIVE != "erf_adaptive":
         return None
     erf = cfg.MODEL.JIGSAW.ERF
+    stream = jigsaw_stream(cfg, store)
     return ErfRefreshHook(
         model,
-        _image_loader(cfg, store),
+        lambda positions: stream[positions]["image"],
         num_images=erf.NUM_IMAGES,
         period=erf.PERIOD,
         first_iter=erf.FIRST_ITER,
@@ -222,21 +226,3 @@ def build_erf_refresh_hook(
         amp_dtype=Precision.from_config(cfg).dtype if erf.AMP else None,
         figures=erf.FIGURES,
     )
-
-
-def _image_loader(cfg: CfgNode, store: SampleStore) -> Callable[[int], Tensor]:
-    """Position -> uint8 (3, H, W): the Jigsaw image of a stream of its own."""
-    from jigsaw_d2.dataset_mapper import JigsawDatasetMapper
-    from jigsaw_d2.jigsaw_sampler import JigsawSampler
-
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SEED = max(cfg.SEED, 0) + SEED_OFFSET
-    sampler = JigsawSampler.from_config(cfg, store)
-    mapper = JigsawDatasetMapper.from_config(cfg, store)
-
-    def load(position: int) -> Tensor:
-        ids = sampler.quadruple(position)
-        return mapper({"position": position, "sample_ids": ids})["image"]
-
-    return load

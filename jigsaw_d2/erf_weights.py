@@ -29,7 +29,8 @@ def region_weights(region_sums: Tensor, cell_regions: Tensor, tau: float = 0.7) 
         feature vector, 0 / 0 in Eq. 2): it tells nothing about the neighbours.
 
     Raises:
-        ErfError: shapes that do not belong together, negative or non-finite sums, tau outside [0, 1].
+        ErfError: shapes that do not belong together, negative or non-finite sums, or tau outside
+            [0, 1].
     """
     if region_sums.shape != (*cell_regions.shape, NUM_REGIONS):
         raise ErfError(

@@ -1,4 +1,4 @@
-"""The network that is pre-trained: a Detectron2 backbone, and a 1x1 convolution that classifies cells.
+"""The network that is pre-trained: a Detectron2 backbone and a 1x1 convolution over its cells.
 
 Shape letters as in ``losses``: N images, S = 4 regions, K = C + 1 classes with background last,
 H, W canvas pixels, h, w feature cells.
@@ -147,10 +147,10 @@ class JigsawPretrainer(nn.Module):
         logits = self.classifier(self.backbone(images)[self.in_feature])
         if logits.shape[2:] != self.cell_regions.shape:
             raise JigsawModelError(
-                f"{self.in_feature} has {tuple(logits.shape[2:])} cells for images of "
-                f"{tuple(images.shape[2:])} pixels, but the template "
-                f"{self.template.height}x{self.template.width} makes {tuple(self.cell_regions.shape)}; "
-                "give images of the template's size"
+                f"images of {tuple(images.shape[2:])} pixels give {self.in_feature} of "
+                f"{tuple(logits.shape[2:])} cells, where the template has "
+                f"{tuple(self.cell_regions.shape)}; give images of the template's size, "
+                f"{self.template.height}x{self.template.width}"
             )
         return logits
 
@@ -159,7 +159,7 @@ class JigsawPretrainer(nn.Module):
         return losses.region_means(logits.float(), self.cell_regions).transpose(1, 2)
 
     def loss(self, logits: Tensor, gt_classes: Tensor, objective: str | None = None) -> Tensor:
-        """Scalar of ``objective`` (default: the one that is trained) for cell logits (N, K, h, w)."""
+        """Scalar of an objective, by default the trained one, for cell logits (N, K, h, w)."""
         objective = objective or self.objective
         if objective == "global":
             return losses.global_loss(logits, gt_classes, self.area_shares)

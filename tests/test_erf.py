@@ -1,4 +1,4 @@
-"""The effective receptive field against closed forms and brute force; the network stays as it was."""
+"""The ERF against closed forms and brute force; and the network stays as it was."""
 
 import unittest
 

@@ -34,9 +34,12 @@ def build_model():
     ).train()
 
 
-def load_image(position):
-    rng = torch.Generator().manual_seed(position)
-    return torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8, generator=rng)
+def load_images(positions):
+    images = []
+    for position in positions:
+        rng = torch.Generator().manual_seed(position)
+        images.append(torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8, generator=rng))
+    return torch.stack(images)
 
 
 class Ledger:
@@ -67,7 +70,7 @@ class ScheduleTest(unittest.TestCase):
     def refreshed_at(self, last=12, start=0, model=None, **settings):
         """Iterations whose step saw other weights than the one before."""
         model = model or build_model()
-        hook = ErfRefreshHook(model, load_image, num_images=1, **settings)
+        hook = ErfRefreshHook(model, load_images, num_images=1, **settings)
         walk, before = Walk(model, hook), model.erf_weights.clone()
         walk.train(start, last)
         changed = []
@@ -96,12 +99,12 @@ class ScheduleTest(unittest.TestCase):
             ({"max_drift": -0.1}, "MAX_DRIFT"),
         ):
             with self.assertRaisesRegex(ErfError, message):
-                ErfRefreshHook(build_model(), load_image, **settings)
+                ErfRefreshHook(build_model(), load_images, **settings)
 
 
 class RefreshTest(unittest.TestCase):
     def run_hook(self, model, iteration=0, **settings):
-        hook = ErfRefreshHook(model, load_image, num_images=3, period=5, **settings)
+        hook = ErfRefreshHook(model, load_images, num_images=3, period=5, **settings)
         hook.trainer = SimpleNamespace(iter=iteration, ledger=Ledger())
         with EventStorage(iteration) as hook.trainer.storage:
             hook.before_step()
@@ -110,7 +113,7 @@ class RefreshTest(unittest.TestCase):
     def test_installs_eq_2_of_its_own_images(self):
         model = build_model()
         self.run_hook(model, iteration=10)
-        images = model.preprocess(torch.stack([load_image(30 + i) for i in range(3)]))
+        images = model.preprocess(load_images(range(30, 33)))
         sums = erf_region_sums(model.backbone, images, TINY)
         torch.testing.assert_close(model.erf_region_sums, sums)
         expected = region_weights(sums, model.cell_regions, 0.7).float()
@@ -177,13 +180,13 @@ class RefreshTest(unittest.TestCase):
     def test_resume_sees_what_the_unbroken_run_saw(self):
         settings = dict(num_images=2, period=4, max_drift=1e-3)
         model = build_model()
-        walk = Walk(model, ErfRefreshHook(model, load_image, **settings))
+        walk = Walk(model, ErfRefreshHook(model, load_images, **settings))
         walk.train(0, 6)
         saved = copy.deepcopy(model.state_dict())
         walk.train(6, 10)
         resumed = build_model()
         resumed.load_state_dict(saved)
-        second = Walk(resumed, ErfRefreshHook(resumed, load_image, **settings))
+        second = Walk(resumed, ErfRefreshHook(resumed, load_images, **settings))
         second.train(6, 10)
         for now, then in zip(second.seen, walk.seen[6:]):
             self.assertTrue(torch.equal(now, then))
@@ -196,11 +199,11 @@ def measure_in_process(rank, world_size, folder, num_images):
     torch.distributed.init_process_group("gloo", store, rank=rank, world_size=world_size)
     model = build_model()
     wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    hook = ErfRefreshHook(wrapped, load_image, num_images=num_images)
+    hook = ErfRefreshHook(wrapped, load_images, num_images=num_images)
     hook.trainer = SimpleNamespace(iter=0)
     with EventStorage() as hook.trainer.storage:
         hook.before_step()
-    loss = wrapped({"image": load_image(0)[None], "gt_classes": torch.tensor([[0, 1, 2, 3]])})
+    loss = wrapped({"image": load_images(range(1)), "gt_classes": torch.tensor([[0, 1, 2, 3]])})
     loss["loss_jigsaw"].backward()  # the reducer still works
     torch.save((model.erf_weights, model.erf_region_sums), f"{folder}/rank{rank}.pth")
     torch.distributed.destroy_process_group()

@@ -1,15 +1,31 @@
-"""Effective receptive fields as figures: several networks side by side on one colour scale (Fig. 6)."""
+"""Effective receptive fields as figures: networks side by side on one colour scale (Fig. 6)."""
 
+import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from detectron2.config import CfgNode
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from jigsaw_d2.erf import DEFINITION, GRAD_WORDS, GRADS, measure_erf
+from jigsaw_d2.erf_inputs import (
+    RANDOM,
+    default_device,
+    load_network,
+    normalise,
+    random_images,
+    read_images,
+    rgb_stream,
+)
+from jigsaw_d2.erf_weights import ErfError, outside_shares, region_shares
+from jigsaw_d2.finetune_config import load_detection_config
 from jigsaw_d2.template import JigsawTemplate
 
 COLOUR_MAP = "inferno"
@@ -158,3 +174,77 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``visualize.py erf``."""
+    add = parser.add_argument
+    add(
+        "--config-file",
+        nargs="+",
+        required=True,
+        help="one for all networks, or one each: paths, ours, or names in Detectron2's model zoo",
+    )
+    add(
+        "--weights",
+        nargs="+",
+        default=[RANDOM],
+        help='checkpoints or weight files to compare; "random" is the initialisation (default)',
+    )
+    add("--names", nargs="+", default=[], help="of the rows; default: the weights' file names")
+    add("--store", nargs="+", default=[], help="sample store(s): measure on Jigsaw images")
+    add("--images", nargs="+", default=[], help="or on image files or folders; default: noise")
+    add("--num-images", type=int, default=16, help="images to average over (default 16)")
+    add("--feature", default="", help="default: MODEL.JIGSAW.IN_FEATURE of the config")
+    add("--grad", choices=sorted(GRADS), default="abs", help="sign of gradients: abs counts both")
+    add("--seed", type=int, default=0, help="of random weights, noise and Jigsaw images")
+    add("--device", default=default_device(), help="cpu or cuda")
+    add("--output", default="erf.png", help="figure; the shares go beside it as .json")
+    add("overrides", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides, last")
+
+
+def run(args: argparse.Namespace) -> list[Path]:
+    """Measure each network on the same images, normalised as its config says; draw and write."""
+    configs = args.config_file * (len(args.weights) if len(args.config_file) == 1 else 1)
+    names = args.names or [Path(weights).name for weights in args.weights]
+    if not len(configs) == len(names) == len(args.weights):
+        raise ErfError(
+            f"{len(args.weights)} --weights, {len(args.config_file)} --config-file and "
+            f"{len(args.names)} --names do not go together"
+        )
+    images, measured, rows = None, [], []
+    for config, weights, name in zip(configs, args.weights, names):
+        feature = (
+            args.feature or load_detection_config(config, args.overrides).MODEL.JIGSAW.IN_FEATURE
+        )
+        network, cfg = load_network(
+            config, feature, weights, args.overrides, seed=args.seed, device=args.device
+        )
+        template = JigsawTemplate.from_config(cfg)
+        if images is None:
+            images = _choose_images(args, cfg, template)
+        inputs = normalise(images, cfg) if images.dtype == torch.uint8 else images
+        found = measure_erf(network, inputs, template, feature, args.grad, with_maps=True)
+        regions = template.cell_regions(network.output_shape()[feature].stride)
+        regions = regions.to(found.region_sums.device)
+        shares = region_shares(found.region_sums, regions).cpu()
+        measured.append((found.region_maps, shares))
+        outside = outside_shares(found.region_sums, regions).tolist()
+        rows.append({"name": name, "config": config, "weights": weights, "feature": feature})
+        rows[-1] |= {"shares": shares.tolist(), "outside": outside}
+    definition = DEFINITION.format(grad=GRAD_WORDS[args.grad], images=len(images))
+    figure = erf_figure(names, *zip(*measured), template, definition)
+    numbers = Path(args.output).with_suffix(".json")
+    written = [save_figure(figure, args.output), numbers]
+    numbers.write_text(json.dumps({"definition": definition, "networks": rows}, indent=1) + "\n")
+    return written
+
+
+def _choose_images(args: argparse.Namespace, cfg: CfgNode, template: JigsawTemplate) -> Tensor:
+    """uint8 RGB images, or noise as float32; (N, 3, H, W) of the template's size."""
+    size = (template.height, template.width)
+    if args.store:
+        return rgb_stream(cfg, args.store, args.seed)[range(args.num_images)]["image"]
+    if args.images:
+        return read_images(args.images, size, args.num_images)
+    return random_images(args.num_images, size, args.seed)

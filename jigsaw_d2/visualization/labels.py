@@ -1,0 +1,173 @@
+"""Soft labels and losses of one Jigsaw image, cell by cell (Fig. 5)."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from jigsaw_d2 import losses
+from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.erf_inputs import default_device, normalise, rgb_stream
+from jigsaw_d2.erf_weights import ErfError
+from jigsaw_d2.meta_arch import JigsawPretrainer
+from jigsaw_d2.norm import resolve_norm
+from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.template import REGIONS, JigsawTemplate
+from jigsaw_d2.visualization.erf import save_figure
+from jigsaw_d2.weight_files import read_weights
+
+
+def labels_figure(
+    image: Tensor,
+    names: Sequence[str],
+    weights: Tensor,
+    loss_map: Tensor,
+    cell_regions: Tensor,
+    template: JigsawTemplate,
+) -> Figure:
+    """Fig. 5: the image, the weight of each of its four labels in every cell, the loss map.
+
+    Args:
+        image: uint8 (3, H, W) RGB.
+        names: of the four classes, R1..R4.
+        weights: float (S, h, w) of Eq. 2, drawn on one scale from 0 to 1.
+        loss_map: float (h, w), cross-entropy of each cell with its soft label.
+        cell_regions: int64 (h, w); the regions' mean losses stand above the map.
+        template: its regions are outlined.
+    """
+    figure = Figure(figsize=(19, 3.9), layout="constrained")
+    panels = figure.subplots(1, 6)
+    panels[0].imshow(image.permute(1, 2, 0).numpy())
+    panels[0].set_title("\n".join(f"{r}: {name}" for r, name in zip(REGIONS, names)), fontsize=9)
+    extent = (-0.5, template.width - 0.5, template.height - 0.5, -0.5)
+    for r in range(losses.NUM_REGIONS):
+        drawn = panels[1 + r].imshow(
+            weights[r].numpy(), vmin=0, vmax=1, extent=extent, cmap="viridis"
+        )
+        _write_cells(panels[1 + r], weights[r].numpy(), template, limit=0.6)
+        panels[1 + r].set_title(f"w{r + 1}: weight of {names[r]}", fontsize=9)
+    figure.colorbar(drawn, ax=panels[1:5], location="bottom", fraction=0.05, label="label weight")
+    top = max(float(loss_map.max()), 1e-12)
+    drawn = panels[5].imshow(loss_map.numpy(), vmin=0, vmax=top, extent=extent, cmap="magma")
+    _write_cells(panels[5], loss_map.numpy(), template, limit=0.6 * top)
+    figure.colorbar(
+        drawn, ax=panels[5], location="bottom", fraction=0.05, label="cross-entropy, nats"
+    )
+    means = losses.region_means(loss_map, cell_regions)
+    per_region = "  ".join(f"{r} {mean:.2f}" for r, mean in zip(REGIONS, means.tolist()))
+    panels[5].set_title(f"loss {means.mean():.3f}, mean of\n{per_region}", fontsize=9)
+    for panel in panels:
+        _outline(panel, template)
+    return figure
+
+
+def _write_cells(panel: Any, values: np.ndarray, template: JigsawTemplate, limit: float) -> None:
+    """Each cell's number at its centre, dark on bright colours (above ``limit``)."""
+    height, width = template.height / values.shape[0], template.width / values.shape[1]
+    for (row, column), value in np.ndenumerate(values):
+        x, y = (column + 0.5) * width - 0.5, (row + 0.5) * height - 0.5
+        colour = "black" if value > limit else "white"
+        panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+
+
+def _outline(panel: Any, template: JigsawTemplate) -> None:
+    for x0, y0, x1, y1 in template.boxes.tolist():
+        corner = (x0 - 0.5, y0 - 0.5)  # imshow centres pixel 0 on 0
+        panel.add_patch(
+            Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor="red", linewidth=1.5)
+        )
+    panel.set_xticks([])
+    panel.set_yticks([])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``visualize.py labels``."""
+    add = parser.add_argument
+    add("--config-file", required=True, help="of the pre-training")
+    add(
+        "--weights", required=True, help="a checkpoint of it: network, classifier and label weights"
+    )
+    add(
+        "--store", nargs="+", required=True, help="sample store(s) that the Jigsaw image comes from"
+    )
+    add("--position", type=int, nargs="+", default=[0], help="numbers of the images (default 0)")
+    add("--seed", type=int, default=0, help="of the stream of images")
+    add("--device", default=default_device(), help="cpu or cuda")
+    add("--output", default="labels.png", help="figure; with several positions, -N is added")
+    add("overrides", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides, last")
+
+
+def run(args: argparse.Namespace) -> list[Path]:
+    """One figure a position."""
+    model, cfg = load_pretrainer(args.config_file, args.weights, args.overrides, args.device)
+    names = [*SampleStore(list(args.store)).categories, "background"]
+    if len(names) != model.num_classes + 1:
+        raise ErfError(
+            f"{args.weights} knows {model.num_classes} classes, {', '.join(args.store)} has "
+            f"{len(names) - 1}; give the store that it was trained on"
+        )
+    stream = rgb_stream(cfg, args.store, args.seed)
+    written = []
+    for position in args.position:
+        path = Path(args.output)
+        if len(args.position) > 1:
+            path = path.with_stem(f"{path.stem}-{position}")
+        batch = stream[range(position, position + 1)]
+        loss_map = cell_losses(model, normalise(batch["image"], cfg), batch["gt_classes"][0])
+        figure = labels_figure(
+            batch["image"][0],
+            [names[c] for c in batch["gt_classes"][0].tolist()],
+            model.erf_weights.cpu(),
+            loss_map.cpu(),
+            model.cell_regions.cpu(),
+            model.template,
+        )
+        written.append(save_figure(figure, path))
+    return written
+
+
+@torch.no_grad()
+def cell_losses(model: JigsawPretrainer, image: Tensor, gt_classes: Tensor) -> Tensor:
+    """Float32 (h, w): cross-entropy of every cell of one normalised image (1, 3, H, W).
+
+    Args:
+        gt_classes: int64 (S,).
+    """
+    logits = model.cell_logits(image.to(model.device)).float()
+    labels = losses.soft_labels(
+        model.erf_weights, gt_classes[None].to(model.device), logits.shape[1]
+    )
+    return -(labels * logits.log_softmax(dim=1)).sum(dim=1)[0]
+
+
+def load_pretrainer(
+    config_file: str, weights: str, overrides: Sequence[str] = (), device: str = "cpu"
+) -> tuple[JigsawPretrainer, CfgNode]:
+    """The whole pre-training network from a checkpoint, in evaluation mode.
+
+    Raises:
+        ErfError: the file holds no such network, or another one than the config's.
+    """
+    data = read_weights(weights)
+    state = data.get("model") if isinstance(data, Mapping) else None
+    if not isinstance(state, Mapping) or "classifier.weight" not in state:
+        raise ErfError(f"{weights} is no pre-training checkpoint; labels need its classifier")
+    cfg = get_jigsaw_cfg(config_file, list(overrides))
+    cfg.MODEL.DEVICE = device
+    cfg.MODEL.RESNETS.NORM = resolve_norm(cfg, 1)
+    cfg.MODEL.JIGSAW.NUM_CLASSES = len(state["classifier.weight"]) - 1
+    model = build_model(cfg)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise ErfError(f"{weights} does not fit {config_file}: {reason}") from None
+    return model.eval(), cfg
