@@ -109,12 +109,14 @@ def make_venv(venv: Path) -> None:
     if not venv.exists():
         done = subprocess.run([sys.executable, "-m", "venv", str(venv)], check=False)
         if done.returncode:
+            shutil.rmtree(venv, ignore_errors=True)
             raise SetUpError(
                 f"{sys.executable} -m venv failed; on Debian and Ubuntu it needs the package "
                 f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
             )
-    for site in venv.glob("lib/python*/site-packages"):
-        clear_half_installed(site)
+    if (venv / "pyvenv.cfg").is_file():  # conda's environments have none, and other habits
+        for site in venv.glob("lib/python*/site-packages"):
+            clear_half_installed(site)
     if not _works(python, "-m", "pip", "--version"):
         _run(venv, "-m", "ensurepip", "--upgrade")
 
@@ -131,14 +133,14 @@ def _check_python(venv: Path) -> None:
 def clear_half_installed(site: Path) -> list[str]:
     """Remove what a killed pip left in ``site``, so that pip installs those packages again.
 
-    pip writes a distribution's RECORD after all its files: metadata without one belong to a package
-    that did not arrive whole, yet pip would take it for installed. Names with "~" are what it moves
-    aside while it replaces a package.
+    Every installer signs a distribution in INSTALLER when all its files are there: metadata without
+    it belong to a package that did not arrive whole, yet pip would take it for installed. Names
+    with "~" are what pip moves aside while it replaces a package.
 
     Returns:
         Names of the removed folders.
     """
-    stale = [info for info in site.glob("*.dist-info") if not (info / "RECORD").is_file()]
+    stale = [info for info in site.glob("*.dist-info") if not (info / "INSTALLER").is_file()]
     stale += [path for path in site.glob("~*") if path.is_dir()]
     for path in stale:
         shutil.rmtree(path)

@@ -9,8 +9,10 @@ import detectron2
 import numpy as np
 import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.layers import DeformConv, ModulatedDeformConv, nms_rotated
 from detectron2.layers.deform_conv import deform_conv, modulated_deform_conv
+from detectron2.modeling import build_backbone
 
 # A Detectron2 that the user built has compiled ops of its own, tested where they come from.
 ADAPTED = (Path(detectron2.__file__).parent / "jigsaw_adaptation.json").is_file()
@@ -114,6 +116,20 @@ def test_modulated_layer_trains():
     layer(x, offset, torch.rand(1, 18, 6, 6)).square().sum().backward()
     for grad in (x.grad, layer.weight.grad, layer.bias.grad):
         assert grad is not None and grad.abs().sum() > 0
+
+
+@ours_only
+@pytest.mark.parametrize("modulated", [False, True])
+def test_a_deformable_backbone_of_the_zoo_trains(modulated):
+    cfg = model_zoo.get_config("Misc/mask_rcnn_R_50_FPN_1x_dconv_c3-c5.yaml")
+    cfg.MODEL.DEVICE, cfg.MODEL.BACKBONE.FREEZE_AT = "cpu", 0
+    cfg.MODEL.RESNETS.DEFORM_MODULATED, cfg.MODEL.RESNETS.DEFORM_NUM_GROUPS = modulated, 2
+    torch.manual_seed(0)
+    backbone = build_backbone(cfg)
+    backbone(torch.randn(1, 3, 64, 64))["p5"].square().sum().backward()
+    layers = [m for m in backbone.modules() if isinstance(m, (DeformConv, ModulatedDeformConv))]
+    assert len(layers) == 4 + 6 + 3
+    assert all(layer.weight.grad.abs().sum() > 0 for layer in layers)
 
 
 @ours_only

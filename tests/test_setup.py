@@ -131,14 +131,15 @@ def test_changed_pins_or_scripts_ask_for_another_set_up(monkeypatch, tmp_path):
 
 
 def test_packages_that_did_not_arrive_whole_are_installed_again(tmp_path):
-    for name, record in (("whole-1.0.dist-info", True), ("half-1.0.dist-info", False)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "METADATA").touch()
-        if record:
-            (tmp_path / name / "RECORD").touch()
+    """pip copies METADATA, and the archive's RECORD, with the other files: INSTALLER comes last."""
+    for name, files in (("whole", ("INSTALLER",)), ("half", ()), ("third", ("RECORD",))):
+        (tmp_path / f"{name}-1.0.dist-info").mkdir()
+        for file in ("METADATA", *files):
+            (tmp_path / f"{name}-1.0.dist-info" / file).touch()
     (tmp_path / "~orch").mkdir()
     (tmp_path / "torch").mkdir()
-    assert sorted(set_up.clear_half_installed(tmp_path)) == ["half-1.0.dist-info", "~orch"]
+    cleared = sorted(set_up.clear_half_installed(tmp_path))
+    assert cleared == ["half-1.0.dist-info", "third-1.0.dist-info", "~orch"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["torch", "whole-1.0.dist-info"]
 
 
