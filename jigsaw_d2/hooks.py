@@ -26,7 +26,14 @@ class MeterHook(HookBase):
     """
 
     def __init__(
-        self, ledger: Ledger, images: int, pixels: int, macs: int, world_size: int = 1
+        self,
+        ledger: Ledger,
+        *,
+        images: int,
+        pixels: int,
+        macs: int,
+        world_size: int = 1,
+        checkpoint_period: int = 0,
     ) -> None:
         """
         Args:
@@ -35,12 +42,14 @@ class MeterHook(HookBase):
             pixels: per image.
             macs: multiply-accumulates of one image's forward pass.
             world_size: number of devices that work on a step.
+            checkpoint_period: of the run; what a checkpoint holds is in the ledger before it.
         """
         self._ledger = ledger
         self._images = images
         self._pixels = pixels
         self._macs = macs
         self._world_size = world_size
+        self._checkpoint_period = checkpoint_period
         self._steps = 0
         self._seconds = 0.0
         self._run_seconds = 0.0
@@ -51,7 +60,7 @@ class MeterHook(HookBase):
         self._start = time.perf_counter()
 
     def after_step(self) -> None:
-        """Scalars of the step just done; they enter the ledger every WRITE_PERIOD steps."""
+        """Scalars of the step just done; the ledger every WRITE_PERIOD steps and checkpoint."""
         storage = self.trainer.storage
         elapsed = time.perf_counter() - self._start
         erf = self._erf_seconds_of_step()
@@ -63,8 +72,11 @@ class MeterHook(HookBase):
         storage.put_scalar("images_per_s", self._images / max(elapsed - erf, 1e-9))
         storage.put_scalar("data_wait_share", min(waited / max(elapsed, 1e-9), 1.0))
         storage.put_scalar("erf_share", self._erf_seconds / self._run_seconds, smoothing_hint=False)
-        if (self.trainer.iter + 1) % WRITE_PERIOD == 0:
+        done = self.trainer.iter + 1
+        if done % WRITE_PERIOD == 0:
             storage.put_scalar("memory_mb", memory_mb(), smoothing_hint=False)
+            self._flush()
+        elif self._checkpoint_period > 0 and done % self._checkpoint_period == 0:
             self._flush()
 
     def after_train(self) -> None:

@@ -154,13 +154,19 @@ class JigsawTrainer(DefaultTrainer):
         """In the order of the work around a step."""
         cfg = self.cfg
         height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
-        images = cfg.SOLVER.IMS_PER_BATCH
         model = self.checkpointer.model
         erf = cfg.MODEL.JIGSAW.ERF
         periods = [cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, erf.PERIOD]
         made = [
             hooks.IterationTimer(),
-            MeterHook(self.ledger, images, height * width, self._macs, comm.get_world_size()),
+            MeterHook(
+                self.ledger,
+                images=cfg.SOLVER.IMS_PER_BATCH,
+                pixels=height * width,
+                macs=self._macs,
+                world_size=comm.get_world_size(),
+                checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+            ),
             hooks.LRScheduler(),
             build_erf_refresh_hook(cfg, model, self.store),
             StatisticsHook(periods),

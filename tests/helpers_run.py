@@ -8,8 +8,10 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 
+import detectron2.engine.defaults
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
@@ -25,13 +27,17 @@ from jigsaw_d2.trainer import JigsawTrainer
 
 
 class TinyBackbone(Backbone):
-    """Stride 32 in three convolutions; dropout in training, so that random states matter."""
+    """Stride 32 in three convolutions that overlap, so that cells see across regions.
+
+    Dropout in training, so that random states matter.
+    """
 
     def __init__(self, norm: str, dropout: float) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inside, outside, stride in ((3, 8, 4), (8, 16, 4), (16, 16, 2)):
-            conv = Conv2d(inside, outside, stride, stride, norm=get_norm(norm, outside))
+        for inside, outside, kernel, stride in ((3, 8, 7, 4), (8, 16, 7, 4), (16, 16, 3, 2)):
+            norm_layer = get_norm(norm, outside)
+            conv = Conv2d(inside, outside, kernel, stride, kernel // 2, norm=norm_layer)
             layers += [conv, nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.dropout = nn.Dropout(dropout)
@@ -115,6 +121,7 @@ def _command(argv: list[str], environment: dict[str, str]) -> None:
     """In the child: train_net.py with a recording trainer, and a death where KILL says so."""
     os.environ.update(environment)
     torch.set_num_threads(1)
+    detectron2.engine.defaults.collect_env_info = str  # seconds of asking compilers for versions
     jigsaw_d2.commands.pretrain.JigsawTrainer = RecordingTrainer
     point, _, name = environment.get("KILL", "").partition(" ")
     save, replace = torch.save, os.replace
@@ -132,14 +139,17 @@ def _command(argv: list[str], environment: dict[str, str]) -> None:
             die()
 
     jigsaw_d2.checkpointing.torch.save, jigsaw_d2.checkpointing.os.replace = half_save, late_replace
-    code = run_command(jigsaw_d2.commands.pretrain.main, argv)
-    os._exit(code)
+    with open(environment.get("STDERR", os.devnull), "a", buffering=1) as sys.stderr:
+        os._exit(run_command(jigsaw_d2.commands.pretrain.main, argv))
 
 
 def start(argv: list[str], **environment: str) -> multiprocessing.Process:
-    """Start train_net.py with ``argv`` in a child; ``environment``: LOSSES, KILL, torchrun's."""
+    """Start train_net.py with ``argv`` in a child.
+
+    ``environment``: LOSSES and STDERR (files), KILL (see above), torchrun's variables.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers_run"])
+    context.set_forkserver_preload(["jigsaw_d2.commands.pretrain", "pygments.lexers"])
     child = context.Process(target=_command, args=(argv, environment))
     child.start()
     return child

@@ -1,0 +1,192 @@
+"""trainer.py: runs in Detectron2's engine, with what its users expect to find."""
+
+import json
+import logging
+
+import pytest
+import torch
+import yaml
+from detectron2.engine import HookBase
+from helpers_run import tiny_cfg, tiny_options
+
+from jigsaw_d2.checkpointing import CheckpointError, read_checkpoint
+from jigsaw_d2.commands import run_command
+from jigsaw_d2.commands.pretrain import main
+from jigsaw_d2.norm import FrozenError
+from jigsaw_d2.random_state import get_random_state, set_random_state
+from jigsaw_d2.train_step import NonFiniteLossError
+from jigsaw_d2.trainer import JigsawTrainer
+
+
+@pytest.fixture(autouse=True)
+def undisturbed():
+    """Runs set seeds and reconfigure loggers of the whole process; other tests share it."""
+    state = get_random_state()
+    names = ("detectron2", "fvcore", "jigsaw_d2")
+    before = {
+        n: (list(logging.getLogger(n).handlers), logging.getLogger(n).propagate) for n in names
+    }
+    yield
+    set_random_state(state)
+    for name, (handlers, propagate) in before.items():
+        logging.getLogger(name).handlers[:] = handlers
+        logging.getLogger(name).propagate = propagate
+
+
+class Losses(HookBase):
+    """The loss of every step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def after_step(self) -> None:
+        self.values.append(self.trainer.storage.history("total_loss").latest())
+
+
+def losses_of(folder, *overrides: object, seed: int = 0) -> list[float]:
+    """Of four steps on the same images from the same weights."""
+    torch.manual_seed(seed)
+    common = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 0)
+    name = ("MODEL.BACKBONE.NAME", "build_plain_tiny_backbone")
+    hook = Losses()
+    trainer = JigsawTrainer(tiny_cfg(folder, *common, *name, *overrides))
+    trainer.register_hooks([hook])
+    trainer.train()
+    return hook.values
+
+
+def test_a_whole_run_leaves_what_detectron2_users_expect(tmp_path):
+    store = str(tmp_path / "store")
+    options = tiny_options(tmp_path, "SOLVER.MAX_ITER", 20, "DATASETS.TEST", (store,))
+    argv = ["--config-file", "Base-JigsawPretrain.yaml", *options, "TEST.EVAL_PERIOD", "10"]
+    assert main(argv) == 0
+    run = tmp_path / "run"
+    names = {p.name for p in run.iterdir()}
+    assert {"config.yaml", "log.txt", "metrics.json", "last_checkpoint", "cost.json"} <= names
+    assert {"model_0000002.pth", "model_0000017.pth", "model_final.pth"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+
+    records = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
+    by_iteration = {record["iteration"]: record for record in records}
+    first, last = by_iteration[19], records[-1]
+    assert "erf/drift" in by_iteration[15]
+    assert {"jigsaw/top1", "jigsaw/top1_background"} <= set(by_iteration[9])
+    expected = {"total_loss", "lr", "time", "data_time", "images_per_s", "data_wait_share"}
+    expected |= {"erf_share", "memory_mb"}
+    expected |= {f"region/R{r}_{what}" for r in (1, 2, 3, 4) for what in ("loss", "top1", "top5")}
+    assert expected <= set(first)
+    assert first["images_per_s"] > 0 and 0 <= first["data_wait_share"] <= 1
+    assert last["iteration"] == 20 and "jigsaw/top5_R4" in last
+    log = (run / "log.txt").read_text()
+    assert "eta: " in log and "images/s" in log and "NORM auto -> BN" in log
+
+    checkpoint = read_checkpoint(run / "model_final.pth")
+    assert checkpoint["iteration"] == 19
+    jigsaw = checkpoint["jigsaw"]
+    assert jigsaw["images_seen"] == jigsaw["sampler"]["position"] == 80
+    assert jigsaw["store"]["categories"] == ["class0", "class1", "class2"]
+    assert yaml.safe_load(jigsaw["config"]) == yaml.safe_load((run / "config.yaml").read_text())
+    assert "erf_weights" in checkpoint["model"]
+    stages = json.loads((run / "cost.json").read_text())["stages"]
+    assert stages["pretraining"]["images"] == 80
+    assert stages["pretraining"]["flops"] == 80 * 6 * stages["pretraining"]["macs_per_image"]
+    assert stages["erf_refresh"]["images"] == 4 * 2 and stages["evaluation"]["images"] == 2 * 8
+
+
+def test_evaluation_alone_repeats_what_training_said(tmp_path, caplog):
+    store = str(tmp_path / "store")
+    options = tiny_options(tmp_path, "SOLVER.MAX_ITER", 4, "DATASETS.TEST", (store,))
+    main(["--config-file", "Base-JigsawPretrain.yaml", *options])
+    run = tmp_path / "run"
+    said = json.loads((run / "metrics.json").read_text().splitlines()[-1])
+    config = (run / "config.yaml").read_bytes()
+    weights = str(run / "model_final.pth")
+    for extra in (["--resume"], []):
+        overrides = [] if extra else ["MODEL.WEIGHTS", weights]
+        cfg = tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 4, "DATASETS.TEST", (store,), *overrides)
+        trainer = JigsawTrainer(cfg)
+        trainer.load_for_evaluation(resume=bool(extra))
+        metrics = trainer.test(trainer.cfg, trainer.checkpointer.model)["jigsaw"]
+        assert {f"jigsaw/{k}": v for k, v in metrics.items()}.items() <= said.items()
+    argv = ["--eval-only", "--resume", "--config-file", "Base-JigsawPretrain.yaml", *options]
+    assert main([*argv, "SOLVER.BASE_LR", "7.0"]) == 0
+    assert (run / "config.yaml").read_bytes() == config  # an evaluation changes no run
+
+
+def test_nothing_to_evaluate_is_said(tmp_path):
+    trainer = JigsawTrainer(tiny_cfg(tmp_path))
+    with pytest.raises(CheckpointError, match="nothing to evaluate: set MODEL.WEIGHTS"):
+        trainer.load_for_evaluation()
+
+
+def test_accumulation_gives_the_losses_of_the_large_batch(tmp_path):
+    norm = ("MODEL.RESNETS.NORM", "")  # batch norm sees the passes apart
+    whole = losses_of(tmp_path, *norm)
+    parts = losses_of(tmp_path, *norm, "SOLVER.ACCUMULATION_STEPS", 4)
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "overrides, tolerance",
+    [
+        (("MODEL.JIGSAW.CHANNELS_LAST", True), 1e-4),
+        (("SOLVER.TF32", True), 1e-6),  # a CPU has none: the same sums
+        (("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"), 2e-2),
+        (("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16"), 5e-3),
+    ],
+)
+def test_fast_ways_agree_with_plain_float32(tmp_path, overrides, tolerance):
+    assert losses_of(tmp_path, *overrides) == pytest.approx(losses_of(tmp_path), rel=tolerance)
+
+
+def test_gradient_clipping_by_config(tmp_path):
+    clipped = losses_of(
+        *(tmp_path, "SOLVER.CLIP_GRADIENTS.ENABLED", True),
+        *("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm", "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-9),
+        *("SOLVER.WEIGHT_DECAY", 0.0, "SOLVER.WEIGHT_DECAY_NORM", 0.0),
+    )
+    free = losses_of(tmp_path)
+    assert clipped[0] == free[0] and clipped[1:] != free[1:]
+
+
+@pytest.mark.parametrize("key, value", [("MODEL.BACKBONE.FREEZE_AT", 1)])
+def test_a_frozen_stage_stops_the_start(tmp_path, key, value):
+    with pytest.raises(FrozenError, match=key):
+        JigsawTrainer(tiny_cfg(tmp_path, key, value))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_repeated(tmp_path, capsys):
+    cfg = tiny_cfg(tmp_path, "MODEL.JIGSAW.OBJECTIVE", "block_wise")
+
+    class Spoil(HookBase):
+        def before_step(self) -> None:
+            if self.trainer.iter == 2:
+                with torch.no_grad():
+                    self.trainer.model.classifier.weight[0, 0] = float("inf")
+
+    trainer = JigsawTrainer(cfg)
+    trainer.register_hooks([Spoil()])
+    with pytest.raises(NonFiniteLossError) as caught:
+        trainer.train()
+    path = tmp_path / "run" / "replay_0000002_rank0.pth"
+    message = str(caught.value)
+    assert message.startswith("iteration 2: the loss is nan")
+    assert str(path) in message
+    batch = next(iter(JigsawTrainer.build_train_loader(trainer.cfg, start_iter=2)))
+    assert message.endswith(str(batch["sample_ids"].tolist()))
+    # The last checkpoint (none was due) and metrics are untouched; the step repeats from the file.
+    assert run_command(main, ["--replay", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "iteration 2: loss nan (the run saw nan)" in said
+    assert "first module with an output that is not finite: classifier" in said
+    assert "parameters not finite before the step: 1 classifier.weight" in said
+
+
+def test_smoothing_windows_and_stateless_parts_survive_a_resume_in_process(tmp_path):
+    JigsawTrainer(tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 6)).train()
+    trainer = JigsawTrainer(tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 6))
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000002.pth")
+    trainer.resume_or_load()
+    assert trainer.start_iter == 3 and trainer.scheduler.last_epoch == 3
+    trainer.train()
+    assert len(trainer.storage.history("total_loss").values()) == 6
