@@ -20,7 +20,7 @@ BLOCKS = {
     (101, True): (3, 4, 23, 3),
     (152, True): (3, 8, 36, 3),
 }
-# Norms that hold the same tensors (weight, bias and running statistics), so that one loads the other.
+# Norms with the same tensors (weight, bias, running statistics), so that one loads the other.
 BATCH_NORMS = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 STAGES = ("res2", "res3", "res4", "res5")
 

@@ -128,7 +128,7 @@ def _mismatch(weights: str | Path, missing: list[str], unused: list[str], shapes
 
 
 def _other_modules(state: Mapping[str, torch.Tensor], filled: set[str]) -> tuple[str, ...]:
-    """Two leading parts of each name that is not the backbone's: roi_heads.box_head, backbone.fpn_..."""
+    """Two leading parts of each name that is not the backbone's, such as roi_heads.box_head."""
     rest = (name for name in state if name not in filled and "num_batches" not in name)
     return tuple(sorted({".".join(name.split(".")[:2]) for name in rest if "." in name}))
 

@@ -23,16 +23,28 @@ def load_detection_config(config_file: str, overrides: Sequence[str] = ()) -> Cf
     """Detectron2's defaults and our keys + ``config_file`` + overrides; nothing applied yet.
 
     Args:
-        config_file: a path, the name of a shipped file ("finetune/faster_rcnn_R_50_C4_1x.yaml"), or a
-            name in Detectron2's model zoo. In a file, ``_ZOO_BASE_: <zoo name>`` lays a zoo config
-            under it, wherever the file lies.
+        config_file: a path, the name of a shipped file ("finetune/faster_rcnn_R_50_C4_1x.yaml"),
+            or a name in Detectron2's model zoo. ``_ZOO_BASE_: <zoo name>`` in a file lays a zoo
+            config under it, wherever the file lies.
 
     Raises:
-        DetectionConfigError: none of the three, or a config without a detector's keys.
+        DetectionConfigError: none of the three; or overrides of unknown keys or other types.
     """
+    path = _find(config_file)
+    try:
+        cfg = _merged(path)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise DetectionConfigError(f"{path}: no detection config: {error}") from None
+    try:
+        cfg.merge_from_list(list(overrides))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise DetectionConfigError(f"overrides {list(overrides)}: {error}") from None
+    return cfg
+
+
+def _merged(path: str) -> CfgNode:
     cfg = get_cfg()
     add_jigsaw_config(cfg)
-    path = _find(config_file)
     loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=True)
     zoo = loaded.pop(ZOO_BASE, None)
     if zoo is not None:
@@ -41,10 +53,6 @@ def load_detection_config(config_file: str, overrides: Sequence[str] = ()) -> Cf
         cfg.merge_from_other_cfg(CfgNode(loaded))
     else:
         cfg.merge_from_file(path)  # knows how to read older versions
-    try:
-        cfg.merge_from_list(list(overrides))
-    except (KeyError, ValueError, AssertionError) as error:
-        raise DetectionConfigError(f"overrides {list(overrides)}: {error}") from None
     return cfg
 
 

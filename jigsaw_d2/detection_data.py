@@ -1,4 +1,4 @@
-"""The detection sets that a fine-tuning reads: their classes, and whether they can serve its config."""
+"""The detection sets that a fine-tuning reads: their classes, and whether they serve its config."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ def dataset_classes(cfg: CfgNode) -> list[str]:
     for name, other in classes.items():
         if other != first:
             raise DatasetError(
-                f"datasets have different classes: {names[0]} {_short(first)}, {name} {_short(other)}"
+                f"datasets of different classes: {names[0]} {_short(first)}, {name} {_short(other)}"
             )
     return first
 
@@ -40,8 +40,8 @@ def check_annotations(cfg: CfgNode) -> None:
         annotations = (a for record in DatasetCatalog.get(name) for a in record["annotations"])
         if not any(annotation.get("segmentation") for annotation in annotations):
             raise DatasetError(
-                f"dataset {name!r} has no segmentation, but the config trains masks: choose a config "
-                "without masks (MODEL.MASK_ON False), or annotations with them"
+                f"dataset {name!r} has no segmentation, but the config trains masks: choose a "
+                "config without masks (MODEL.MASK_ON False), or annotations with them"
             )
 
 

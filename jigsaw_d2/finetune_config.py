@@ -1,4 +1,4 @@
-"""A detection config made fit for given weights: what the passport demands is applied, never guessed.
+"""A detection config made fit for given weights: what the passport demands, never a guess.
 
 A config file is a start, which the passport changes; a KEY VALUE override is the user's will, which
 is refused where it contradicts the passport.
@@ -102,8 +102,8 @@ def apply_passport(
     wanted = cfg.MODEL.JIGSAW.ORIGIN
     if wanted and wanted != passport.origin:
         raise FinetuneConfigError(
-            f"MODEL.JIGSAW.ORIGIN is {wanted!r}, but the weights are {passport.origin!r}: this config "
-            "is a row of the paper's tables that starts from other weights"
+            f"MODEL.JIGSAW.ORIGIN is {wanted!r}, but the weights are {passport.origin!r}: this "
+            "config is a row of the paper's tables that starts from other weights"
         )
     needed = passport.architecture.config_keys()
     demands = passport.demands()
@@ -128,8 +128,8 @@ def apply_passport(
             else "; --match-architecture takes the network from the weights"
         )
         raise FinetuneConfigError(
-            f"config and passport contradict each other: {'; '.join(conflicts)} (--force insists on "
-            f"the config{hint})"
+            f"config and passport contradict each other: {'; '.join(conflicts)} (--force insists "
+            f"on the config{hint})"
         )
     for conflict in conflicts:
         logger.warning("insisted on against the passport: %s", conflict)
@@ -144,8 +144,8 @@ def apply_classes(cfg: CfgNode, classes: Sequence[str], explicit: frozenset[str]
     for key in NUM_CLASSES_KEYS:
         if key in explicit and get_key(cfg, key) != len(classes):
             raise FinetuneConfigError(
-                f"{key}: config {get_key(cfg, key)}, dataset {cfg.DATASETS.TRAIN} has {len(classes)}: "
-                f"{', '.join(classes)}"
+                f"{key}: config {get_key(cfg, key)}, dataset {cfg.DATASETS.TRAIN} has "
+                f"{len(classes)}: {', '.join(classes)}"
             )
         set_key(cfg, key, len(classes))
 

@@ -39,7 +39,7 @@ class FinetuneError(JigsawError, RuntimeError):
 
 
 class FinetuneTrainer(DefaultTrainer):
-    """Detectron2's trainer; weights enter through the strict loader, AP is COCO's, per class too."""
+    """Detectron2's trainer; weights enter by the strict loader, AP is COCO's, per class too."""
 
     def __init__(self, cfg: CfgNode, *, partial: bool = False) -> None:
         """
@@ -154,15 +154,16 @@ def check_output(cfg: CfgNode, passport: Passport, resume: bool) -> None:
     started = (folder / "last_checkpoint").is_file() or (folder / "metrics.json").is_file()
     if started and not resume:
         raise FinetuneError(
-            f"{folder} holds a run already: --resume goes on with it, another OUTPUT_DIR starts anew"
+            f"{folder} holds a run already: --resume continues it, another OUTPUT_DIR starts anew"
         )
     earlier = folder / PASSPORT_NAME
     if started and earlier.is_file():
         digest = Passport.from_yaml(earlier.read_text(), str(earlier)).digest
         if digest != passport.digest:
             raise FinetuneError(
-                f"{folder} was started from other weights ({earlier}: digest {digest[:12] or 'none'}, "
-                f"now {passport.digest[:12] or 'none'}); resume with the same --weights"
+                f"{folder} was started from other weights ({earlier}: digest "
+                f"{digest[:12] or 'none'}, now {passport.digest[:12] or 'none'}); resume with the "
+                "same --weights"
             )
 
 

@@ -1,6 +1,6 @@
 """Names of the same ResNet tensors elsewhere: torchvision's, and MSRA's (Caffe2), to ours and back.
 
-Ours are Detectron2's without prefix: stem.conv1.weight, stem.conv1.norm.weight, res2.0.conv1.weight.
+Ours are Detectron2's without prefix: stem.conv1.weight, stem.conv1.norm.weight, res2.0.conv1....
 """
 
 import re
@@ -149,8 +149,8 @@ def torchvision_name(architecture: Architecture) -> str:
 def to_torchvision(arrays: Mapping[str, np.ndarray], passport: Passport) -> OrderedDict:
     """A state dict that the torchvision network loads with strict=True.
 
-    The classifier ``fc`` is zeros of shape (1000, C): there, because strict loading asks for it, and
-    to be replaced. The passport rides in the state dict's metadata, which loading ignores.
+    The classifier ``fc`` is zeros of shape (1000, C): there because strict loading asks for it,
+    and to be replaced. The passport rides in the state dict's metadata, which loading ignores.
 
     Raises:
         ArchitectureError: see ``torchvision_name``.

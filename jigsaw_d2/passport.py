@@ -61,7 +61,7 @@ class Passport:
     digest: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain Python values only: what YAML, JSON and ``torch.load(weights_only=True)`` can read."""
+        """Plain Python values, which YAML, JSON and ``torch.load(weights_only=True)`` can read."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["architecture"] = self.architecture.to_dict()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

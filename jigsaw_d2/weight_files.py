@@ -90,7 +90,7 @@ def _read_pickle(path: Path, trust: bool) -> Any:
 
 
 def _reason(text: str) -> str:
-    """First sentence of what matters in an error of torch's or pickle's, which can be a page long."""
+    """First sentence of what matters in an error of torch's or pickle's, often a page long."""
     text = text.rpartition("WeightsUnpickler error:")[2].strip()
     return text.splitlines()[0].split(". ")[0][:160] if text else ""
 

@@ -54,7 +54,7 @@ def pretrain_config(*overrides: str) -> CfgNode:
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Norm weights, biases and statistics away from 0 and 1, so that a mix-up shows; in eval mode."""
+    """Norm tensors away from 0 and 1, so that a mix-up shows; in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.state_dict().items():
         if "norm" in name and value.is_floating_point():
@@ -113,7 +113,7 @@ def small_detection_config(name: str, *overrides: str) -> CfgNode:
 
 
 def make_coco(folder: Path, images: int = 4, masks: bool = True, seed: int = 0) -> list[list[str]]:
-    """A COCO-format set of dark 64-pixel images, each with two bright boxes; as COCO_FILES lists it."""
+    """A COCO-format set of dark 64-pixel images, two bright boxes each; as COCO_FILES lists it."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
     records, annotations = [], []

@@ -1,4 +1,4 @@
-"""Every detection row of the paper's tables: its numbers, its network, and one step of it on a CPU."""
+"""Every detection row of the paper's tables: its numbers, its network, one step of it on a CPU."""
 
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def test_the_papers_1x_is_95280_iterations() -> None:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_network_at_full_size(row: str) -> None:
-    """The network is the pre-training's, key by key; only norm and the ImageNet baseline's offsets are not."""
+    """Key by key the pre-training's network, but for the offsets of the ImageNet baseline."""
     cfg = load_detection_config(f"finetune/{row}.yaml")
     assert ("C4" in row) == (cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads")
     if "scratch" in row:
@@ -95,7 +95,7 @@ def test_network_at_full_size(row: str) -> None:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_one_step(row: str, tmp_path: Path) -> None:
-    """From a converted file (or none) of the row's network, narrowed, to a checkpoint of the detector."""
+    """From a converted file (or none) of the row's narrowed network to a detector's checkpoint."""
     files = make_coco(tmp_path / row, masks="mask" in row)
     narrow = THIN_GN if "scratch" in row else NARROW if "X_101" in row else THIN
     weights = "none"

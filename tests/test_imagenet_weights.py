@@ -33,7 +33,7 @@ X101 += ["MODEL.RESNETS.WIDTH_PER_GROUP", "4"]
 
 
 def resnext101_32x4d() -> nn.Module:
-    """torchvision has the parts but no function of this name; its hub cousins are built like this."""
+    """torchvision has the parts but no function of this name; its hub cousins are built so."""
     block = torchvision.models.resnet.Bottleneck
     return torchvision.models.ResNet(block, [3, 4, 23, 3], groups=32, width_per_group=4)
 
@@ -103,7 +103,7 @@ def test_torchvisions_file_becomes_a_passport(name: str, tmp_path: Path) -> None
 
 
 def to_msra(name: str, statistics: bool = True) -> str:
-    """Our name -> Caffe2's, as in MSRA's R-50.pkl: res2.0.conv1.norm.weight -> res2_0_branch2a_bn_s."""
+    """Our name -> Caffe2's: res2.0.conv1.norm.weight -> res2_0_branch2a_bn_s, as in R-50.pkl."""
     norm = {"weight": "gamma", "bias": "beta"} if statistics else {"weight": "s", "bias": "b"}
     stem = name.startswith("stem.")
     name = name.removeprefix("stem.")

@@ -1,4 +1,4 @@
-"""``convert_weights.py``: a checkpoint -> weights with their passport, for Detectron2 or torchvision."""
+"""``convert_weights.py``: checkpoint -> weights with passport, for Detectron2 or torchvision."""
 
 import argparse
 import sys
@@ -28,8 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input",
         required=True,
-        help="checkpoint of Jigsaw pre-training or its run's folder; a converted file; torchvision's "
-        "or MSRA's ImageNet weights",
+        help="checkpoint of Jigsaw pre-training or its run's folder; a converted file; ImageNet "
+        "weights of torchvision or MSRA",
     )
     parser.add_argument(
         "--output", required=True, help=".pkl (numpy arrays) or .pth (tensors); YAML goes beside it"
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--write-config",
         metavar="OUT.yaml",
-        help="write a config with which Detectron2's plain tools/train_net.py fine-tunes the weights",
+        help="write a config with which Detectron2's plain tools/train_net.py fine-tunes them",
     )
     parser.add_argument(
         "--config-file", default="", help="detection config for --write-config: zoo name or path"

@@ -17,8 +17,8 @@ examples:
   finetune_net.py --config-file COCO-Detection/faster_rcnn_R_50_C4_1x.yaml --weights weights.pkl
   finetune_net.py --config-file finetune/faster_rcnn_R_50_FPN_1x_jigsaw.yaml --weights weights.pkl
   finetune_net.py --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml --weights weights.pkl \\
-      DATASETS.COCO_FILES '[["mine", "train.json", "images"], ["mine_val", "val.json", "images"]]' \\
-      DATASETS.TRAIN '("mine",)' DATASETS.TEST '("mine_val",)' OUTPUT_DIR output/mine
+      DATASETS.COCO_FILES '[["mine", "train.json", "images"], ["my_val", "val.json", "images"]]' \\
+      DATASETS.TRAIN '("mine",)' DATASETS.TEST '("my_val",)' OUTPUT_DIR output/mine
 """
 
 
