@@ -54,7 +54,8 @@ class StorePart:
             raise StoreError(f"{self.path / INDEX_NAME} does not belong to the header beside it")
         self.index = index.view(np.ndarray)
         self.offsets, self.lengths = self.index["offset"], self.index["length"]
-        self.shard_numbers = self.index["shard"]
+        self.shard_numbers, self.checksums = self.index["shard"], self.index["crc32"]
+        self.intervals = self.index["interval"]
         self._shards: list[mmap.mmap | None] = [None] * len(self.header["shards"])
 
     def check_unchanged(self) -> None:
@@ -75,6 +76,51 @@ class StorePart:
                 raise StoreGoneError(f"{file} cannot be opened: {error}") from error
             self._shards[number] = mapped
         return mapped
+
+    def read(self, i: int) -> bytes:
+        """The encoded sample, not checked."""
+        offset = self.offsets.item(i)
+        return self.shard(self.shard_numbers.item(i))[offset : offset + self.lengths.item(i)]
+
+    def read_checked(self, i: int) -> bytes:
+        """The encoded sample; raises DamagedSampleError unless its CRC-32 is that of the index."""
+        data = self.read(i)
+        if zlib.crc32(data) != self.checksums.item(i):
+            raise self.damaged(i, "its CRC-32 differs from the index")
+        return data
+
+    def decode(self, i: int, window: tuple[int, int, int, int] | None) -> np.ndarray:
+        """See ``SampleStore.decode``."""
+        data = self.read_checked(i)
+        height, width = self.index["size"][i].tolist()
+        x0, y0, x1, y1 = window = (
+            (0, 0, width, height) if window is None else tuple(map(int, window))
+        )
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise ValueError(
+                f"window {window} is empty or leaves {self.key(i)}, {width} x {height}"
+            )
+        try:
+            if self.intervals.item(i):
+                image = jpeg_windows.decode_window(data, window)
+            else:
+                image = jpeg_windows.decode_rgb(np.frombuffer(data, np.uint8))
+                image = None if image is None else image[y0:y1, x0:x1]
+        except ValueError as error:
+            raise self.damaged(i, str(error)) from error
+        if image is None or image.shape[:2] != (y1 - y0, x1 - x0):
+            raise self.damaged(i, "does not decode to the size in the index")
+        return image
+
+    def key(self, i: int) -> str:
+        """Name of the sample, without suffix."""
+        record = self.index[i]
+        return sample_key(int(record["class"]), int(record["image_id"]), int(record["serial"]))
+
+    def damaged(self, i: int, reason: str) -> DamagedSampleError:
+        """The error that names shard, key and ``reason``."""
+        shard = self.header["shards"][self.shard_numbers.item(i)]["name"]
+        return DamagedSampleError(f"{self.path / shard}: sample {self.key(i)}: {reason}")
 
     def __getstate__(self) -> dict:
         return {"path": self.path, "header": self.header, "identity": self.identity}
@@ -171,19 +217,12 @@ class SampleStore:
     def __getitem__(self, i: int) -> bytes:
         """The encoded sample: a whole ordinary JPEG or PNG, not checked."""
         part, i = self._locate(i)
-        offset = int(part.offsets[i])
-        return part.shard(int(part.shard_numbers[i]))[offset : offset + int(part.lengths[i])]
+        return part.read(i)
 
     def key(self, i: int) -> str:
         """Name of sample ``i`` within its shard, without suffix."""
         part, i = self._locate(i)
-        record = part.index[i]
-        return sample_key(int(record["class"]), int(record["image_id"]), int(record["serial"]))
-
-    def _damaged(self, i: int, reason: str) -> DamagedSampleError:
-        part, local = self._locate(i)
-        shard = part.header["shards"][int(part.shard_numbers[local])]["name"]
-        return DamagedSampleError(f"{part.path / shard}: sample {self.key(i)}: {reason}")
+        return part.key(i)
 
     def read_checked(self, i: int) -> bytes:
         """``self[i]``, after comparing its CRC-32 with the index.
@@ -191,32 +230,18 @@ class SampleStore:
         Raises:
             DamagedSampleError: naming shard, key and reason.
         """
-        data = self[i]
-        part, local = self._locate(i)
-        if zlib.crc32(data) != int(part.index["crc32"][local]):
-            raise self._damaged(i, "its CRC-32 differs from the index")
-        return data
+        part, i = self._locate(i)
+        return part.read_checked(i)
 
     def decode(self, i: int, window: tuple[int, int, int, int] | None = None) -> np.ndarray:
         """uint8 RGB (h, w, 3) of sample ``i``, or of ``window`` (XYXY ints, sample pixels).
 
         Of a sample written with restart intervals only the pieces under the window are decoded;
-        the pixels are those of the full decode.
+        the pixels are those of the full decode. May be a view of a larger array.
 
         Raises:
             DamagedSampleError: naming shard, key and reason.
             ValueError: an empty window or one that leaves the sample.
         """
-        data = np.frombuffer(self.read_checked(i), np.uint8)
-        part, local = self._locate(i)
-        height, width = part.index["size"][local].tolist()
-        x0, y0, x1, y1 = (0, 0, width, height) if window is None else map(int, window)
-        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise ValueError(f"window {window} is empty or leaves sample {i} of {width} x {height}")
-        try:
-            image = jpeg_windows.decode_window(data, (x0, y0, x1, y1))
-        except ValueError as error:
-            raise self._damaged(i, str(error)) from error
-        if image is None or image.shape[:2] != (y1 - y0, x1 - x0):
-            raise self._damaged(i, "does not decode to the size in the index")
-        return image
+        part, i = self._locate(i)
+        return part.decode(i, window)

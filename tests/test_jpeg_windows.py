@@ -1,0 +1,144 @@
+"""A decoded window equals the same part of the full decode, bit for bit."""
+
+import io
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+import pytest
+from helpers_store import draw_image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from jigsaw_d2 import jpeg_windows
+from jigsaw_d2.jpeg_windows import (
+    choose_interval,
+    cut_window,
+    decode_rgb,
+    decode_window,
+    encode_jpeg,
+    encode_png,
+    parse_jpeg,
+)
+
+SUBSAMPLINGS = {
+    "4:2:0": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
+    "4:2:2": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422,
+    "4:4:4": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+    "4:4:0": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_440,
+    "4:1:1": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_411,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def always_cut() -> Iterator[None]:
+    """Cut even where it does not pay, so that small images are tests, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jpeg_windows, "MIN_SPARED_PIXELS", 0)
+        yield
+
+
+def full_decode(data: bytes) -> np.ndarray:
+    return decode_rgb(np.frombuffer(data, np.uint8))
+
+
+@st.composite
+def sizes_and_windows(draw: st.DrawFn) -> tuple[int, int, tuple[int, int, int, int], int]:
+    height, width = draw(st.integers(1, 330)), draw(st.integers(1, 330))
+    x0, y0 = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+    x1, y1 = draw(st.integers(x0 + 1, width)), draw(st.integers(y0 + 1, height))
+    return height, width, (x0, y0, x1, y1), draw(st.integers(0, 2**31))
+
+
+@settings(max_examples=200)
+@given(sizes_and_windows(), st.integers(5, 100), st.booleans())
+def test_window_equals_full_decode(case: tuple, quality: int, grey: bool) -> None:
+    height, width, window, seed = case
+    image = draw_image(height, width, seed % 7, np.random.default_rng(seed))
+    data, interval = encode_jpeg(image[..., 0].copy() if grey else image, quality, windows=True)
+    assert interval > 0
+    x0, y0, x1, y1 = window
+    assert np.array_equal(decode_window(data, window), full_decode(data)[y0:y1, x0:x1])
+
+
+@settings(max_examples=150)
+@given(
+    sizes_and_windows(),
+    st.sampled_from(list(SUBSAMPLINGS)),
+    st.integers(1, 6),
+    st.integers(20, 100),
+)
+def test_window_of_any_subsampling_without_table(
+    case: tuple, subsampling: str, interval: int, quality: int
+) -> None:
+    """JPEGs as OpenCV writes them: other chroma, no list of pieces, grids that may not fit."""
+    height, width, window, seed = case
+    image = draw_image(height, width, seed % 5, np.random.default_rng(seed))
+    options = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, SUBSAMPLINGS[subsampling]]
+    options += [cv2.IMWRITE_JPEG_RST_INTERVAL, interval, cv2.IMWRITE_JPEG_QUALITY, quality]
+    data = cv2.imencode(".jpg", image, options)[1].tobytes()
+    x0, y0, x1, y1 = window
+    assert np.array_equal(decode_window(data, window), full_decode(data)[y0:y1, x0:x1])
+
+
+def test_cut_is_smaller_and_an_ordinary_jpeg() -> None:
+    image = draw_image(600, 640, 1, np.random.default_rng(0))
+    data, interval = encode_jpeg(image, 95, windows=True)
+    assert interval == 4  # 640 pixels are 40 MCUs of 16, which 4 divides
+    cut, x, y = cut_window(data, (300, 280, 420, 400))
+    # Columns of pieces are 64 pixels wide: 256..448; rows 16 high: 272..416 (margin 2 pixels).
+    assert (x, y) == (44, 8)
+    assert Image.open(io.BytesIO(cut)).size == (192, 144)
+    assert len(cut) < len(data) * 0.12
+
+
+def test_whole_file_is_an_ordinary_jpeg() -> None:
+    image = draw_image(250, 333, 2, np.random.default_rng(0))
+    data, _ = encode_jpeg(image, 95, windows=True)
+    other = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.array_equal(other, full_decode(data))
+    plain, interval = encode_jpeg(image, 95)
+    assert interval == 0
+    assert np.array_equal(other[:, :320], full_decode(plain)[:, :320])
+
+
+@pytest.mark.parametrize("mcu", [8, 16])
+def test_at_most_one_mcu_of_padding(mcu: int) -> None:
+    for width in range(1, 2000):
+        interval, columns = choose_interval(width, mcu)
+        assert columns % interval == 0
+        assert 0 <= columns - -(-width // mcu) <= 1
+
+
+def test_window_that_spares_little_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jpeg_windows, "MIN_SPARED_PIXELS", 4000)
+    data, _ = encode_jpeg(draw_image(256, 256, 0, np.random.default_rng(0)), 90, windows=True)
+    assert cut_window(data, (0, 0, 256, 250)) is None
+    assert cut_window(data, (0, 0, 100, 100)) is not None
+
+
+def test_lost_bytes_are_noticed() -> None:
+    data, _ = encode_jpeg(draw_image(300, 300, 0, np.random.default_rng(0)), 90, windows=True)
+    with pytest.raises(ValueError, match="pieces"):
+        cut_window(data[:-200], (0, 0, 50, 50))
+    with pytest.raises(ValueError, match="not a JPEG"):
+        parse_jpeg(encode_png(np.zeros((4, 4, 3), np.uint8)))
+    with pytest.raises(ValueError, match="single baseline scan"):
+        parse_jpeg(data[:300])
+
+
+def test_progressive_is_not_cut() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(draw_image(100, 100, 0, np.random.default_rng(0))).save(
+        buffer, "JPEG", progressive=True
+    )
+    with pytest.raises(ValueError, match="baseline"):
+        cut_window(buffer.getvalue(), (0, 0, 10, 10))
+
+
+def test_png_is_lossless() -> None:
+    image = draw_image(31, 17, 0, np.random.default_rng(0))
+    assert np.array_equal(full_decode(encode_png(image)), image)
+    grey = full_decode(encode_png(image[..., 0].copy()))
+    assert np.array_equal(grey, np.dstack([image[..., 0]] * 3))
