@@ -5,10 +5,11 @@ follows from it (``Placement``) and from the pixels (``paint``), so that a calle
 of a sample will be seen before it decodes any of it.
 
 Sizes are (height, width). "Sample pixels" are those of the stored sample; "resized pixels" those
-after resizing and flipping; "region pixels" begin at the region's corner.
+after resizing, before flipping; "region pixels" begin at the region's corner.
 """
 
 from collections.abc import Sequence
+from math import ceil
 from typing import NamedTuple
 
 import cv2
@@ -28,14 +29,31 @@ class Augmentation(NamedTuple):
     crop_x: float = 0.5
 
 
-class Placement(NamedTuple):
-    """Where each shown pixel of one sample comes from and goes to."""
+class AxisPlacement(NamedTuple):
+    """One axis of a sample's way into its region."""
 
-    resized: tuple[int, int]  # (height, width) of the whole sample after resizing
-    crop: tuple[int, int]  # (y, x) in resized pixels of the first one shown
-    paste: tuple[int, int]  # (y, x) in region pixels where it goes
-    shown: tuple[int, int]  # (height, width) of the part shown
+    resized: int  # length of the whole sample after resizing
+    step: float  # sample pixels per resized pixel
+    crop: int  # first resized pixel that is shown
+    shown: int  # how many are
+    paste: int  # region pixel where the first one goes
+    anchor: int  # resized pixel, at or before ``crop``, that begins on a whole sample pixel
+    first: int  # that sample pixel; [first, last) is all that must be decoded
+    last: int
+
+
+class Placement(NamedTuple):
+    """Where each shown pixel of one sample comes from; the flip mirrors what is shown."""
+
+    y: AxisPlacement
+    x: AxisPlacement
     flip: bool
+    interpolation: int  # of cv2.resize
+
+    @property
+    def window(self) -> tuple[int, int, int, int]:
+        """XYXY sample pixels that must be decoded."""
+        return self.x.first, self.y.first, self.x.last, self.y.last
 
 
 def place_sample(
@@ -55,95 +73,83 @@ def place_sample(
         size: of the sample, each side >= 1.
         region: of the region.
     """
-    height, width = size
+    (height, width), flip = size, augmentation.flip
     if method == "pad_crop":
-        ratio_y = ratio_x = augmentation.scale
-    elif method == "warp":
-        ratio_y, ratio_x = region[0] / height, region[1] / width
+        scale = augmentation.scale
+        y = _crop_axis(height, max(1, round(height * scale)), region[0], augmentation.crop_y)
+        x = _crop_axis(width, max(1, round(width * scale)), region[1], augmentation.crop_x)
+        return Placement(y, x, flip, cv2.INTER_LINEAR)
+    if method == "warp":
+        fitted = region
     elif method == "resize":
-        ratio_y = ratio_x = min(region[0] / height, region[1] / width)
+        ratio = min(region[0] / height, region[1] / width)
+        fitted = (max(1, round(height * ratio)), max(1, round(width * ratio)))
     else:
         raise ValueError(f"fit method {method!r}: use one of {', '.join(METHODS)}")
-    resized_y = max(1, int(height * ratio_y + 0.5))
-    resized_x = max(1, int(width * ratio_x + 0.5))
-    crop_y, paste_y, shown_y = _place_axis(resized_y, region[0], augmentation.crop_y)
-    crop_x, paste_x, shown_x = _place_axis(resized_x, region[1], augmentation.crop_x)
-    return Placement(
-        (resized_y, resized_x),
-        (crop_y, crop_x),
-        (paste_y, paste_x),
-        (shown_y, shown_x),
-        augmentation.flip,
-    )
+    y, x = _whole_axis(height, fitted[0], region[0]), _whole_axis(width, fitted[1], region[1])
+    # A large sample shrinks to fit by any factor: averaging areas keeps it free of aliasing.
+    shrinks = y.step >= 1 and x.step >= 1
+    return Placement(y, x, flip, cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def _place_axis(resized: int, region: int, draw: float) -> tuple[int, int, int]:
-    """(crop start, paste start, length) along one axis; an odd padding pixel goes behind."""
-    if resized > region:
-        return int(draw * (resized - region + 1)), 0, region
-    return 0, (region - resized) // 2, resized
+def _whole_axis(size: int, resized: int, region: int) -> AxisPlacement:
+    """All of the sample shown, in the middle; an odd padding pixel goes behind."""
+    paste = (region - resized) // 2
+    return AxisPlacement(resized, size / resized, 0, resized, paste, 0, 0, size)
 
 
-def source_window(placement: Placement, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """XYXY sample pixels that bilinear interpolation of the shown part reads.
+def _crop_axis(size: int, resized: int, region: int, draw: float) -> AxisPlacement:
+    """As ``_whole_axis`` where the resized sample fits, else a crop at position ``draw``.
 
-    Args:
-        size: of the sample for which ``placement`` was made.
+    ``cv2.resize`` always begins on a whole pixel, a crop of a resized sample in general between
+    two. So the step is adjusted within the rounding that resizing to whole pixels has anyway (the
+    sample's length stays within half a pixel of ``resized``) until a resized pixel at or shortly
+    before the crop begins on a whole sample pixel. From there, resizing a window gives the pixels
+    that resizing the whole by the same step gives.
     """
-    y0, y1 = _source_span(placement.crop[0], placement.shown[0], placement.resized[0], size[0])
-    start = unflipped_start(placement)
-    x0, x1 = _source_span(start, placement.shown[1], placement.resized[1], size[1])
-    return x0, y0, x1, y1
+    if resized <= region:
+        return _whole_axis(size, resized, region)
+    crop = int(draw * (resized - region + 1))
+    step, anchor, first = _find_anchor(size, resized, crop)
+    # Resized pixel j reads the pixels around (j + 0.5) * step - 0.5: centres lie at + 0.5.
+    last = int((crop + region - 0.5) * step - 0.5) + 2
+    return AxisPlacement(resized, step, crop, region, 0, anchor, first, min(last, size))
 
 
-def unflipped_start(placement: Placement) -> int:
-    """First shown column in pixels of the resized sample before its flip."""
-    if placement.flip:
-        return placement.resized[1] - placement.crop[1] - placement.shown[1]
-    return placement.crop[1]
-
-
-def _source_span(start: int, length: int, resized: int, size: int) -> tuple[int, int]:
-    """[first, last) pixels read for resized pixels [start, start + length) of ``resized``.
-
-    Pixel centres lie at + 0.5: resized pixel j reads position (j + 0.5) * size / resized - 0.5.
-    """
-    if size == resized:
-        return start, start + length
+def _find_anchor(size: int, resized: int, crop: int) -> tuple[float, int, int]:
+    """(step, anchor, first) of ``AxisPlacement``; (size / resized, 0, 0) where none is nearer."""
     step = size / resized
-    first = int(max((start + 0.5) * step - 0.5, 0.0))
-    last = int((start + length - 0.5) * step - 0.5) + 2
-    return first, min(last, size)
+    # Enlarged, the resized pixels at the window's edge would read before it: they are not shown.
+    anchor = crop - max(0, ceil(0.5 / step - 0.5))
+    while anchor > 0:
+        first = round(anchor * step)
+        # 0.45: clear of a tie, in which rounding errors would decide the length.
+        if abs(size * anchor - resized * first) <= 0.45 * first:
+            return first / anchor, anchor, first
+        anchor -= 1
+    return step, 0, 0
 
 
-def paint(
-    source: np.ndarray,
-    window: tuple[int, int, int, int],
-    size: tuple[int, int],
-    placement: Placement,
-    out: np.ndarray,
-) -> None:
-    """Draw the shown part into a region; padding stays as ``out`` has it.
+def paint(source: np.ndarray, placement: Placement, out: np.ndarray) -> None:
+    """Draw what is shown of a sample into its region; padding stays as ``out`` has it.
 
-    Equal, to the rounding of one level, to resizing the whole sample with ``cv2.resize``
-    (INTER_LINEAR), flipping it, and cropping.
+    Equal, to the rounding of one level, to resizing the whole sample by ``step`` with
+    ``cv2.resize``, cropping, and flipping.
 
     Args:
-        source: uint8 (h, w, 3), the sample's pixels inside ``window``.
-        window: XYXY sample pixels, at least ``source_window(placement, size)``.
-        size: of the sample.
+        source: uint8 (h, w, 3), the sample's pixels inside ``placement.window``.
         out: uint8 (region height, region width, 3), zeros where the sample will not reach.
     """
-    (top, left), (height, width) = placement.paste, placement.shown
-    target = out[top : top + height, left : left + width]
-    step_y, step_x = size[0] / placement.resized[0], size[1] / placement.resized[1]
-    start_y = (placement.crop[0] + 0.5) * step_y - 0.5 - window[1]
-    start_x = (unflipped_start(placement) + 0.5) * step_x - 0.5 - window[0]
-    if placement.flip:
-        start_x, step_x = start_x + (width - 1) * step_x, -step_x
-    matrix = np.array([[step_x, 0, start_x], [0, step_y, start_y]])
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    cv2.warpAffine(source, matrix, (width, height), target, flags, cv2.BORDER_REPLICATE)
+    y, x, flip, interpolation = placement
+    if y.step != 1 or x.step != 1:
+        source = cv2.resize(source, None, None, 1 / x.step, 1 / y.step, interpolation)
+    top, left = y.crop - y.anchor, x.crop - x.anchor
+    shown = source[top : top + y.shown, left : left + x.shown]
+    target = out[y.paste : y.paste + y.shown, x.paste : x.paste + x.shown]
+    if flip:
+        cv2.flip(shown, 1, target)
+    else:
+        target[:] = shown
 
 
 def fit_to_region(
@@ -162,8 +168,9 @@ def fit_to_region(
     crop_y, crop_x = rng.random(2)
     image_size = image.shape[:2]
     placement = place_sample(image_size, size, method, Augmentation(1.0, False, crop_y, crop_x))
+    x0, y0, x1, y1 = placement.window
     out = np.zeros((*size, 3), np.uint8)
-    paint(image, (0, 0, image_size[1], image_size[0]), image_size, placement, out)
+    paint(image[y0:y1, x0:x1], placement, out)
     return out
 
 

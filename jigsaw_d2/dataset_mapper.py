@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 
-from jigsaw_d2.assembly import METHODS, Augmentation, paint, place_sample, source_window
+from jigsaw_d2.assembly import METHODS, Augmentation, paint, place_sample
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.sample_store import DamagedSampleError, SampleStore
 from jigsaw_d2.template import JigsawTemplate
@@ -197,9 +197,9 @@ class JigsawDatasetMapper:
         left, top, right, bottom = self._window(i)
         size = (bottom - top, right - left)
         placement = place_sample(size, region.shape[:2], self.method, augmentation)
-        x0, y0, x1, y1 = window = source_window(placement, size)
+        x0, y0, x1, y1 = placement.window
         source = self.store.decode(i, (left + x0, top + y0, left + x1, top + y1))
-        paint(source, window, size, placement, region)
+        paint(source, placement, region)
 
 
 def _candidates(
