@@ -33,16 +33,17 @@ class WarmupThenCosine(ParamScheduler):
         """
         Args:
             warmup_factor: multiplier at iteration 0, in [0, 1].
-            warmup_iters: iteration at which the multiplier is 1; 0 = no warm-up.
+            warmup_iters: iteration at which the multiplier is 1; 0 = no warm-up. A run that ends
+                before it, as a quick trial may, is warm-up throughout.
             max_iter: iteration at which it would be 0, the first that is not run.
 
         Raises:
-            ScheduleError: lengths that do not fit each other.
+            ScheduleError: lengths that are none.
         """
-        if not 0 <= warmup_iters <= max_iter or max_iter < 1:
+        if warmup_iters < 0 or max_iter < 1:
             raise ScheduleError(
                 f"SOLVER.WARMUP_ITERS is {warmup_iters} and SOLVER.MAX_ITER {max_iter}; "
-                "the warm-up must fit into the run"
+                "the first must be at least 0, the second at least 1"
             )
         self.warmup_factor = warmup_factor
         self.warmup_iters = warmup_iters

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 import detectron2.engine.defaults
@@ -35,7 +36,7 @@ class TinyBackbone(Backbone):
     def __init__(self, norm: str, dropout: float) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inside, outside, kernel, stride in ((3, 8, 7, 4), (8, 16, 7, 4), (16, 16, 3, 2)):
+        for inside, outside, kernel, stride in ((3, 32, 7, 4), (32, 32, 7, 4), (32, 32, 3, 2)):
             norm_layer = get_norm(norm, outside)
             conv = Conv2d(inside, outside, kernel, stride, kernel // 2, norm=norm_layer)
             layers += [conv, nn.ReLU()]
@@ -46,7 +47,7 @@ class TinyBackbone(Backbone):
         return {"res5": self.dropout(self.layers(images))}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        return {"res5": ShapeSpec(channels=16, stride=32)}
+        return {"res5": ShapeSpec(channels=32, stride=32)}
 
 
 @BACKBONE_REGISTRY.register()
@@ -126,12 +127,12 @@ def _command(argv: list[str], environment: dict[str, str]) -> None:
     point, _, name = environment.get("KILL", "").partition(" ")
     save, replace = torch.save, os.replace
 
-    def half_save(content: object, f: object) -> None:
+    def half_save(content: object, f: object, **options: object) -> None:
         if point == "write" and name in str(getattr(f, "name", "")):
             f.write(b"half a file")
             f.flush()
             die()
-        save(content, f)
+        save(content, f, **options)
 
     def late_replace(source: object, target: object) -> None:
         replace(source, target)
@@ -139,8 +140,15 @@ def _command(argv: list[str], environment: dict[str, str]) -> None:
             die()
 
     jigsaw_d2.checkpointing.torch.save, jigsaw_d2.checkpointing.os.replace = half_save, late_replace
-    with open(environment.get("STDERR", os.devnull), "a", buffering=1) as sys.stderr:
-        os._exit(run_command(jigsaw_d2.commands.pretrain.main, argv))
+    code = 1
+    try:
+        if "STDERR" in environment:
+            sys.stderr = open(environment["STDERR"], "a", buffering=1)
+        code = run_command(jigsaw_d2.commands.pretrain.main, argv)
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code)  # threads of a lost process group must not keep the child
 
 
 def start(argv: list[str], **environment: str) -> multiprocessing.Process:

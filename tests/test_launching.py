@@ -1,0 +1,122 @@
+"""launching.py: several processes over Gloo compute as one; a lost peer ends the others in words."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from helpers_run import read_losses, start, tiny_options, torchrun_variables, train
+
+from jigsaw_d2.launching import as_peer_lost, launch_job
+
+CONFIG = ["--config-file", "Base-JigsawPretrain.yaml"]
+# Its loss is a mean over images, none of which sees another: the same however they are shared out.
+SEPARABLE = ("MODEL.BACKBONE.NAME", "build_plain_tiny_backbone", "MODEL.RESNETS.NORM", "GN")
+
+
+def start_ranks(argv: list[str], folder: Path, **environment: str) -> list:
+    """Two ranks, as torchrun would start them; KILL concerns rank 1."""
+    children = []
+    for rank, variables in enumerate(torchrun_variables(2)):
+        files = {"LOSSES": str(folder / f"losses{rank}"), "STDERR": str(folder / f"stderr{rank}")}
+        killed = environment if rank == 1 else {}
+        children.append(start(argv, **variables, **files, **killed))
+    return children
+
+
+def join(children: list, timeout: float = 120) -> list[int]:
+    for child in children:
+        child.join(timeout)
+        if child.exitcode is None:
+            for other in children:
+                other.kill()
+            raise TimeoutError(f"a rank did not end within {timeout} s")
+    return [child.exitcode for child in children]
+
+
+def values(path: Path) -> list[float]:
+    return [float.fromhex(loss) for _, loss in read_losses(path)]
+
+
+def test_two_processes_have_the_loss_curve_of_one(tmp_path):
+    options = tiny_options(tmp_path, *SEPARABLE, "MODEL.JIGSAW.ERF.NUM_IMAGES", 4)
+    assert train([*CONFIG, *options], LOSSES=str(tmp_path / "one")) == 0
+    two = [*CONFIG, *options, "OUTPUT_DIR", str(tmp_path / "two")]
+    assert join(start_ranks(two, tmp_path)) == [0, 0]
+    one = values(tmp_path / "one")
+    assert len(one) == 12 and one[0] != one[-1]
+    for rank in (0, 1):
+        assert values(tmp_path / f"losses{rank}") == pytest.approx(one, rel=1e-5)
+
+
+def test_two_processes_accumulate_as_one_does(tmp_path):
+    options = tiny_options(tmp_path, *SEPARABLE, "SOLVER.ACCUMULATION_STEPS", 2)
+    assert train([*CONFIG, *options], LOSSES=str(tmp_path / "one")) == 0
+    two = [*CONFIG, *options, "OUTPUT_DIR", str(tmp_path / "two")]
+    assert join(start_ranks(two, tmp_path)) == [0, 0]
+    assert values(tmp_path / "losses1") == pytest.approx(values(tmp_path / "one"), rel=1e-5)
+
+
+def test_two_processes_resume_bit_for_bit(tmp_path):
+    """With batch norm and dropout: statistics and generators of both ranks come back."""
+    store = tiny_options(tmp_path)  # written before the ranks look for it
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    unbroken.mkdir(), broken.mkdir()
+    argv = [*CONFIG, *store, "SOLVER.PEER_TIMEOUT", "30", "OUTPUT_DIR", str(unbroken / "run")]
+    assert join(start_ranks(argv, unbroken)) == [0, 0]
+    argv[-1] = str(broken / "run")
+    codes = join(start_ranks(argv, broken, KILL="step 7"))
+    assert codes == [2, -9]
+    message = (broken / "stderr0").read_text()
+    assert "error: rank 0 lost a peer" in message and "SOLVER.PEER_TIMEOUT = 30 s" in message
+    assert join(start_ranks(["--resume", *argv], broken)) == [0, 0]
+    for rank in (0, 1):
+        expected = dict(read_losses(unbroken / f"losses{rank}"))
+        losses = read_losses(broken / f"losses{rank}")
+        assert {i for i, _ in losses} == set(range(12))
+        assert all(loss == expected[i] for i, loss in losses)
+
+
+def test_a_silent_peer_is_given_up_on_in_the_stated_time(tmp_path):
+    options = tiny_options(tmp_path, "SOLVER.MAX_ITER", 100000, "SOLVER.PEER_TIMEOUT", 3)
+    waiting, silent = start_ranks([*CONFIG, *options], tmp_path)
+    while not (tmp_path / "losses1").exists():
+        time.sleep(0.05)
+    os.kill(silent.pid, signal.SIGSTOP)
+    try:
+        waiting.join(100)  # far longer than 3 s, for a crowded machine
+        assert waiting.exitcode == 2
+        assert "said nothing for SOLVER.PEER_TIMEOUT = 3 s" in (tmp_path / "stderr0").read_text()
+    finally:
+        waiting.kill()
+        silent.kill()
+
+
+def test_evaluation_does_not_depend_on_the_number_of_processes(tmp_path):
+    options = tiny_options(tmp_path, *SEPARABLE, "SOLVER.MAX_ITER", 2)
+    options += ["DATASETS.TEST", f"('{tmp_path / 'store'}',)", "INPUT.JIGSAW.EVAL_IMAGES", "9"]
+    argv = [*CONFIG, *options, "MODEL.JIGSAW.OBJECTIVE", "block_wise", "SOLVER.BASE_LR", "0.0"]
+    found = []
+    for name, ranks in (("one", 1), ("two", 2)):
+        run = [*argv, "OUTPUT_DIR", str(tmp_path / name)]
+        if ranks == 1:
+            assert train(run, LOSSES=str(tmp_path / "losses")) == 0
+        else:
+            assert join(start_ranks(run, tmp_path)) == [0, 0]
+        last = (tmp_path / name / "metrics.json").read_text().splitlines()[-1]
+        found.append({k: v for k, v in json.loads(last).items() if k.startswith("jigsaw/")})
+    assert found[0] == found[1] and len(found[0]) > 10
+
+
+def test_one_process_is_called_directly(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    called = []
+    launch_job(called.append, 1, args=("x",))
+    assert called == ["x"]
+
+
+def test_other_errors_are_left_alone():
+    assert as_peer_lost(RuntimeError("Connection closed by peer"), 600) is None  # no peers here
