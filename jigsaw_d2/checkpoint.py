@@ -165,12 +165,14 @@ def _open_converted(
 
 
 def _from_imagenet(path: Path, data: Any) -> tuple[dict[str, np.ndarray], Passport]:
-    tensors = data
+    tensors, author = data, ""
+    if isinstance(data, Mapping):
+        author = str(data.get("__author__", ""))
     for wrapping in ("model", "state_dict", "blobs"):
         if isinstance(tensors, Mapping) and isinstance(tensors.get(wrapping), Mapping):
             tensors = tensors[wrapping]
     names = set(tensors) if isinstance(tensors, Mapping) else set()
-    if is_torchvision(names):
+    if is_torchvision(names, author):
         return from_torchvision(tensors)
     if is_msra(names):
         return from_msra(tensors)

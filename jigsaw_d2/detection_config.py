@@ -33,7 +33,7 @@ def load_detection_config(config_file: str, overrides: Sequence[str] = ()) -> Cf
     path = _find(config_file)
     try:
         cfg = _merged(path)
-    except (KeyError, ValueError, AssertionError) as error:
+    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
         raise DetectionConfigError(f"{path}: no detection config: {error}") from None
     try:
         cfg.merge_from_list(list(overrides))
@@ -43,6 +43,8 @@ def load_detection_config(config_file: str, overrides: Sequence[str] = ()) -> Cf
 
 
 def _merged(path: str) -> CfgNode:
+    if path.endswith(".py"):
+        raise ValueError("a LazyConfig; name one of the YAML configs")
     cfg = get_cfg()
     add_jigsaw_config(cfg)
     loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=True)

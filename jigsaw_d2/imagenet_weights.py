@@ -15,7 +15,9 @@ from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 from jigsaw_d2.architecture import Architecture, ArchitectureError, read_architecture
 from jigsaw_d2.passport import Passport
 
-RESNET_NAME = re.compile(r"(stem|res[2-5])\.")
+# Names of a ResNet's tensors. Of the stem only its convolution: Detectron2's converter of torchvision
+# files leaves a stray stem.fc there.
+RESNET_NAME = re.compile(r"(stem\.conv1|res[2-5]\.\d+)\.")
 # 255 x the constants of torchvision's ImageNet training, RGB.
 TORCHVISION_MEAN = (123.675, 116.28, 103.53)
 TORCHVISION_STD = (58.395, 57.12, 57.375)
@@ -38,9 +40,15 @@ _TORCHVISION_NAMES = {
 Arrays = dict[str, np.ndarray]
 
 
-def is_torchvision(names: set[str]) -> bool:
-    """Whether these are the names of a torchvision ResNet's state dict."""
-    return {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight"} <= names
+def is_torchvision(names: set[str], author: str = "") -> bool:
+    """Whether these are the names of a torchvision ResNet's state dict, or renamed from one.
+
+    Args:
+        author: what a file of Detectron2's own converter says it was made from.
+    """
+    return (
+        author == "torchvision" or {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight"} <= names
+    )
 
 
 def is_msra(names: set[str]) -> bool:

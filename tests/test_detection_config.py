@@ -53,6 +53,11 @@ def test_unknown_names_and_overrides(tmp_path: Path) -> None:
         load_detection_config(str(tmp_path / "odd.yaml"))
     with pytest.raises(DetectionConfigError, match="no config 'nothing.yaml': not a file"):
         load_detection_config("nothing.yaml")
+    with pytest.raises(DetectionConfigError, match="a LazyConfig"):
+        load_detection_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
+    (tmp_path / "bad.yaml").write_text("A: [1\n")
+    with pytest.raises(DetectionConfigError, match="bad.yaml: no detection config"):
+        load_detection_config(str(tmp_path / "bad.yaml"))
     with pytest.raises(DetectionConfigError, match="NO.SUCH"):
         load_detection_config(FPN, ["NO.SUCH", "1"])
     with pytest.raises(DetectionConfigError, match="MAX_ITER"):

@@ -166,6 +166,20 @@ def test_wrapped_state_dicts_are_found(tmp_path: Path) -> None:
     assert read_backbone(tmp_path / "w.pth")[1].architecture.depth == 18
 
 
+def test_files_of_detectron2s_own_converter(tmp_path: Path) -> None:
+    """convert-torchvision-to-d2.py renames, and leaves the classifier as stem.fc."""
+    state = torchvision.models.resnet18().state_dict()
+    model = {
+        (name if name.startswith("stem.fc") else name_from_torchvision(name)): value.numpy()
+        for name, value in ({"stem.fc.weight": state.pop("fc.weight")} | state).items()
+    }
+    data = {"model": model, "__author__": "torchvision", "matching_heuristics": True}
+    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(data))
+    arrays, passport = read_backbone(tmp_path / "R-18.pkl")
+    assert passport.architecture.depth == 18 and passport.input_format == "RGB"
+    assert not [name for name in arrays if "fc" in name]
+
+
 def test_names_go_there_and_back() -> None:
     names = set(build_backbone(pretrain_config()).state_dict())
     theirs = {name_to_torchvision(name) for name in names}

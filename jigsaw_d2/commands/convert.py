@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if bool(args.write_config) != bool(args.config_file):
         parser.error("--write-config and --config-file go together")
+    if args.write_config and args.format != "detectron2":
+        parser.error("--write-config is for weights in the detectron2 format")
     if args.opts and not args.write_config:
         parser.error(f"unexpected {' '.join(args.opts)}: overrides are for --write-config")
     passport = convert_checkpoint(
