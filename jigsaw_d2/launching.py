@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from jigsaw_d2.errors import JigsawError
 
@@ -24,6 +24,12 @@ _PEER_GONE = re.compile(
     "nccl (communicator|error)|watchdog|socket",
     re.IGNORECASE,
 )
+# Last line of a child's traceback where the error is one of ours.
+_JIGSAW_ERROR = re.compile(r"^jigsaw_d2\.[\w.]*?(\w+Error): (.*)$", re.MULTILINE)
+
+
+class RankError(JigsawError, RuntimeError):
+    """What a process of the job could not do, told by the one that started it."""
 
 
 class PeerLostError(JigsawError, RuntimeError):
@@ -49,6 +55,7 @@ def launch_job(
 
     Raises:
         PeerLostError: a process of the job was killed, or did not answer in time.
+        RankError: one that ``launch`` started met an error of this project's.
     """
     if all(name in os.environ for name in _TORCHRUN_VARIABLES):
         _join_torchrun(timeout)
@@ -65,6 +72,12 @@ def launch_job(
             f"process {error.error_index} of this machine ended ({error.msg.splitlines()[0]}); the "
             "others were stopped; start again with --resume"
         ) from error
+    except ProcessRaisedException as error:
+        said = _JIGSAW_ERROR.findall(error.msg)
+        if not said:
+            raise
+        kind = PeerLostError if said[-1][0] == PeerLostError.__name__ else RankError
+        raise kind(f"process {error.error_index}: {said[-1][1]}") from error
 
 
 def _join_torchrun(timeout: float) -> None:

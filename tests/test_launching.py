@@ -7,9 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from detectron2.utils import comm
 from helpers_run import read_losses, start, tiny_options, torchrun_variables, train
+from torch.multiprocessing import ProcessRaisedException
 
-from jigsaw_d2.launching import as_peer_lost, launch_job
+from jigsaw_d2.launching import PeerLostError, RankError, as_peer_lost, launch_job
 
 CONFIG = ["--config-file", "Base-JigsawPretrain.yaml"]
 # Its loss is a mean over images, none of which sees another: the same however they are shared out.
@@ -108,6 +111,47 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(tmp_path):
         last = (tmp_path / name / "metrics.json").read_text().splitlines()[-1]
         found.append({k: v for k, v in json.loads(last).items() if k.startswith("jigsaw/")})
     assert found[0] == found[1] and len(found[0]) > 10
+
+
+def meet(folder: Path) -> None:
+    """Both ranks add up; then rank 1 dies, and rank 0 waits."""
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    (folder / f"rank{comm.get_rank()}").write_text(f"{total.item()} {comm.get_local_rank()}")
+    if comm.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def test_detectron2s_launch_starts_ranks_and_tells_which_died(tmp_path):
+    with pytest.raises(PeerLostError, match="process 1 of this machine ended .*SIGKILL"):
+        launch_job(meet, 2, dist_url="auto", args=(tmp_path,), timeout=60)
+    assert (tmp_path / "rank1").read_text() == "2.0 1"
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("run_config.RunConfigError", RankError), ("launching.PeerLostError", PeerLostError)],
+)
+def test_an_error_of_ours_in_a_rank_is_told_in_one_line(monkeypatch, name, expected):
+    def fail(*args: object) -> None:
+        text = (
+            f"\n\n-- Process 1 ...:\nTraceback ...:\n  File ...\njigsaw_d2.{name}: what is wrong\n"
+        )
+        raise ProcessRaisedException(text, 1, 4242)
+
+    monkeypatch.setattr("jigsaw_d2.launching.launch", fail)
+    with pytest.raises(expected, match="^process 1: what is wrong$"):
+        launch_job(print, 2)
+
+
+def test_any_other_error_in_a_rank_keeps_its_traceback(monkeypatch):
+    def fail(*args: object) -> None:
+        raise ProcessRaisedException("Traceback ...\nKeyError: 'x'\n", 1, 4242)
+
+    monkeypatch.setattr("jigsaw_d2.launching.launch", fail)
+    with pytest.raises(ProcessRaisedException, match="KeyError"):
+        launch_job(print, 2)
 
 
 def test_one_process_is_called_directly(monkeypatch):
