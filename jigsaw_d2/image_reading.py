@@ -53,8 +53,9 @@ def _open(path: str) -> Image.Image:
     except ImageReadError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "image_unreadable" if isinstance(error, OSError) else "image_not_an_image"
-        raise ImageReadError(reason) from error
+        # Pillow's own OSErrors, about what is in the file, come without the system's number.
+        refused = getattr(error, "errno", None) is not None
+        raise ImageReadError("image_unreadable" if refused else "image_truncated") from error
 
 
 def _orientation(image: Image.Image) -> int:

@@ -243,7 +243,8 @@ class StoreWriter:
             mark: where the work stands after this chunk; comes back as ``mark`` after a kill.
         """
         with _disk_errors(self.partial):
-            if self._file is not None and self._file.tell() + len(chunk.members) > self.shard_size:
+            needed = len(chunk.members) + len(END_OF_ARCHIVE)
+            if self._file is not None and self._file.tell() + needed > self.shard_size:
                 self._close_shard()
             if self._file is None and len(chunk.records):
                 self._file = open(self.folder / shard_name(len(self.shards)), "wb")
