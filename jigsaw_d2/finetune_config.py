@@ -122,14 +122,10 @@ def apply_passport(
         else:
             conflicts.append(f"{key}: config {get_key(cfg, key)}, weights {value}")
     if conflicts and not force:
-        hint = (
-            ""
-            if match_architecture
-            else "; --match-architecture takes the network from the weights"
-        )
         raise FinetuneConfigError(
             f"config and passport contradict each other: {'; '.join(conflicts)} (--force insists "
-            f"on the config{hint})"
+            "on the config; --match-architecture takes the network from the weights, where no "
+            "override names it)"
         )
     for conflict in conflicts:
         logger.warning("insisted on against the passport: %s", conflict)
@@ -151,13 +147,16 @@ def apply_classes(cfg: CfgNode, classes: Sequence[str], explicit: frozenset[str]
 
 
 def fit_machine(cfg: CfgNode) -> None:
-    """CPU where there is no GPU, and no synchronised norm where nothing can synchronise; logged."""
+    """On a machine without GPU: the CPU, no synchronised norm, no mixed precision; logged."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("no GPU here: MODEL.DEVICE cuda -> cpu")
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu" and "Sync" in cfg.MODEL.RESNETS.NORM:
         logger.warning("on a CPU: MODEL.RESNETS.NORM %s -> BN", cfg.MODEL.RESNETS.NORM)
         cfg.MODEL.RESNETS.NORM = "BN"
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        logger.warning("on a CPU, where Detectron2 has none: SOLVER.AMP.ENABLED True -> False")
+        cfg.SOLVER.AMP.ENABLED = False
 
 
 def fits(key: str, have: Any, need: Any) -> bool:

@@ -68,6 +68,18 @@ class FinetuneTrainer(DefaultTrainer):
         else:
             logger.info("from scratch: every tensor is random")
 
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Detectron2's detector.
+
+        Raises:
+            FinetuneError: Detectron2 has no such combination, e.g. C4 with a deformable res5.
+        """
+        try:
+            return super().build_model(cfg)
+        except AssertionError as error:
+            raise FinetuneError(f"Detectron2 cannot build this detector: {error}") from error
+
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's, and the ledger of compute."""
         return [*super().build_hooks(), LedgerHook(self.cfg.OUTPUT_DIR)]

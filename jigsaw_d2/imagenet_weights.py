@@ -15,7 +15,7 @@ from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 from jigsaw_d2.architecture import Architecture, ArchitectureError, read_architecture
 from jigsaw_d2.passport import Passport
 
-# Names of a ResNet's tensors. Of the stem only its convolution: Detectron2's converter of torchvision
+# Names of a ResNet's tensors. Of the stem only its convolution: Detectron2's converter of such
 # files leaves a stray stem.fc there.
 RESNET_NAME = re.compile(r"(stem\.conv1|res[2-5]\.\d+)\.")
 # 255 x the constants of torchvision's ImageNet training, RGB.

@@ -144,6 +144,15 @@ def test_weights_of_another_network_stop_the_run(weights: Path, tmp_path: Path) 
         finetune(cfg)
 
 
+def test_a_detector_that_detectron2_lacks(tmp_path: Path) -> None:
+    deform = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, True, True, True]"]
+    weights = convert(tmp_path, *THIN, *deform)
+    settings = [*SMALL, *THIN, *SHORT, *deform, *data(tmp_path, "deformable")]
+    cfg = setup_finetune(C4, weights, [*settings, "OUTPUT_DIR", str(tmp_path / "out")])
+    with pytest.raises(FinetuneError, match="cannot build.*not yet supported in res5"):
+        finetune(cfg)
+
+
 def test_masks_without_segmentation_stop_the_run(weights: Path, tmp_path: Path) -> None:
     settings = [*SMALL, *THIN, *SHORT, *data(tmp_path, "maskless", masks=False)]
     cfg = setup_finetune(MASK, weights, [*settings, "OUTPUT_DIR", str(tmp_path / "out")])
