@@ -8,7 +8,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
@@ -38,6 +38,7 @@ DEFAULT_QUALITY = 95
 DEFAULT_SHARD_SIZE = 256 << 20
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 PROGRESS_NAME = "progress.json"
+LOCK_NAME = "lock"
 
 
 class StoreWriteError(JigsawError, OSError):
@@ -181,18 +182,22 @@ class StoreWriter:
             self._lock = self._lock_folder()
             self._take_over()
 
-    def _lock_folder(self) -> int:
-        folder = os.open(self.partial, os.O_RDONLY)
+    def _lock_folder(self) -> TextIO:
+        """Keep other processes out; the kernel lets go of the lock however this one ends.
+
+        A lock of lockf, unlike one of flock, does not live on in worker processes.
+        """
+        lock = open(self.partial / LOCK_NAME, "a")
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(folder)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            lock.close()
             raise StoreError(f"another process is writing {self.partial}; wait for it") from None
-        return folder
+        return lock
 
     def _take_over(self) -> None:
         """Keep the finished shards of an interrupted run of the same work; clear all else."""
-        kept = {PROGRESS_NAME, self.folder.name}
+        kept = {PROGRESS_NAME, LOCK_NAME, self.folder.name}
         with contextlib.suppress(OSError, ValueError, KeyError):
             progress = json.loads((self.partial / PROGRESS_NAME).read_bytes())
             if self.resume_key and progress["resume_key"] == self.resume_key:
@@ -315,7 +320,7 @@ class StoreWriter:
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
-        os.close(self._lock)
+        self._lock.close()
 
 
 def _sync(file: object) -> None:

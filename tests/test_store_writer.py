@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import subprocess
 import sys
 import tarfile
@@ -159,10 +160,11 @@ def test_other_work_starts_anew(tmp_path: Path) -> None:
         assert list((tmp_path / "s.partial" / "store").iterdir()) == []
 
 
-def test_two_writers_of_one_store_do_not_meet(tmp_path: Path) -> None:
-    with StoreWriter(tmp_path / "store", ["a"]):
-        with pytest.raises(StoreError, match="another process is writing"):
-            StoreWriter(tmp_path / "store", ["a"])
+def test_two_processes_do_not_write_one_store(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "store", ["a", "b"]):
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            with pytest.raises(StoreError, match="another process is writing"):
+                pool.apply(write, (tmp_path / "store",))
 
 
 def test_unwritable_place_is_named(tmp_path: Path) -> None:

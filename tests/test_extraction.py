@@ -1,0 +1,342 @@
+"""From a detection set to a store: determinism, restart, parts, bad input."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.data.detection_utils import read_image
+from helpers_coco import CATEGORY_IDS, annotation, make_coco, write_json
+from PIL import Image
+
+from jigsaw_d2 import extraction
+from jigsaw_d2.extraction import CocoSource, ExtractionOptions, extract_samples
+from jigsaw_d2.extraction_log import ExtractionError
+from jigsaw_d2.extraction_options import needs_windows, shown_sizes
+from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.samples import overlaps_any
+from jigsaw_d2.store_format import StoreError
+from jigsaw_d2.template import JigsawTemplate
+
+ALONE = ExtractionOptions(workers=0)
+
+
+def source(folder: Path, split: str = "train") -> CocoSource:
+    return CocoSource(folder / f"{split}.json", folder / "images")
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def store(tiny_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> SampleStore:
+    path = tmp_path_factory.mktemp("extraction") / "store"
+    extract_samples(source(tiny_coco), path, ALONE)
+    return SampleStore(path)
+
+
+def test_samples_are_the_pixels_of_their_boxes(tiny_coco: Path, tmp_path: Path) -> None:
+    """PNG keeps every pixel, so a sample equals the box cut from what Detectron2 reads."""
+    extract_samples(source(tiny_coco), tmp_path / "s", dataclasses.replace(ALONE, png=True))
+    store = SampleStore(tmp_path / "s")
+    files = {10 * n + 5: f"train_{n:03d}.jpg" for n in range(12)}
+    for i in range(len(store)):
+        image = read_image(str(tiny_coco / "images" / files[store.image_ids[i]]), "RGB")
+        x0, y0, x1, y1 = store.boxes[i].astype(int)
+        assert np.array_equal(store.decode(i), image[y0:y1, x0:x1])
+
+
+def test_jpeg_samples_are_close_to_the_source(tiny_coco: Path, store: SampleStore) -> None:
+    image = read_image(str(tiny_coco / "images" / "train_000.jpg"), "RGB").astype(int)
+    for i in np.flatnonzero(store.image_ids == 5):
+        x0, y0, x1, y1 = store.boxes[i].astype(int)
+        assert abs(store.decode(i) - image[y0:y1, x0:x1]).mean() < 6
+
+
+def test_counts_ratio_and_boxes(tiny_coco: Path, store: SampleStore) -> None:
+    """11 images with 4 objects, one without; a crowd on the first."""
+    positive = store.classes < 3
+    assert positive.sum() == 44 and (~positive).sum() == 4  # round(44 / 10)
+    gt, cut = store.gt_boxes, store.boxes
+    assert (cut[:, :2] <= gt[:, :2]).all() and (cut[:, 2:] >= gt[:, 2:]).all()
+    sides, limits = cut[:, 2:] - cut[:, :2], 2 * (gt[:, 2:] - gt[:, :2])
+    assert (sides <= limits).all()
+    crowd = np.float32([[100, 10, 190, 70]])
+    for i in np.flatnonzero(~positive):
+        others = (store.image_ids == store.image_ids[i]) & positive
+        forbidden = np.concatenate([cut[others], gt[others]])
+        if store.image_ids[i] == 5:
+            forbidden = np.concatenate([forbidden, crowd])
+        assert not overlaps_any(cut[i : i + 1], forbidden).any()
+    assert store.header["report"]["log"]["dataset"]["crowd"]["count"] == 1
+    assert store.header["report"]["log"]["dataset"]["image_without_positives"]["count"] == 1
+
+
+def test_header_says_what_the_store_is(store: SampleStore) -> None:
+    header = store.header
+    assert header["source"] == "train" and header["seed"] == 0
+    assert header["category_ids"] == list(CATEGORY_IDS)
+    assert header["options"]["negative_ratio"] == 0.1 and "workers" not in header["options"]
+    assert len(header["image_ids_sha256"]) == len(header["annotations_sha256"]) == 64
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_same_bytes_for_any_number_of_processes(
+    tiny_coco: Path,
+    store: SampleStore,
+    tmp_path: Path,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(extraction, "PLAN_CHUNK", 5)
+    options = dataclasses.replace(ALONE, workers=workers)
+    extract_samples(source(tiny_coco), tmp_path / "s", options)
+    assert content(tmp_path / "s") == content(store.paths[0])
+
+
+def test_another_seed_is_another_store(tiny_coco: Path, store: SampleStore, tmp_path: Path) -> None:
+    extract_samples(source(tiny_coco), tmp_path / "s", dataclasses.replace(ALONE, seed=1))
+    assert SampleStore(tmp_path / "s").fingerprint != store.fingerprint
+
+
+def test_parts_together_are_the_whole(tiny_coco: Path, store: SampleStore, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        options = dataclasses.replace(ALONE, part=(number, 3))
+        extract_samples(source(tiny_coco), tmp_path / "s", options)
+    parts = SampleStore(tmp_path / "s")
+    assert len(parts.parts) == 3 and len(parts) == len(store)
+    for i in range(len(store)):
+        assert parts[i] == store[i] and parts.key(i) == store.key(i)
+    assert np.array_equal(parts.gt_boxes, store.gt_boxes)
+
+
+def test_no_context_and_no_negatives(tiny_coco: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(ALONE, max_scale=1.0, negative_ratio=0.0)
+    extract_samples(source(tiny_coco), tmp_path / "s", options)
+    store = SampleStore(tmp_path / "s")
+    assert len(store) == 44 and np.array_equal(store.boxes, store.gt_boxes)
+
+
+KILLED = """
+import os, sys, dataclasses
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from jigsaw_d2 import extraction
+from jigsaw_d2.store_writer import StoreWriter
+from test_extraction import ALONE, small_shards, source
+extraction.CUT_CHUNK = 1
+close = StoreWriter._close_shard
+def close_two(writer):
+    close(writer)
+    if len(writer.shards) == 2:
+        os.kill(os.getpid(), 9)
+StoreWriter._close_shard = close_two
+extraction.extract_samples(source(Path({data!r})), {path!r}, small_shards(2))
+"""
+
+
+def small_shards(workers: int) -> ExtractionOptions:
+    return dataclasses.replace(ALONE, workers=workers, shard_size=40_000)
+
+
+def test_killed_run_is_completed_by_the_same_call(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extraction, "CUT_CHUNK", 1)
+    extract_samples(source(tiny_coco), tmp_path / "whole", small_shards(0))
+    script = KILLED.format(
+        tests=str(Path(__file__).parent), data=str(tiny_coco), path=str(tmp_path / "s")
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with pytest.raises(StoreError, match="no whole sample store"):
+        SampleStore(tmp_path / "s")
+    shards = sorted((tmp_path / "s.partial" / "store").glob("shard-*.tar"))
+    written = [shard.stat().st_mtime_ns for shard in shards[:2]]
+
+    real, read = extraction.read_pixels, []
+    monkeypatch.setattr(extraction, "read_pixels", lambda path: read.append(path) or real(path))
+    extract_samples(source(tiny_coco), tmp_path / "s", small_shards(0))
+    assert content(tmp_path / "s") == content(tmp_path / "whole")
+    kept = [(tmp_path / "s" / shard.name).stat().st_mtime_ns for shard in shards[:2]]
+    assert kept == written and 0 < len(read) < 12
+
+
+def test_held_out_set_must_have_the_same_categories(tiny_coco: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExtractionError, match="val has other categories.*'kind2'"):
+        extract_samples(source(tiny_coco, "val"), tmp_path / "s", ALONE, ["kind0", "kind1"])
+    with pytest.raises(ExtractionError, match="their order"):
+        extract_samples(
+            source(tiny_coco, "val"), tmp_path / "s", ALONE, ["kind1", "kind0", "kind2"]
+        )
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("max_scale", 0.9),
+        ("negative_ratio", -1),
+        ("quality", 0),
+        ("seed", -1),
+        ("part", (3, 2)),
+        ("workers", -2),
+        ("shard_size", 0),
+        ("scale_range", (1.5, 0.8)),
+    ],
+)
+def test_impossible_options_are_named(field: str, value: object) -> None:
+    with pytest.raises(ExtractionError, match=f"{field} is .*must be"):
+        ExtractionOptions(**{field: value})
+
+
+def test_windows_are_for_samples_larger_than_any_region_shows() -> None:
+    shown = shown_sizes(JigsawTemplate(), 0.8)
+    # Regions 160x160 (S), 160 high x 64 wide (T), 64 high x 160 wide (W), divided by 0.8.
+    assert shown.tolist() == [[200, 200], [200, 80], [80, 200]]
+    assert not needs_windows((200, 200), shown) and needs_windows((201, 150), shown)
+    assert not needs_windows((200, 80), shown) and needs_windows((200, 90), shown)
+    assert needs_windows((81, 200), shown)
+
+
+def test_large_samples_are_written_for_window_decoding(tmp_path: Path) -> None:
+    image = cv2.resize(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8), (600, 400))
+    cv2.imwrite(str(tmp_path / "a.jpg"), image)
+    entry = {"id": 1, "file_name": "a.jpg", "height": 400, "width": 600}
+    boxes = [[0, 0, 300, 300], [400, 0, 50, 50]]
+    write_json(tmp_path / "set.json", [entry], [annotation(1, box) for box in boxes])
+    extract_samples(CocoSource(tmp_path / "set.json", tmp_path), tmp_path / "s", ALONE)
+    store = SampleStore(tmp_path / "s")
+    intervals = store.parts[0].intervals
+    assert intervals[0] > 0 and intervals[1] == 0
+    assert store.decode(0).shape[:2] == tuple(store.sizes[0])
+    assert np.array_equal(store.decode(0, (30, 40, 130, 110)), store.decode(0)[40:110, 30:130])
+
+
+def bad_set(folder: Path) -> CocoSource:
+    """A sound set of 12 + 4 images, and beside them one image for each fault there is."""
+    make_coco(folder)
+    images, annotations = [], []
+
+    def add(name: str, size: tuple[int, int] = (60, 80), image_id: int | None = None) -> int:
+        number = 1000 + len(images) if image_id is None else image_id
+        images.append({"id": number, "file_name": name, "height": size[0], "width": size[1]})
+        return number
+
+    picture = Image.new("RGB", (80, 60), (200, 30, 30))
+    for name in ("good.jpg", "cut.jpg", "other_size.jpg"):
+        picture.save(folder / "images" / name)
+    whole = (folder / "images" / "cut.jpg").read_bytes()
+    (folder / "images" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "images" / "empty.jpg").touch()
+    (folder / "images" / "text.jpg").write_text("no image")
+    deep = np.arange(4800, dtype=np.uint16).reshape(60, 80) * 10
+    Image.fromarray(deep).save(folder / "images" / "deep.png")
+    for mode in ("L", "P", "CMYK", "RGBA"):
+        picture.convert(mode).save(folder / "images" / f"{mode}.tiff")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(folder / "images" / "turned.jpg", exif=exif)
+    for name in ("gone.jpg", "cut.jpg", "empty.jpg", "text.jpg", "deep.png"):
+        annotations.append(annotation(add(name), [10, 10, 30, 30]))
+    annotations.append(annotation(add("other_size.jpg", (80, 60)), [10, 10, 30, 30]))
+    for mode in ("L", "P", "CMYK", "RGBA"):
+        annotations.append(annotation(add(f"{mode}.tiff"), [10, 10, 30, 30]))
+    annotations.append(annotation(add("turned.jpg", (80, 60)), [10, 10, 20, 60]))
+    good = add("good.jpg")
+    for box in ([0, 0, 0, 9], [0, 0, -3, 9], [90, 0, 9, 9], [float("nan"), 0, 9, 9], [5, 5, 1, 1]):
+        annotations.append(annotation(good, box))
+    annotations += [annotation(good, [60, 40, 50, 50]), annotation(good, [10, 10, 20, 20], 99)]
+    annotations += [annotation(good, [1, 1, 9, 9], crowd=1), annotation(31337, [0, 0, 9, 9])]
+    annotations.append(annotation(add("good.jpg"), [60, 40, 50, 50]))
+    add("new.jpg", image_id=good)
+    annotations.append(annotation(add("train_000.jpg", (180, 240)), [0, 0, 240, 180]))
+    return CocoSource(write_json(folder / "bad.json", images, annotations), folder / "images")
+
+
+EXPECTED = {
+    "image_missing": 1,
+    "image_truncated": 1,
+    "image_empty": 1,
+    "image_not_an_image": 1,
+    "image_16_bit": 1,
+    "image_size_differs": 1,
+    "image_grey": 1,
+    "image_palette": 1,
+    "image_cmyk": 1,
+    "image_alpha": 1,
+    "image_rotated": 1,
+    "image_id_repeated": 1,
+    "image_listed_twice": 1,
+    "annotation_repeated": 1,
+    "annotation_of_unknown_image": 1,
+    "annotation_of_unknown_category": 1,
+    "box_without_area": 2,
+    "box_outside_image": 1,
+    "box_not_finite": 1,
+    "box_too_small": 1,
+    "box_clipped": 1,
+    "crowd": 1,
+    "category_ids_with_gaps": 1,
+    "category_without_samples": 2,
+}
+
+
+def test_every_fault_is_named_and_counted_and_none_stops_the_run(tmp_path: Path) -> None:
+    report = extract_samples(bad_set(tmp_path / "set"), tmp_path / "s", ALONE)
+    logged = {reason: entry["count"] for reason, entry in report["log"]["dataset"].items()}
+    logged.pop("image_without_room", None)
+    assert logged == EXPECTED
+    assert report["log"]["part"] == {}
+    # L, P, CMYK, RGBA, turned, good, and the image that its one object fills.
+    assert report["positives"] == 7 and report["images"] == {"listed": 13, "with_samples": 7}
+    store = SampleStore(tmp_path / "s")
+    assert [store.decode(i).shape[2] for i in range(len(store))] == [3] * len(store)
+
+
+def test_strict_stops_at_the_first_fault(tmp_path: Path) -> None:
+    with pytest.raises(ExtractionError, match="stopped because of --strict"):
+        extract_samples(
+            bad_set(tmp_path / "set"), tmp_path / "s", dataclasses.replace(ALONE, strict=True)
+        )
+    assert not (tmp_path / "s").exists()
+
+
+def test_strict_lets_a_sound_set_pass(tiny_coco: Path, tmp_path: Path) -> None:
+    extract_samples(source(tiny_coco), tmp_path / "s", dataclasses.replace(ALONE, strict=True))
+    assert len(SampleStore(tmp_path / "s")) == 48
+
+
+def test_image_that_breaks_while_extraction_runs(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What probing cannot see is counted when the image is decoded."""
+    real = extraction.read_pixels
+
+    def read(path: str) -> np.ndarray:
+        if path.endswith("train_003.jpg"):
+            raise extraction.ImageReadError("image_truncated")
+        image = real(path)
+        return image[:-1] if path.endswith("train_004.jpg") else image
+
+    monkeypatch.setattr(extraction, "read_pixels", read)
+    report = extract_samples(source(tiny_coco), tmp_path / "s", ALONE)
+    logged = {reason: entry["count"] for reason, entry in report["log"]["part"].items()}
+    assert logged == {"image_truncated": 1, "image_size_differs": 1}
+    assert report["positives"] == 36
+
+
+def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
+    write_json(tmp_path / "set.json", [], [])
+    with pytest.raises(ExtractionError, match="no usable object"):
+        extract_samples(CocoSource(tmp_path / "set.json", tmp_path), tmp_path / "s", ALONE)
+
+
+def test_existing_store_is_found_before_any_work(tiny_coco: Path, store: SampleStore) -> None:
+    with pytest.raises(StoreError, match="exists; --overwrite"):
+        extract_samples(CocoSource("no.json", tiny_coco), store.paths[0], ALONE)
