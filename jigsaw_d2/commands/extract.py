@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = build_parser().parse_args(argv)
     if args.register:
-        importlib.import_module(args.register)
+        _register(args.register)
     source = make_source(args.json, args.images, args.dataset)
     if source is None:
         raise ExtractionError("name the data: --json A.json --images DIR, or --dataset NAME")
@@ -180,6 +180,13 @@ def main(argv: list[str] | None = None) -> int:
         output = args.val_output or f"{args.output.rstrip('/')}-val"
         _extract(held_out, output, options, args.cost_dir, categories)
     return 0
+
+
+def _register(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ExtractionError(f"--register: {module} cannot be imported: {error}") from error
 
 
 def _extract(

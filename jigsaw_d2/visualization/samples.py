@@ -1,0 +1,70 @@
+"""Samples of a store as they will be cut, with annotated boxes, classes and groups (Sec. 3.1)."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.samples import GROUPS
+from jigsaw_d2.visualization.extraction_report import GROUP_COLORS
+
+COLUMNS = 8
+
+
+def choose_samples(store: SampleStore, count: int, rng: np.random.Generator) -> np.ndarray:
+    """int64 (n,) distinct samples, n <= ``count``: the groups in turn, negatives in their share."""
+    groups = np.asarray(store.groups)
+    piles = [rng.permutation(np.flatnonzero(groups == g)) for g in range(len(GROUPS))]
+    turns = [(turn, g, i) for g, pile in enumerate(piles) for turn, i in enumerate(pile[:count])]
+    return np.array([i for _, _, i in sorted(turns)[:count]], np.int64)
+
+
+def samples_figure(store: SampleStore, samples: np.ndarray) -> Figure:
+    """A grid of whole samples; dashed: the annotated box, the rest is context (Sec. 3.1)."""
+    rows = max(-(-len(samples) // COLUMNS), 1)
+    figure = Figure(figsize=(2 * COLUMNS, 2.3 * rows), layout="constrained")
+    grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    names = [*store.categories, "background"]
+    classes, groups, boxes, gt_boxes = store.classes, store.groups, store.boxes, store.gt_boxes
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, i in zip(grid, samples):
+        image = store.decode(i)
+        group, label = GROUPS[groups[i]], classes[i]
+        axes.imshow(image)
+        axes.set_title(f"{names[label]}\n{group} {image.shape[1]}x{image.shape[0]}", fontsize=8)
+        corner = gt_boxes[i, :2] - boxes[i, :2] - 0.5  # imshow puts pixel centres on integers
+        width, height = gt_boxes[i, 2:] - gt_boxes[i, :2]
+        axes.add_patch(
+            Rectangle(
+                corner,
+                width,
+                height,
+                fill=False,
+                linestyle="-" if label == len(store.categories) else "--",
+                edgecolor=GROUP_COLORS[group],
+            )
+        )
+    return figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``visualize.py samples``."""
+    parser.add_argument("store", nargs="+", help="store folder, or the parts of one")
+    parser.add_argument("--output", default="samples.png", help="image to write")
+    parser.add_argument("--count", type=int, default=48, help="samples shown")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice")
+    parser.add_argument("--indices", type=int, nargs="+", help="show these samples instead")
+
+
+def run(args: argparse.Namespace) -> list[Path]:
+    """Write the figure; returns its path."""
+    store = SampleStore(args.store)
+    samples = args.indices or choose_samples(store, args.count, np.random.default_rng(args.seed))
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples_figure(store, np.asarray(samples)).savefig(path, dpi=90)
+    return [path]
