@@ -9,8 +9,11 @@ contributes, for the logs; ``*_loss`` reduces that to the scalar that is trained
 float32 or wider, whatever precision the logits come in and whatever autocast is on.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from jigsaw_d2.erf_weights import NUM_REGIONS
@@ -50,7 +53,7 @@ def erf_adaptive_region_losses(
         float (N, S).
     """
     with _full_precision(logits):
-        nll = _nll_of_regions(_widen(logits), gt_classes)  # (N, S, h, w)
+        nll = _nll_of_regions(logits, gt_classes)  # (N, S, h, w)
         return region_means((weights * nll).sum(dim=1), cell_regions)
 
 
@@ -136,14 +139,32 @@ def region_ranks(region_logits: Tensor, gt_classes: Tensor) -> Tensor:
 
 
 def _nll_of_regions(logits: Tensor, gt_classes: Tensor) -> Tensor:
-    """-log softmax, read at the four regions' classes only: (N, K, *cells) -> (N, S, *cells).
-
-    ``logsumexp - logit`` needs no (N, K, h, w) of log-probabilities, let alone one of labels.
-    """
+    """-log softmax, read at the four regions' classes only: (N, K, *cells) -> (N, S, *cells)."""
     cells = logits.shape[2:]
     index = gt_classes.reshape(*gt_classes.shape, *(1 for _ in cells))
-    picked = logits.gather(1, index.expand(*gt_classes.shape, *cells))
-    return logits.logsumexp(dim=1, keepdim=True) - picked
+    return _GatheredNll.apply(logits, index.expand(*gt_classes.shape, *cells))
+
+
+class _GatheredNll(torch.autograd.Function):
+    """logsumexp - logit, at the classes of ``index`` (N, S, *cells); float32 or wider.
+
+    Written out because autograd would hold three tensors of the size of the logits at once; here
+    the gradient itself is the only one. Tested against autograd's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
+        total = _widen(logits).logsumexp(dim=1, keepdim=True)
+        ctx.save_for_backward(logits, total, index)
+        return total - logits.gather(1, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, total, index = ctx.saved_tensors
+        result = (logits - total).exp_()  # softmax
+        result.mul_(grad.sum(dim=1, keepdim=True)).scatter_add_(1, index, -grad)
+        return result.to(logits.dtype), None
 
 
 def _widen(logits: Tensor) -> Tensor:

@@ -108,6 +108,16 @@ class ErfAdaptiveTest(unittest.TestCase):
         value = losses.erf_adaptive_region_losses(logits, gt_classes, weights, regions)
         torch.testing.assert_close(value, means)
 
+    def test_gradient_written_out_is_the_true_one(self):
+        logits, gt_classes, weights, regions = random_case(n=2, k=5)
+        gt_classes[0] = torch.tensor([4, 4, 0, 4])
+        logits.requires_grad_()
+        for loss in (
+            lambda x: losses.erf_adaptive_region_losses(x, gt_classes, weights, regions),
+            lambda x: losses.global_region_losses(x, gt_classes),
+        ):
+            self.assertTrue(torch.autograd.gradcheck(loss, logits))
+
 
 class OtherObjectivesTest(unittest.TestCase):
     def test_block_wise_pools_before_it_classifies(self):
