@@ -15,6 +15,7 @@ from torch import nn
 
 from jigsaw_d2.checkpoint import read_converted
 from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.passport import Passport
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +56,11 @@ def load_backbone(
 
     Raises:
         BackboneMismatchError: a tensor of the backbone is not in the file, a tensor of the file is
-            not in the backbone, or shapes differ. Nothing is loaded then.
+            not in the backbone, shapes differ, or the detector normalises its input or strides
+            otherwise than the passport says. Nothing is loaded then.
         JigsawError: the file cannot be trusted or read.
     """
-    arrays, _ = read_converted(weights)
+    arrays, passport = read_converted(weights)
     state = model.state_dict()
     ours = backbone_names(state)
     fresh = {
@@ -72,8 +74,9 @@ def load_backbone(
         for name in shared
         if arrays[name].shape != tuple(state[ours[name]].shape)
     ]
-    if missing or unused or shapes:
-        message = _mismatch(weights, missing, unused, shapes)
+    use = _other_use(model, passport)
+    if missing or unused or shapes or use:
+        message = _mismatch(weights, missing, unused, shapes, use)
         if not partial:
             raise BackboneMismatchError(message)
         logger.warning("%s", message)
@@ -113,17 +116,48 @@ def _fill(
         state[name].zero_()
 
 
-def _mismatch(weights: str | Path, missing: list[str], unused: list[str], shapes: list[str]) -> str:
+def _other_use(model: nn.Module, passport: Passport) -> list[str]:
+    """What the detector does otherwise than the pre-training did, though every shape may fit."""
+    said = {
+        "pixel_mean": tuple(passport.pixel_mean),
+        "pixel_std": tuple(passport.pixel_std),
+        "input_format": passport.input_format,
+        "stride_in_1x1": passport.architecture.stride_in_1x1,
+    }
+    done = {"input_format": getattr(model, "input_format", None), "stride_in_1x1": None}
+    for key in ("pixel_mean", "pixel_std"):
+        values = getattr(model, key, None)
+        done[key] = None if values is None else tuple(values.flatten().tolist())
+    for name, module in model.named_modules():
+        if name.endswith("res3.0") and hasattr(module, "conv3"):  # a bottleneck that strides
+            done["stride_in_1x1"] = module.conv1.stride == (2, 2)
+    return [
+        f"{key}: file {value}, detector {done[key]}"
+        for key, value in said.items()
+        if None not in (value, done[key]) and not _close(value, done[key])
+    ]
+
+
+def _close(one: object, other: object) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and np.allclose(one, other, rtol=0, atol=1e-3)
+    return one == other
+
+
+def _mismatch(
+    weights: str | Path, missing: list[str], unused: list[str], shapes: list[str], use: list[str]
+) -> str:
     lines = [f"{weights} does not fit the detector's backbone; nothing was loaded."]
     for title, names in (
         ("In the detector, not in the file", missing),
         ("In the file, not in the detector", unused),
         ("Other shapes", shapes),
+        ("Used otherwise than in the pre-training", use),
     ):
         if names:
             lines.append(f"  {title} ({len(names)}):")
             lines.extend(f"    {name}" for name in names)
-    lines.append("Choose the config of the same network, or convert the weights again.")
+    lines.append("finetune_net.py sets the config from the passport; so does --write-config.")
     return "\n".join(lines)
 
 

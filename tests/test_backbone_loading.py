@@ -30,7 +30,7 @@ from torch import nn
 
 from jigsaw_d2.backbone_loading import BackboneMismatchError, load_backbone
 from jigsaw_d2.checkpoint import convert_checkpoint, read_converted
-from jigsaw_d2.finetune_config import apply_passport
+from jigsaw_d2.finetune_config import SCRATCH_PASSPORT, apply_passport
 
 DCN = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, True, True, True]"]
 X101 = ["MODEL.RESNETS.DEPTH", "101", "MODEL.RESNETS.NUM_GROUPS", "32"]
@@ -73,6 +73,14 @@ def test_features_equal_the_pretrainings(network: str, tmp_path: Path) -> None:
             scale = expected[stage].abs().max()
             difference = float((feature - expected[stage]).abs().max() / scale)
             assert scale > 0.1 and difference < 1e-5, (name, stage, difference)
+
+
+def rgb_config(name: str, *overrides: str) -> CfgNode:
+    """A small detection config with the input that the weights of these tests want."""
+    input_keys = SCRATCH_PASSPORT.demands()
+    flat = [str(part) for item in input_keys.items() for part in item]
+    stride = ["MODEL.RESNETS.STRIDE_IN_1X1", "False"]
+    return small_detection_config(name, *flat, *stride, *overrides)
 
 
 def _read(path: Path, cfg: CfgNode) -> torch.Tensor:
@@ -136,7 +144,7 @@ class TestRefusals:
         return convert(tmp_path, *THIN)
 
     def refused(self, weights: Path, *overrides: str, config: str = FPN) -> str:
-        detector = build_detector(small_detection_config(config, *THIN, *overrides))
+        detector = build_detector(rgb_config(config, *THIN, *overrides))
         before = {name: value.clone() for name, value in detector.state_dict().items()}
         with pytest.raises(BackboneMismatchError) as error:
             load_backbone(detector, weights)
@@ -179,23 +187,42 @@ class TestRefusals:
         message = self.refused(weights, config="COCO-Detection/rpn_R_50_C4_1x.yaml")
         assert "In the file, not in the detector (50)" in message  # the ten convolutions of res5
 
+    @pytest.mark.parametrize(
+        ("key", "value", "line"),
+        [
+            (
+                "MODEL.PIXEL_MEAN",
+                "[1, 2, 3]",
+                "pixel_mean: file (123.675, 116.28, 103.53), detector",
+            ),
+            ("MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]", "pixel_std: file (58.395, 57.12, 57.375), dete"),
+            ("INPUT.FORMAT", "BGR", "input_format: file RGB, detector BGR"),
+            ("MODEL.RESNETS.STRIDE_IN_1X1", "True", "stride_in_1x1: file False, detector True"),
+        ],
+    )
+    @pytest.mark.parametrize("config", [FPN, RETINANET])
+    def test_another_use(self, config: str, key: str, value: str, line: str, weights: Path) -> None:
+        """A detector built without us, whose every shape fits."""
+        message = self.refused(weights, key, value, config=config)
+        assert f"Used otherwise than in the pre-training (1):\n    {line}" in message
+
     def test_insisting_loads_what_fits(self, weights: Path) -> None:
         wrong = {"res4.3.conv2.weight": np.zeros((8, 8, 3, 3), np.float32)}
         rewrite(weights, lambda data: data["model"].update(wrong), seal=True)
-        detector = build_detector(small_detection_config(FPN, *THIN))
+        detector = build_detector(rgb_config(FPN, *THIN))
         report = load_backbone(detector, weights, partial=True)
         assert len(report.filled) == 264
 
     def test_new_modules_are_named(self, weights: Path) -> None:
-        report = load_backbone(build_detector(small_detection_config(C4, *THIN)), weights)
+        report = load_backbone(build_detector(rgb_config(C4, *THIN)), weights)
         assert report.new_modules == ("proposal_generator.rpn_head", "roi_heads.box_predictor")
 
 
 def test_offsets_start_at_zero_where_asked(tmp_path: Path) -> None:
     """Zero offsets are a plain convolution: features equal those of the plain network."""
     weights = convert(tmp_path, *THIN)
-    plain = build_detector(small_detection_config(FPN, *THIN))
-    deformable = build_detector(small_detection_config(FPN, *THIN, *DCN), seed=2)
+    plain = build_detector(rgb_config(FPN, *THIN))
+    deformable = build_detector(rgb_config(FPN, *THIN, *DCN), seed=2)
     load_backbone(plain, weights)
     with pytest.raises(BackboneMismatchError, match="conv2_offset"):
         load_backbone(deformable, weights)
@@ -210,5 +237,5 @@ def test_offsets_start_at_zero_where_asked(tmp_path: Path) -> None:
 def test_detectors_with_another_norm_of_the_batch_kind(tmp_path: Path) -> None:
     """Trainable batch norm holds the same tensors and a counter, which stays."""
     weights = convert(tmp_path, *THIN)
-    detector = build_detector(small_detection_config(FPN, *THIN, "MODEL.RESNETS.NORM", "BN"))
+    detector = build_detector(rgb_config(FPN, *THIN, "MODEL.RESNETS.NORM", "BN"))
     assert len(load_backbone(detector, weights).filled) == 265
