@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 GROUP_NAMES = {"S": "square-like (S)", "T": "tall (T)", "W": "wide (W)"}
 # A sample shown this many times as often as one of the most numerous group is worth a warning.
 STARVING_FACTOR = 10
-# Below this share of a region's pixels the padding dominates what the network sees.
+# Below this share of a region's pixels the padding dominates what the network sees. COCO fills 43 to
+# 69 % of the regions of the paper's template, and a quarter to a third of a sample is cropped away.
 LOW_FILL = 0.35
-HIGH_CROP = 0.5
+HIGH_CROP = 0.6
 FEW_SAMPLES = 10
 SCALES = 8  # ratios of the augmentation over which the fill is averaged
 
@@ -227,7 +228,7 @@ def format_report(report: dict, max_classes: int = 100) -> str:
         tabulate(groups, ["group", "positive", "negative", *(f"{s} 5|50|95 %" for s in size)]),
         tabulate(regions, ["region", "used", "padded", "cropped away"], colalign=("left",) * 4),
         tabulate(classes, ["class", "S", "T", "W", "all"])
-        + (f"\n... and {rest + 1} smaller classes" if rest > 0 else ""),
+        + (f"\n... and {rest} smaller classes" if rest > 0 else ""),
         *format_log(report.get("log", {})),
         *(f"! {sentence}" for sentence in report["cautions"]),
     ]

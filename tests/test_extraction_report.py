@@ -72,7 +72,8 @@ def test_fill_is_averaged_over_the_scales() -> None:
 
 
 def test_suitable_data_need_no_caution() -> None:
-    rows = [(n, label, w, h) for label in (0, 1) for n, w, h in ((40, 130, 130), (20, 60, 140))]
+    sizes = ((20, 64, 64), (20, 160, 160), (20, 60, 140))
+    rows = [(n, label, w, h) for label in (0, 1) for n, w, h in sizes]
     assert summary([*rows, (20, 0, 140, 60), (20, 1, 140, 60)])["cautions"] == []
 
 
