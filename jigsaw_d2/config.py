@@ -101,7 +101,7 @@ def _add_solver_keys(cfg: CfgNode) -> None:
     # Backward passes per optimiser step; IMS_PER_BATCH is the whole step's, so memory falls (ours).
     cfg.SOLVER.ACCUMULATION_STEPS = 1
     # Under SOLVER.AMP.ENABLED: "float16" (with loss scaling), "bfloat16", or "auto" (bfloat16
-    # where the hardware computes in it, else float16 on GPUs and float32 on CPUs).
+    # where it is the faster one, else float16 on GPUs and float32 on CPUs).
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Let float32 matrix products and convolutions use TF32 where the GPU has it (ours).
     cfg.SOLVER.TF32 = False

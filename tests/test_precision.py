@@ -46,7 +46,8 @@ def test_auto_follows_the_hardware(monkeypatch):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("flags\t\t: fpu sse avx512f avx512_bf16 amx_tile", True),
+        ("flags\t\t: fpu sse avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("flags\t\t: fpu sse avx512f avx512_bf16", False),  # slower than float32 without AMX
         ("flags\t\t: fpu sse avx512f", False),
         ("Features\t: fp asimd bf16", True),  # ARM
         ("", False),
