@@ -19,7 +19,7 @@ def figure_arguments(job: Job) -> dict[str, list[str]]:
     checkpoint = str(job.output / "pretrain" / "model_final.pth")
     config = str(job.output / "pretrain" / "config.yaml")
     return {
-        "samples": ["--store", store],
+        "samples": [store],
         "jigsaw": ["--config-file", config, "--store", store],
         "erf": [
             *("--config-file", config, "--store", store, "--num-images", str(ERF_IMAGES)),

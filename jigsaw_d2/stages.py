@@ -197,13 +197,23 @@ def _watch(process: subprocess.Popen, stage: Stage, say: Say) -> int:
 
 
 def progress_text(stage: Stage) -> str:
-    """How far a stage is, from Detectron2's ``metrics.json`` in its folder, or its last log line."""
+    """How far a stage is, from Detectron2's ``metrics.json`` in its folder, or its last message."""
     latest = last_metrics(stage.folder)
     if stage.iterations and latest is not None:
-        text = f"iteration {latest['iteration'] + 1} of {stage.iterations}"
+        done = min(latest["iteration"] + 1, stage.iterations)
+        text = f"iteration {done} of {stage.iterations}"
+        if done == stage.iterations:
+            return f"{text}, evaluating"
         loss = latest.get("total_loss")
         return text if loss is None else f"{text}, loss {loss:.3f}"
-    return _last_lines(stage.folder / LOG, 1).strip()[-100:] or "at work"
+    messages = [m for line in _last_lines(stage.folder / LOG).splitlines() if (m := _message(line))]
+    return messages[-1] if messages else "at work"
+
+
+def _message(line: str) -> str:
+    """What a line of Detectron2's log says, without time and module; "" for other lines."""
+    head, found, message = line.partition("]: ")
+    return message.strip()[:100] if found and head.startswith("[") else ""
 
 
 def last_metrics(folder: Path) -> dict | None:

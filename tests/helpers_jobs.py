@@ -27,8 +27,8 @@ def fake_passports(monkeypatch) -> None:
 
 
 def flag(argv: list[str], name: str) -> str:
-    """Value behind a flag or a key."""
-    return argv[argv.index(name) + 1]
+    """Value behind the last occurrence of a flag or a key, which is the one that counts."""
+    return argv[len(argv) - argv[::-1].index(name)]
 
 
 class FakeRunner:
@@ -54,7 +54,7 @@ class FakeRunner:
         record_stage(folder, "erf_refresh", seconds=5.0)
 
     def _convert(self, folder, argv):
-        Path(flag(argv, "--output")).write_text(f"weights {flag(argv, '--input')}")
+        Path(flag(argv, "--output")).write_text(Path(flag(argv, "--input")).read_text())
 
     def _finetune(self, folder, argv):
         steps, seed = int(flag(argv, "SOLVER.MAX_ITER")), int(flag(argv, "SEED"))

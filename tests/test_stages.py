@@ -96,6 +96,8 @@ def test_failing_command_shows_its_last_words(tmp_path):
 def test_progress_reads_metrics_and_bears_half_a_line(tmp_path):
     stage = Stage("work", ("work",), tmp_path, (), iterations=300)
     assert progress_text(stage) == "at work"
+    (tmp_path / "stage.log").write_text("[11/23 06:10:52 d2.x]: Starting training\nR4 ( 25) 0.03\n")
+    assert progress_text(stage) == "Starting training"
     line = json.dumps({"iteration": 119, "total_loss": 1.5})
     (tmp_path / "metrics.json").write_text(line + '\n{"iteration": 1')
     assert progress_text(stage) == "iteration 120 of 300, loss 1.500"
