@@ -1,7 +1,7 @@
 """Write the table of our configuration keys into the project's README, from config.py's comments.
 
-    python dev/config_table.py          # rewrite the table
-    python dev/config_table.py --check  # exit 1 if it is out of date (a test calls this)
+python dev/config_table.py          # rewrite the table
+python dev/config_table.py --check  # exit 1 if it is out of date (a test calls this)
 """
 
 import re
