@@ -1,7 +1,7 @@
 """Runs a comparison's plan: every arm with every seed, each stage once, failures noted and gone past.
 
-    OUTPUT/samples-<n>/{train,val}          stores, one pair for each way to extract
-    OUTPUT/runs/<arm>/<seed>/{pretrain,weights,detector}
+OUTPUT/samples-<n>/{train,val}          stores, one pair for each way to extract
+OUTPUT/runs/<arm>/<seed>/{pretrain,weights,detector}
 """
 
 import logging
@@ -222,7 +222,9 @@ class Comparison:
         steps = [run.detection_cost_per_iteration(unit) for run in paid]
         step = sum(steps) / len(steps)
         if step <= 0:
-            raise ComparisonError(f"the ledger counts no {unit} for detection; choose another --cost")
+            raise ComparisonError(
+                f"the ledger counts no {unit} for detection; choose another --cost"
+            )
         return -int(-dearest // step)
 
 

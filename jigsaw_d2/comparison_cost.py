@@ -87,7 +87,9 @@ def measured_flops_per_second(cfg: CfgNode) -> float:
 def dry_run_table(plan: Plan, data: DetectionSet) -> str:
     """Every arm with its runs, lengths and estimated cost, as a Markdown table."""
     speed = measured_flops_per_second(get_jigsaw_cfg(plan.pretrain_config, list(plan.pretrain)))
-    rows = [["arm", "seeds", "pre-training steps", "detection steps", "PFLOPs a run", "minutes a run"]]
+    rows = [
+        ["arm", "seeds", "pre-training steps", "detection steps", "PFLOPs a run", "minutes a run"]
+    ]
     total = 0.0
     for arm in plan.arms:
         cost = estimate(plan, arm)

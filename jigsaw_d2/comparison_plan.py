@@ -86,11 +86,15 @@ class Plan:
         """
         slugs = [arm.slug for arm in self.arms]
         if not self.arms or len(set(slugs)) != len(slugs):
-            raise ComparisonError(f"arms need names of their own; these are {', '.join(slugs) or 'none'}")
+            raise ComparisonError(
+                f"arms need names of their own; these are {', '.join(slugs) or 'none'}"
+            )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ComparisonError(f"seeds {self.seeds}: give different numbers, 0 or more")
         if max(self.seeds) - min(self.seeds) >= AGAIN_SEED_OFFSET:
-            raise ComparisonError(f"seeds {self.seeds} must lie within {AGAIN_SEED_OFFSET} of each other")
+            raise ComparisonError(
+                f"seeds {self.seeds} must lie within {AGAIN_SEED_OFFSET} of each other"
+            )
         if self.budget not in BUDGETS or self.cost not in COSTS:
             raise ComparisonError(
                 f"budget {self.budget!r} of {BUDGETS}, cost {self.cost!r} of {COSTS}: unknown"
@@ -131,7 +135,9 @@ def parse_arm(text: str) -> Arm:
             f"arm {text!r}: give scratch, scratch-again, jigsaw, jigsaw:OBJECTIVE or NAME=WEIGHTS.pkl"
         )
     if not Path(file).is_file():
-        raise ComparisonError(f"arm {text!r}: {file} does not exist; convert_weights.py writes such a file")
+        raise ComparisonError(
+            f"arm {text!r}: {file} does not exist; convert_weights.py writes such a file"
+        )
     return Arm(name, "weights", weights=Path(file).resolve())
 
 
@@ -160,7 +166,9 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
     "fit": _variants("fit", "INPUT.JIGSAW.FIT", FIT_METHODS, _BLOCK),
     "context": _variants("context", "INPUT.JIGSAW.CONTEXT", (True, False), _ERF),  # Sec. 3.1
     "negatives": tuple(
-        replace(_ERF, name=f"positives per negative {ratio}", extract=("--negative-ratio", str(ratio)))
+        replace(
+            _ERF, name=f"positives per negative {ratio}", extract=("--negative-ratio", str(ratio))
+        )
         for ratio in (2, 10, 50)
     ),
     "tau": _variants("tau", "MODEL.JIGSAW.TAU", (0.5, 0.6, 0.7, 0.8, 1.0), _ERF),  # Fig. 7a
@@ -195,8 +203,9 @@ PRESETS: dict[str, Plan] = {
         seeds=(0, 1, 2),
         pretrain_config="jigsaw_R_18_cpu.yaml",
         detector_config="finetune/faster_rcnn_R_18_FPN_small.yaml",
-        pretrain_iterations=60,
-        detection_iterations=60,
+        pretrain_iterations=50,
+        detection_iterations=50,
+        pretrain=("MODEL.JIGSAW.ERF.NUM_IMAGES", "4", "INPUT.JIGSAW.EVAL_IMAGES", "32"),
         evaluations=1,
     ),
     "small": Plan(

@@ -1,6 +1,6 @@
 """One dataset to one detector: extract, pre-train, convert, fine-tune; optionally scratch beside it.
 
-    OUTPUT/samples/{train,val}  OUTPUT/pretrain  OUTPUT/weights/backbone.pkl  OUTPUT/detector  OUTPUT/scratch
+OUTPUT/samples/{train,val}  OUTPUT/pretrain  OUTPUT/weights/backbone.pkl  OUTPUT/detector  OUTPUT/scratch
 """
 
 import json

@@ -27,7 +27,10 @@ def aligned(rows: list[list[str]]) -> str:
     """A Markdown table whose columns line up on a terminal too."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     padded = [
-        [cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths))]
+        [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ]
         for row in rows
     ]
     return table(padded)
@@ -43,6 +46,5 @@ def job_report(job: Job, result: JobResult, figures: list[str]) -> str:
         "Both detectors, where there are two, have identical settings, seed and number of iterations; "
         "the one from scratch did without the pre-training's seconds. One seed: chance is in these "
         "numbers, and `compare` is what measures it.\n\n"
-        f"## Commands\n\n```\n{commands}\n```\n\n{drawn}".rstrip()
-        + "\n"
+        f"## Commands\n\n```\n{commands}\n```\n\n{drawn}".rstrip() + "\n"
     )

@@ -29,7 +29,9 @@ def build_report(
     published, and its commands typed elsewhere.
     """
     short = _Shortener(data, output)
-    arms = [_arm(name, [run for run in runs if run.arm.name == name], short) for name in _names(runs)]
+    arms = [
+        _arm(name, [run for run in runs if run.arm.name == name], short) for name in _names(runs)
+    ]
     return {
         "version": 1,
         "preset": plan.preset,
@@ -133,7 +135,11 @@ def environment() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             facts[package] = "not installed as a distribution"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {**facts, "device": device_name(device), "platform": f"{sys.platform} {platform.machine()}"}
+    return {
+        **facts,
+        "device": device_name(device),
+        "platform": f"{sys.platform} {platform.machine()}",
+    }
 
 
 def dataset_facts(data: DetectionSet) -> dict:

@@ -55,8 +55,17 @@ def seeds_figure(report: dict) -> Figure:
         summary = arm["summary"]["AP"]
         if summary is not None:
             error = summary["half_width"] or 0.0
-            axes.errorbar([number + 0.15], [summary["mean"]], yerr=[error], color="black", capsize=4, marker="_")
-    axes.set_xticks(range(len(report["arms"])), [arm["name"].replace(" ", "\n") for arm in report["arms"]])
+            axes.errorbar(
+                [number + 0.15],
+                [summary["mean"]],
+                yerr=[error],
+                color="black",
+                capsize=4,
+                marker="_",
+            )
+    axes.set_xticks(
+        range(len(report["arms"])), [arm["name"].replace(" ", "\n") for arm in report["arms"]]
+    )
     axes.set(ylabel="box AP, %", title=f"{report['dataset']['name']}: runs, mean, 95 % interval")
     axes.grid(axis="y", alpha=0.3)
     return figure

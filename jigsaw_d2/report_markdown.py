@@ -79,7 +79,7 @@ def differences_table(report: dict) -> str:
     text = table(rows) if len(rows) > 1 else "A single arm has nothing to differ from."
     if any(arm["name"] == "scratch again" for arm in report["arms"]):
         text += (
-            "\n\n\"scratch again − scratch\" is the A/A test: the same arm twice with other seeds. "
+            '\n\n"scratch again − scratch" is the A/A test: the same arm twice with other seeds. '
             "What it shows is chance alone, and no smaller difference means anything."
         )
     return text
@@ -98,13 +98,17 @@ def verdict(interval: dict | None) -> str:
 
 def runs_table(report: dict) -> str:
     """One row a run, the failed ones with their reason."""
-    rows = [["arm", "seed", "status", "pre-training iterations", "detection iterations", "AP", "AP50"]]
+    rows = [
+        ["arm", "seed", "status", "pre-training iterations", "detection iterations", "AP", "AP50"]
+    ]
     for arm in report["arms"]:
         for run in arm["runs"]:
             status = run["status"] + (f": {run['error']}" if run["error"] else "")
             lengths = [str(run["iterations"].get(key, "-")) for key in ("pretraining", "detection")]
             scores = [_number(run["metrics"].get(key)) for key in ("AP", "AP50")]
-            rows.append([arm["name"], str(run["seed"]), status.replace("|", "/"), *lengths, *scores])
+            rows.append(
+                [arm["name"], str(run["seed"]), status.replace("|", "/"), *lengths, *scores]
+            )
     return table(rows)
 
 
@@ -125,7 +129,9 @@ def cost_table(report: dict) -> str:
         flops = sum(_mean_cost(done, stage, "flops") for stage in stages)
         seconds = [f"{value:.0f} s" if value else "-" for value in [*mean, sum(mean)]]
         rows.append([arm["name"], *seconds, f"{flops / 1e15:.3f}"])
-    return table(rows) + "\n\nDevice seconds without start-up and evaluation, mean over finished runs."
+    return (
+        table(rows) + "\n\nDevice seconds without start-up and evaluation, mean over finished runs."
+    )
 
 
 def _mean_cost(runs: list[dict], stage: str, unit: str) -> float:
@@ -143,7 +149,11 @@ def _commands(report: dict) -> str:
     for arm in report["arms"]:
         commands = arm["runs"][0]["commands"]
         if commands:
-            blocks.append(f"{arm['name']}, seed {arm['runs'][0]['seed']}:\n\n```\n" + "\n".join(commands) + "\n```")
+            blocks.append(
+                f"{arm['name']}, seed {arm['runs'][0]['seed']}:\n\n```\n"
+                + "\n".join(commands)
+                + "\n```"
+            )
     return "\n\n".join(blocks)
 
 

@@ -47,13 +47,17 @@ def student_t_quantile(probability: float, degrees: int) -> float:
         ValueError: ``probability`` not within 0.5 .. 1 (exclusive), or fewer than 1 degree.
     """
     if not 0.5 < probability < 1 or degrees < 1:
-        raise ValueError(f"no t quantile for probability {probability}, {degrees} degrees of freedom")
+        raise ValueError(
+            f"no t quantile for probability {probability}, {degrees} degrees of freedom"
+        )
     low, high = 0.0, 1.0
     while student_t_cdf(high, degrees) < probability:
         high *= 2
     while high - low > 1e-9 * max(1.0, high):
         middle = (low + high) / 2
-        low, high = (middle, high) if student_t_cdf(middle, degrees) < probability else (low, middle)
+        low, high = (
+            (middle, high) if student_t_cdf(middle, degrees) < probability else (low, middle)
+        )
     return (low + high) / 2
 
 

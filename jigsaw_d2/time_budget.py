@@ -78,9 +78,7 @@ def plan_lengths(seconds: float, spent: float, trial: Trial, data: DataSize) -> 
     if detection == detection_cap:
         rest = left - detection * trial.detection_step
         refreshes = _refreshes(rest, trial.erf_refresh)
-        pretrain = _steps(
-            rest - refreshes * trial.erf_refresh, trial.pretrain_step, pretrain_cap
-        )
+        pretrain = _steps(rest - refreshes * trial.erf_refresh, trial.pretrain_step, pretrain_cap)
     if pretrain < 1 or detection < 1:
         raise BudgetError(
             f"{seconds / 3600:.2f} hours leave {left:.0f} s for training, where one step takes "

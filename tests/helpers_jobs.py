@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from helpers_store import make_store
+
 from jigsaw_d2.cost import record_stage
 from jigsaw_d2.demo_data import DemoOptions, make_demo_set
 from jigsaw_d2.pipeline import DetectionSet
@@ -61,7 +62,14 @@ class FakeRunner:
         score = self._score(flag(argv, "--weights"), seed)
         record_stage(folder, "finetuning", images=8 * steps, flops=10 * steps, seconds=2.0 * steps)
         record_stage(folder, "evaluation", images=2, seconds=3.0)
-        metrics = {"AP": score, "AP50": 2 * score, "AP75": score, "APs": score, "APm": score, "APl": None}
+        metrics = {
+            "AP": score,
+            "AP50": 2 * score,
+            "AP75": score,
+            "APs": score,
+            "APm": score,
+            "APl": None,
+        }
         (folder / "results.json").write_text(json.dumps({"bbox": metrics}))
         lines = [{"iteration": 0, "total_loss": 1.0}, {"iteration": steps - 1, "bbox/AP": score}]
         (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))

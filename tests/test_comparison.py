@@ -3,6 +3,7 @@ import json
 
 import pytest
 from helpers_jobs import FakeRunner, fake_passports, flag, tiny_set
+
 from jigsaw_d2.commands import compare
 from jigsaw_d2.comparison import DONE, FAILED, PENDING, Comparison
 from jigsaw_d2.comparison_plan import (
@@ -28,7 +29,9 @@ def data(tmp_path, monkeypatch):
 
 
 def compare_with(runner, data, tmp_path, plan=PLAN, **options):
-    comparison = Comparison(plan, data, tmp_path / "out", lambda text: None, runner=runner, **options)
+    comparison = Comparison(
+        plan, data, tmp_path / "out", lambda text: None, runner=runner, **options
+    )
     comparison.execute()
     return comparison
 

@@ -19,7 +19,14 @@ from jigsaw_d2.sample_store import SampleStore
 ITERATIONS = 5
 SMALL_DETECTOR = [
     *("MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.001"),
-    *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MAX_SIZE_TRAIN", "160", "DATALOADER.NUM_WORKERS", "0"),
+    *(
+        "INPUT.MIN_SIZE_TRAIN",
+        "(96,)",
+        "INPUT.MAX_SIZE_TRAIN",
+        "160",
+        "DATALOADER.NUM_WORKERS",
+        "0",
+    ),
     *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", "50", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "20"),
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8", "MODEL.BACKBONE.FREEZE_AT", "0"),
 ]

@@ -18,7 +18,9 @@ def job(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     data = tiny_set(tmp_path / "set")
     short = ("SOLVER.MAX_ITER", "30")
-    return Job(data, tmp_path / "out", *default_configs(on_gpu=False), short, short, with_scratch=True)
+    return Job(
+        data, tmp_path / "out", *default_configs(on_gpu=False), short, short, with_scratch=True
+    )
 
 
 def quiet(text):
@@ -60,7 +62,12 @@ def test_time_budget_measures_sets_lengths_and_keeps_them(job):
     first = JobRunner(job, quiet, runner).run(seconds=2000)
     # Fake speeds: 1 s a pre-training step, 5 s a refresh, 2 s a detection step, 3 s an evaluation.
     trial = json.loads((job.output / "lengths.json").read_text())["trial"]
-    assert trial == {"pretrain_step": 1.0, "erf_refresh": 5.0, "detection_step": 2.0, "evaluation": 3.0}
+    assert trial == {
+        "pretrain_step": 1.0,
+        "erf_refresh": 5.0,
+        "detection_step": 2.0,
+        "evaluation": 3.0,
+    }
     pretrains = [argv for argv in runner.calls if argv[0] == "pretrain"]
     assert [flag(argv, "OUTPUT_DIR").split("/")[-2:] for argv in pretrains] == [
         ["trial", "pretrain"],

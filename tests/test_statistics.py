@@ -43,7 +43,9 @@ def test_one_value_has_no_interval_and_none_is_an_error():
 
 
 def test_paired_difference_uses_common_seeds_alone():
-    interval = paired_difference({0: 3.0, 1: 4.0, 2: 5.0, 9: 100.0}, {0: 1.0, 1: 2.0, 2: 3.0, 8: 0.0})
+    interval = paired_difference(
+        {0: 3.0, 1: 4.0, 2: 5.0, 9: 100.0}, {0: 1.0, 1: 2.0, 2: 3.0, 8: 0.0}
+    )
     assert interval.mean == 2.0 and interval.count == 3 and interval.half_width == 0.0
     assert not interval.covers_zero
     assert paired_difference({0: 1.0}, {1: 1.0}) is None

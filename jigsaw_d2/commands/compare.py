@@ -52,15 +52,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     presets = "; ".join(f"{name}: {plan.about}" for name, plan in PRESETS.items())
     parser.add_argument("--preset", choices=PRESETS, default="smoke", help=presets)
-    parser.add_argument("--output", required=True, help="folder of runs and report; call again to go on")
+    parser.add_argument(
+        "--output", required=True, help="folder of runs and report; call again to go on"
+    )
     data = parser.add_argument_group("dataset (default: the demo's, drawn from a seed)")
     data.add_argument("--data", help="folder with images/, train.json and val.json")
     add_file_arguments(data, required=False)
     plan = parser.add_argument_group("what to compare (defaults come from the preset)")
     plan.add_argument(
-        "--arms", nargs="+", metavar="ARM", help="scratch, scratch-again, jigsaw[:OBJECTIVE], NAME=FILE.pkl"
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="scratch, scratch-again, jigsaw[:OBJECTIVE], NAME=FILE.pkl",
     )
-    plan.add_argument("--ablation", choices=ABLATIONS, help="the arms of one of the paper's ablations")
+    plan.add_argument(
+        "--ablation", choices=ABLATIONS, help="the arms of one of the paper's ablations"
+    )
     plan.add_argument("--seeds", nargs="+", type=int, help="one run of every arm each")
     plan.add_argument("--budget", choices=BUDGETS, help="equal total cost, or equal detection cost")
     plan.add_argument("--cost", choices=COSTS, help="what of the ledger counts as cost")
@@ -72,8 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--pretrain", nargs="+", default=[], metavar="X", help="KEY VALUE pairs")
     plan.add_argument("--detector", nargs="+", default=[], metavar="X", help="KEY VALUE pairs")
     plan.add_argument("--num-gpus", type=int, help="GPUs of each training")
-    parser.add_argument("--minutes", type=float, help="start no further stage after as many minutes")
-    parser.add_argument("--dry-run", action="store_true", help="list the arms and what they would cost")
+    parser.add_argument(
+        "--minutes", type=float, help="start no further stage after as many minutes"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the arms and what they would cost"
+    )
     return parser
 
 

@@ -41,10 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--detector-config", default=detector, help="of the detector; on this machine: %(default)s"
     )
-    parser.add_argument("--with-scratch", action="store_true", help="the detector from scratch as well")
+    parser.add_argument(
+        "--with-scratch", action="store_true", help="the detector from scratch as well"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of every stage")
     parser.add_argument(
-        "--num-gpus", type=int, default=max(1, torch.cuda.device_count()), help="default: %(default)s"
+        "--num-gpus",
+        type=int,
+        default=max(1, torch.cuda.device_count()),
+        help="default: %(default)s",
     )
     parser.add_argument("--pretrain", nargs="+", default=[], metavar="X", help="KEY VALUE pairs")
     parser.add_argument("--detector", nargs="+", default=[], metavar="X", help="KEY VALUE pairs")

@@ -43,7 +43,9 @@ def step_1_samples(folder: Path) -> tuple[DetectionSet, SampleStore]:
     extract_samples(source, folder / "store", ExtractionOptions(workers=0, overwrite=True))
     store = SampleStore(folder / "store")
     shapes = [GROUPS[code] for code in store.groups]
-    print(f"1. {len(store)} samples of {len(store.categories)} classes and background; square-like,")
+    print(
+        f"1. {len(store)} samples of {len(store.categories)} classes and background; square-like,"
+    )
     print(f"   tall and wide: {[shapes.count(group) for group in GROUPS]}")
     return data, store
 
@@ -61,7 +63,9 @@ def step_2_config(folder: Path) -> CfgNode:
     cfg.SOLVER.WARMUP_ITERS = 2
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.OUTPUT_DIR = str(folder / "pretrain")
-    print(f"2. template {cfg.INPUT.JIGSAW.TEMPLATE_SIZE}, split at {cfg.INPUT.JIGSAW.TEMPLATE_SPLIT}")
+    print(
+        f"2. template {cfg.INPUT.JIGSAW.TEMPLATE_SIZE}, split at {cfg.INPUT.JIGSAW.TEMPLATE_SPLIT}"
+    )
     return cfg
 
 
@@ -81,7 +85,9 @@ def step_4_soft_labels(cfg: CfgNode, model: JigsawPretrainer, batch: dict) -> No
     sums = erf_region_sums(model.backbone, images, template)
     regions = template.cell_regions(stride=32)
     weights = region_weights(sums, regions, cfg.MODEL.JIGSAW.TAU)
-    print(f"4. cell (0, 0) belongs to R1; its ERF over R1..R4: {rounded(sums[0, 0] / sums[0, 0].sum())}")
+    print(
+        f"4. cell (0, 0) belongs to R1; its ERF over R1..R4: {rounded(sums[0, 0] / sums[0, 0].sum())}"
+    )
     print(f"   so the weights of its four labels are {rounded(weights[:, 0, 0])}")
     labels = losses.soft_labels(weights, batch["gt_classes"], model.num_classes + 1)
     assert torch.allclose(labels.sum(1), torch.ones_like(labels[:, 0]))
@@ -115,7 +121,9 @@ def step_6_detector(data: DetectionSet, checkpoint: Path) -> torch.nn.Module:
     detector = build_model(cfg)
     report = load_backbone(detector, weights)
     print(f"6. {len(report.filled)} tensors in a Faster R-CNN; input {passport.input_format}, mean")
-    print(f"   {rounded(torch.tensor(cfg.MODEL.PIXEL_MEAN))}; next: finetune_net.py --weights backbone.pkl")
+    print(
+        f"   {rounded(torch.tensor(cfg.MODEL.PIXEL_MEAN))}; next: finetune_net.py --weights backbone.pkl"
+    )
     return detector
 
 
