@@ -2,8 +2,8 @@
 
     python dev/bench_losses.py [--classes 1204] [--images 64] [--cells 7] [--repeats 15]
 
-Both forms get the same logits and are interleaved in one process; times are medians of forward and
-backward together. Peak memory is what a fresh process adds to its own while it computes one of them.
+Both forms get the same logits and are interleaved in one process; times are medians of forward
+and backward together. Peak memory is what a fresh process adds to its own while it computes one.
 """
 
 import argparse

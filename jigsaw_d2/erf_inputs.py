@@ -121,9 +121,9 @@ def load_weights(backbone: nn.Module, path: str) -> list[str]:
 def _find(tensors: Mapping[str, Any], name: str) -> Any | None:
     """A backbone's tensor under the names that detectors, checkpoints and our files give it."""
     bare = name.removeprefix("bottom_up.")
-    for candidate in (f"backbone.{name}", name, f"backbone.{bare}", bare, f"roi_heads.{bare}"):
-        if candidate in tensors:
-            return tensors[candidate]
+    for prefix in ("backbone.bottom_up.", "backbone.", "", "roi_heads."):
+        if prefix + bare in tensors:
+            return tensors[prefix + bare]
     return None
 
 

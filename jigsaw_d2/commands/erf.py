@@ -48,7 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of random weights and noise")
     add("--device", default=default_device(), help="cpu or cuda")
     add("--save-maps", action="store_true", help="write the maps too, as erf.npz")
-    add("overrides", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides, last")
+    # An option, as in Detectron2's demo: after a list of files, bare words would join the list.
+    add(
+        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides"
+    )
     return parser
 
 
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         args.config_file,
         args.feature,
         args.weights,
-        args.overrides,
+        args.opts,
         seed=args.seed,
         device=args.device,
     )

@@ -200,7 +200,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of random weights, noise and Jigsaw images")
     add("--device", default=default_device(), help="cpu or cuda")
     add("--output", default="erf.png", help="figure; the shares go beside it as .json")
-    add("overrides", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides, last")
+    # An option, as in Detectron2's demo: after a list of files, bare words would join the list.
+    add(
+        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides"
+    )
 
 
 def run(args: argparse.Namespace) -> list[Path]:
@@ -214,11 +217,9 @@ def run(args: argparse.Namespace) -> list[Path]:
         )
     images, measured, rows = None, [], []
     for config, weights, name in zip(configs, args.weights, names):
-        feature = (
-            args.feature or load_detection_config(config, args.overrides).MODEL.JIGSAW.IN_FEATURE
-        )
+        feature = args.feature or load_detection_config(config, args.opts).MODEL.JIGSAW.IN_FEATURE
         network, cfg = load_network(
-            config, feature, weights, args.overrides, seed=args.seed, device=args.device
+            config, feature, weights, args.opts, seed=args.seed, device=args.device
         )
         template = JigsawTemplate.from_config(cfg)
         if images is None:

@@ -102,12 +102,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the stream of images")
     add("--device", default=default_device(), help="cpu or cuda")
     add("--output", default="labels.png", help="figure; with several positions, -N is added")
-    add("overrides", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides, last")
+    # An option, as in Detectron2's demo: after a list of files, bare words would join the list.
+    add(
+        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides"
+    )
 
 
 def run(args: argparse.Namespace) -> list[Path]:
     """One figure a position."""
-    model, cfg = load_pretrainer(args.config_file, args.weights, args.overrides, args.device)
+    model, cfg = load_pretrainer(args.config_file, args.weights, args.opts, args.device)
     names = [*SampleStore(list(args.store)).categories, "background"]
     if len(names) != model.num_classes + 1:
         raise ErfError(

@@ -1,0 +1,151 @@
+"""Networks and images for the ERF commands: any config, any naming of weights, no half-loading."""
+
+import tempfile
+import unittest
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from helpers_networks import TINY_RESNET, tiny_backbone, tiny_fpn
+from helpers_store import make_store
+
+from jigsaw_d2 import erf_inputs
+from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.erf_weights import ErfError
+
+ZOO_FPN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+ZOO_C4 = "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"
+TINY = [*TINY_RESNET, "MODEL.FPN.OUT_CHANNELS", 8]
+
+
+class NetworkTest(unittest.TestCase):
+    def load(self, config, feature, **options):
+        return erf_inputs.load_network(config, feature, overrides=TINY, device="cpu", **options)
+
+    def test_zoo_configs(self):
+        network, cfg = self.load(ZOO_FPN, "p4")
+        self.assertEqual(network.output_shape()["p4"].stride, 16)
+        self.assertFalse(network.training)
+        self.assertEqual(cfg.INPUT.FORMAT, "BGR")
+        network, _ = self.load(ZOO_C4, "res5")  # which C4 keeps outside its backbone
+        self.assertEqual(set(network.output_shape()), {"res4", "res5"})
+
+    def test_seed_decides_random_weights(self):
+        state = torch.get_rng_state()
+        first, same = (self.load(ZOO_C4, "res4")[0].state_dict() for _ in range(2))
+        other = self.load(ZOO_C4, "res4", seed=1)[0].state_dict()
+        self.assertTrue(torch.equal(torch.get_rng_state(), state))
+        name = "res4.0.conv1.weight"
+        self.assertTrue(torch.equal(first[name], same[name]))
+        self.assertFalse(torch.equal(first[name], other[name]))
+
+    def test_unknown_feature(self):
+        with self.assertRaisesRegex(ErfError, "p2, p3, p4, p5, p6, no 'p9'"):
+            self.load(ZOO_FPN, "p9")
+
+
+class WeightsTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = str(Path(folder.name) / "weights.pth")
+
+    def check_loads(self, backbone, tensors):
+        torch.save({"model": tensors}, self.path)
+        missing = erf_inputs.load_weights(backbone, self.path)
+        return missing, backbone.state_dict()
+
+    def test_every_naming(self):
+        source = tiny_backbone(seed=1).state_dict()
+        res5 = {k: v for k, v in source.items() if k.startswith("res5")}
+        rest = {k: v for k, v in source.items() if not k.startswith("res5")}
+        namings = {
+            "bare": source,
+            "checkpoint of ours": {f"backbone.{k}": v for k, v in source.items()},
+            "inside a pyramid": {f"backbone.bottom_up.{k}": v for k, v in source.items()},
+            "C4 detector": {f"backbone.{k}": v for k, v in rest.items()}
+            | {f"roi_heads.{k}": v for k, v in res5.items()},
+        }
+        for name, tensors in namings.items():
+            with self.subTest(name=name):
+                missing, loaded = self.check_loads(tiny_backbone(seed=2), tensors)
+                self.assertEqual(missing, [])
+                for key, value in source.items():
+                    self.assertTrue(torch.equal(loaded[key], value), key)
+
+    def test_pyramid_from_detector_and_from_our_file(self):
+        source = tiny_fpn(seed=1).state_dict()
+        missing, loaded = self.check_loads(
+            tiny_fpn(seed=2), {f"backbone.{k}": v for k, v in source.items()}
+        )
+        self.assertEqual(missing, [])
+        self.assertTrue(torch.equal(loaded["fpn_output4.weight"], source["fpn_output4.weight"]))
+        bottom_up = {k.removeprefix("bottom_up."): v for k, v in source.items() if "bottom_up" in k}
+        with self.assertLogs(erf_inputs.logger, "WARNING"):
+            missing, loaded = self.check_loads(tiny_fpn(seed=2), bottom_up)
+        self.assertTrue(missing and all(name.startswith("fpn_") for name in missing))
+        name = "bottom_up.res5.0.conv1.weight"
+        self.assertTrue(torch.equal(loaded[name], source[name]))
+
+    def test_another_network_is_refused_whole(self):
+        state = tiny_backbone(seed=1).state_dict()
+        backbone = tiny_backbone(seed=2)
+        before = {k: v.clone() for k, v in backbone.state_dict().items()}
+        del state["res4.0.conv1.weight"]
+        with self.assertRaisesRegex(ErfError, "1 tensors missing .res4.0.conv1.weight"):
+            self.check_loads(backbone, state)
+        state["res4.0.conv1.weight"] = torch.zeros(1, 2, 3)
+        with self.assertRaisesRegex(ErfError, "res4.0.conv1.weight .1, 2, 3."):
+            self.check_loads(backbone, state)
+        for key, value in backbone.state_dict().items():
+            self.assertTrue(torch.equal(value, before[key]), key)
+
+
+class ImagesTest(unittest.TestCase):
+    def test_normalise_follows_the_config(self):
+        images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+        images[:, 0] = 200  # red
+        cfg = get_jigsaw_cfg("Base-JigsawPretrain.yaml")
+        self.assertAlmostEqual(
+            erf_inputs.normalise(images, cfg)[0, 0, 0, 0].item(), (200 - 123.675) / 58.395, places=5
+        )
+        cfg = get_jigsaw_cfg()  # Detectron2's own: BGR, mean 103.53, 116.28, 123.675, std 1
+        self.assertAlmostEqual(
+            erf_inputs.normalise(images, cfg)[0, 2, 0, 0].item(), 200 - 123.675, places=3
+        )
+
+    def test_photos_cover_the_size(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, shape in (("a.png", (40, 100)), ("b.png", (10, 8))):
+                image = np.zeros((*shape, 3), np.uint8)
+                image[..., 2] = 250  # red, as OpenCV writes
+                image[:, : shape[1] // 4] = 0
+                cv2.imwrite(f"{folder}/{name}", image)
+            Path(folder, "notes.txt").write_text("no image")
+            images = erf_inputs.read_images([folder], (32, 32), limit=5)
+            self.assertEqual((images.shape, images.dtype), ((2, 3, 32, 32), torch.uint8))
+            self.assertTrue((images[0, 0] > 240).all())  # RGB; the crop is the centre
+            self.assertEqual(len(erf_inputs.read_images([folder], (32, 32), limit=1)), 1)
+            with self.assertRaisesRegex(ErfError, "notes.txt cannot be read"):
+                erf_inputs.read_images([f"{folder}/notes.txt"], (32, 32), limit=1)
+            empty = Path(folder, "empty")
+            empty.mkdir()
+            with self.assertRaisesRegex(ErfError, "no images in .*empty"):
+                erf_inputs.read_images([str(empty)], (32, 32), limit=1)
+
+    def test_streams_of_jigsaw_images(self):
+        with tempfile.TemporaryDirectory() as folder:
+            store = make_store(f"{folder}/store", n_per_group=4)
+            cfg = get_jigsaw_cfg("Base-JigsawPretrain.yaml", ["SEED", 5, "INPUT.FORMAT", "BGR"])
+            stream = erf_inputs.jigsaw_stream(cfg, store)
+            batch = stream[range(7, 12, 2)]
+            self.assertEqual(batch["image"].shape, (3, 3, 224, 224))
+            again = erf_inputs.jigsaw_stream(cfg, store)[range(9, 10)]  # a function of position
+            self.assertTrue(torch.equal(again["image"][0], batch["image"][1]))
+            rgb = erf_inputs.rgb_stream(cfg, [f"{folder}/store"], seed=5)[range(9, 10)]
+            self.assertTrue(torch.equal(rgb["image"][0].flip(0), batch["image"][1]))
+
+
+if __name__ == "__main__":
+    unittest.main()
