@@ -1,16 +1,19 @@
 """Every detection row of the paper's tables: its numbers, its network, one step of it on a CPU."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 from helpers_weights import SMALL, THIN, THIN_GN, convert, make_coco, pretrain_config, rewrite
 
 from jigsaw_d2.architecture import Architecture
 from jigsaw_d2.config import config_dir
 from jigsaw_d2.detection_config import get_key, load_detection_config
 from jigsaw_d2.finetune_config import FinetuneConfigError, setup_finetune
-from jigsaw_d2.finetuning import finetune
+from jigsaw_d2.finetuning import FinetuneTrainer
 from jigsaw_d2.passport import PASSPORT_KEY
 
 ROWS = sorted(
@@ -93,32 +96,46 @@ def test_network_at_full_size(row: str) -> None:
     assert cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE == [False, *["dcn" in row] * 3]
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, list[str]], str]:
+    """Weights for a row: converted once for all rows that start from the same."""
+
+    @functools.cache
+    def make(origin: str, *overrides: str) -> str:
+        weights = convert(tmp_path_factory.mktemp(origin), *overrides)
+        if origin == "imagenet":  # which differ from ours in the passport alone
+            rewrite(weights, lambda data: data[PASSPORT_KEY].update(origin=origin), seal=True)
+        return str(weights)
+
+    return lambda row, narrow: make(row.rpartition("_")[2], *network(row), *narrow)
+
+
 @pytest.mark.parametrize("row", ROWS)
-def test_one_step(row: str, tmp_path: Path) -> None:
-    """From a converted file (or none) of the row's narrowed network to a detector's checkpoint."""
+def test_one_step(row: str, tmp_path: Path, converted: Callable[[str, list[str]], str]) -> None:
+    """From a converted file (or none) of the row's narrowed network; every loss is finite."""
     files = make_coco(tmp_path / row, masks="mask" in row)
     narrow = THIN_GN if "scratch" in row else NARROW if "X_101" in row else THIN
-    weights = "none"
-    if "scratch" not in row:
-        weights = str(_weights(tmp_path, row, [*network(row), *narrow]))
+    weights = "none" if "scratch" in row else converted(row, narrow)
     overrides = [*SMALL, *narrow, "DATASETS.COCO_FILES", str(files), "SOLVER.MAX_ITER", "1"]
     overrides += ["DATASETS.TRAIN", f"('{files[0][0]}',)", "DATASETS.TEST", "()"]
-    cfg = setup_finetune(
-        f"finetune/{row}.yaml", weights, [*overrides, "OUTPUT_DIR", str(tmp_path / "out")]
-    )
+    overrides += ["OUTPUT_DIR", str(tmp_path / "out")]
+    cfg = setup_finetune(f"finetune/{row}.yaml", weights, overrides)
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3 and cfg.INPUT.FORMAT == "RGB"
     assert cfg.MODEL.RESNETS.NORM == ("GN" if "scratch" in row else "FrozenBN")
-    finetune(cfg)
-    trained = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["model"]
-    assert all(torch.isfinite(value).all() for value in trained.values())
-
-
-def _weights(folder: Path, row: str, overrides: list[str]) -> Path:
-    """A converted file of the row's origin; ImageNet's differ from ours in the passport alone."""
-    weights = convert(folder, *overrides)
-    if row.endswith("imagenet"):
-        rewrite(weights, lambda data: data[PASSPORT_KEY].update(origin="imagenet"), seal=True)
-    return weights
+    trainer = FinetuneTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    with EventStorage() as storage:
+        trainer.iter = 0
+        trainer.run_step()  # stops at a loss that is not finite
+    assert {"loss_cls", "loss_rpn_cls"} <= set(storage.latest())
+    assert ("loss_mask" in storage.latest()) == row.startswith("mask")
+    moved = [
+        n for n, value in trainer.model.named_parameters() if not torch.equal(value, before[n])
+    ]
+    assert any(".res4." in name for name in moved)
+    frozen = [name for name in moved if "stem" in name or ".res2." in name]
+    assert bool(frozen) == ("scratch" in row)
 
 
 def test_a_row_refuses_weights_of_another_origin(tmp_path: Path) -> None:

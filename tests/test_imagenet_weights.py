@@ -22,11 +22,17 @@ from helpers_weights import (
 )
 from torch import nn
 
-from jigsaw_d2.architecture import ArchitectureError
+from jigsaw_d2.architecture import Architecture, ArchitectureError
 from jigsaw_d2.backbone_loading import load_backbone
 from jigsaw_d2.checkpoint import convert_checkpoint, read_backbone, read_converted
 from jigsaw_d2.finetune_config import apply_passport
-from jigsaw_d2.imagenet_weights import name_from_torchvision, name_to_torchvision
+from jigsaw_d2.imagenet_weights import (
+    from_torchvision,
+    name_from_torchvision,
+    name_to_torchvision,
+    to_torchvision,
+    torchvision_name,
+)
 
 X101 = ["MODEL.RESNETS.DEPTH", "101", "MODEL.RESNETS.NUM_GROUPS", "32"]
 X101 += ["MODEL.RESNETS.WIDTH_PER_GROUP", "4"]
@@ -53,7 +59,7 @@ def torchvision_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor
         return model.eval()(images)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext101_32x4d"])
 def test_ours_load_strictly_into_torchvision(name: str, tmp_path: Path) -> None:
     """strict=True, and the pooled features are those of the pre-training."""
     build, overrides = BUILDERS[name]
@@ -70,6 +76,19 @@ def test_ours_load_strictly_into_torchvision(name: str, tmp_path: Path) -> None:
     assert torch.allclose(features, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_names_and_shapes_of_every_network(name: str) -> None:
+    """Both ways, without the numbers: strict loading, and the passport of torchvision's file."""
+    build, overrides = BUILDERS[name]
+    with torch.device("meta"):
+        theirs = build()
+    zeros = {key: np.zeros(tuple(v.shape), np.float32) for key, v in theirs.state_dict().items()}
+    arrays, passport = from_torchvision(zeros)
+    architecture = Architecture.from_config(pretrain_config(*overrides).MODEL)
+    assert passport.architecture == architecture and torchvision_name(architecture) == name
+    theirs.load_state_dict(to_torchvision(arrays, passport), strict=True)
+
+
 def test_torchvision_format_keeps_the_passport(tmp_path: Path) -> None:
     """A file in torchvision's form is still ours when read back: not taken for ImageNet's."""
     weights = convert(tmp_path)
@@ -81,14 +100,12 @@ def test_torchvision_format_keeps_the_passport(tmp_path: Path) -> None:
     assert all(np.array_equal(arrays[key], first[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "resnet101"])
-def test_torchvisions_file_becomes_a_passport(name: str, tmp_path: Path) -> None:
+def test_torchvisions_file_becomes_a_passport(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    theirs = randomise(BUILDERS[name][0]())
-    torch.save(theirs.state_dict(), tmp_path / f"{name}.pth")
-    passport = convert_checkpoint(tmp_path / f"{name}.pth", tmp_path / "w.pkl")
+    theirs = randomise(torchvision.models.resnet50())
+    torch.save(theirs.state_dict(), tmp_path / "resnet50.pth")
+    passport = convert_checkpoint(tmp_path / "resnet50.pth", tmp_path / "w.pkl")
     assert passport.origin == "imagenet"
-    assert passport.architecture.depth == int(name.removeprefix("resnet"))
     assert passport.demands()["INPUT.FORMAT"] == "RGB"
     assert passport.demands()["MODEL.RESNETS.STRIDE_IN_1X1"] is False
     detection = small_detection_config(C4)
