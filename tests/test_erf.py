@@ -150,6 +150,17 @@ class BackboneTest(unittest.TestCase):
         expected = brute_force_sums(backbone, images, template, "p6")
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
+    def test_deformable_convolution(self):
+        # An operator that torch.func cannot batch; its offsets depend on the input too.
+        deform = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, False, False, True]]
+        backbone, images = tiny_backbone(*deform), random_images(1)
+        for name, parameter in backbone.named_parameters():
+            if "conv2_offset" in name:
+                nn.init.normal_(parameter, std=0.1)
+        expected = brute_force_sums(backbone, images, TINY, "res5")
+        found = erf.erf_region_sums(backbone, images, TINY)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
     def test_order_and_batches_of_images_do_not_matter(self):
         backbone, images = tiny_backbone(), random_images(5)
         sums = erf.erf_region_sums(backbone, images, TINY)
