@@ -1,4 +1,4 @@
-"""Runs a comparison's plan: every arm with every seed, each stage once, failures noted and gone past.
+"""Runs a comparison's plan: every arm with every seed, each stage once, failures noted.
 
 OUTPUT/samples-<n>/{train,val}          stores, one pair for each way to extract
 OUTPUT/runs/<arm>/<seed>/{pretrain,weights,detector}
@@ -108,7 +108,7 @@ class Comparison:
         ]
 
     def execute(self, after_run: Callable[[], None] = lambda: None) -> list[Run]:
-        """Run all that is not done; ``after_run`` is called after each run, e.g. to write a report."""
+        """Run what is not done; ``after_run`` is called after each run, e.g. for a report."""
         for number, run in enumerate(self.runs, start=1):
             self.say(f"run {number} of {len(self.runs)}: {run.arm.name}, seed {run.seed}")
             try:

@@ -107,8 +107,8 @@ def dry_run_table(plan: Plan, data: DetectionSet) -> str:
         )
     runs = len(plan.arms) * len(plan.seeds)
     return (
-        f"{table(rows)}\n\n{runs} runs on {data.name}: {total / 1e15:.2f} PFLOPs of the backbone, about "
-        f"{total / speed / 60:.0f} minutes at the {speed / 1e9:.0f} GFLOP/s that a trial of its training "
-        "step reached in float32 on this machine; start-up, RoI heads and evaluation come on top. Arms "
-        "from scratch get their true length from the ledger when the others are done."
+        f"{table(rows)}\n\n{runs} runs on {data.name}: {total / 1e15:.2f} PFLOPs of the backbone, "
+        f"about {total / speed / 60:.0f} minutes at the {speed / 1e9:.0f} GFLOP/s that a trial of "
+        "its training step reached in float32 here; start-up, RoI heads and evaluation come on "
+        "top. Arms from scratch get their true length from the ledger when the others are done."
     )

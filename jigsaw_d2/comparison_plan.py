@@ -132,7 +132,7 @@ def parse_arm(text: str) -> Arm:
     name, equals, file = text.partition("=")
     if not equals or not name:
         raise ComparisonError(
-            f"arm {text!r}: give scratch, scratch-again, jigsaw, jigsaw:OBJECTIVE or NAME=WEIGHTS.pkl"
+            f"arm {text!r}: give scratch, scratch-again, jigsaw[:OBJECTIVE] or NAME=WEIGHTS.pkl"
         )
     if not Path(file).is_file():
         raise ComparisonError(

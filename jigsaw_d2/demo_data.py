@@ -1,4 +1,4 @@
-"""A detection set drawn from a seed: COCO format, eight classes, textured grounds, overlaps, crowds.
+"""A detection set drawn from a seed: COCO format, eight classes, textures, overlaps, crowds.
 
 It exists so that the whole pipeline can be tried, and tested, where no dataset is at hand. An image
 depends on (seed, split, its number) alone: the first 100 images of a set of 320 are those of a set
@@ -38,7 +38,7 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class Patch:
-    """An object before it is painted: where (slices of the image), how much of each pixel, in what."""
+    """An object before it is painted: where (slices), how much of each pixel, in what."""
 
     window: tuple[slice, slice]
     cover: np.ndarray  # float64 (h, w) in 0..1
@@ -66,7 +66,7 @@ def make_demo_set(
     options: DemoOptions = DemoOptions(),
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write ``images/``, ``train.json`` and ``val.json`` into folder ``output``, unless it has them.
+    """Write ``images/``, ``train.json`` and ``val.json`` into ``output``, unless it has them.
 
     The set is drawn beside ``output`` and renamed when whole. A folder made with other options is
     replaced; one that this function did not make is left alone.
@@ -115,9 +115,9 @@ def draw_demo_image(seed: int, split: int, number: int) -> tuple[np.ndarray, lis
     """Image ``number`` of a split (0 train, 1 val).
 
     Returns:
-        uint8 (h, w, 3) RGB with sides of 160 to 200 pixels, and its annotations: dicts with "category_id"
-        (from 1), "bbox" XYWH and "area" in pixels of what is visible, "iscrowd", "segmentation"
-        (polygons; uncompressed RLE for a crowd).
+        uint8 (h, w, 3) RGB with sides of 160 to 200 pixels, and its annotations: dicts with
+        "category_id" (from 1), "bbox" XYWH and "area" in pixels of what is visible, "iscrowd",
+        "segmentation" (polygons; uncompressed RLE for a crowd).
     """
     rng = np.random.default_rng([seed, split, number])
     height, width = (int(side) for side in rng.integers(160, 201, size=2))
@@ -259,7 +259,7 @@ def _describe(mask: np.ndarray, category: int) -> dict:
 
 
 def _polygons(mask: np.ndarray) -> list[list[float]]:
-    """Outlines of a mask as COCO writes them; the tight box's if all are too small for a polygon."""
+    """Outlines of a mask as COCO writes them; the tight box's if all are too small."""
     found = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
     polygons = [contour.reshape(-1).astype(float).tolist() for contour in found if len(contour) > 2]
     if polygons:

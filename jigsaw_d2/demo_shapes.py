@@ -1,11 +1,11 @@
 """The object classes of the demo set: silhouettes and two-tone textures as functions of position.
 
-Pairs of classes share a silhouette and differ in texture alone, and colours are drawn without regard
-to the class, so that neither the outline nor the colour tells what an object is.
+Pairs of classes share a silhouette and differ in texture alone, and colours are drawn without
+regard to the class, so that neither the outline nor the colour tells what an object is.
 
 Every drawing function takes object coordinates u, v (float arrays of one shape; -1..1 over the
-object's width and height, v downwards) and returns ``(inside, tone)``: bool silhouette and float tone
-in 0..1 that blends the object's two colours.
+object's width and height, v downwards) and returns ``(inside, tone)``: bool silhouette and float
+tone in 0..1 that blends the object's two colours.
 """
 
 from collections.abc import Callable

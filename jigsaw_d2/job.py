@@ -1,6 +1,7 @@
-"""One dataset to one detector: extract, pre-train, convert, fine-tune; optionally scratch beside it.
+"""One dataset to one detector: extract, pre-train, convert, fine-tune; scratch beside it if asked.
 
-OUTPUT/samples/{train,val}  OUTPUT/pretrain  OUTPUT/weights/backbone.pkl  OUTPUT/detector  OUTPUT/scratch
+OUTPUT/samples/{train,val}/store -> OUTPUT/pretrain -> OUTPUT/weights/backbone.pkl
+-> OUTPUT/detector; OUTPUT/scratch
 """
 
 import json
@@ -151,7 +152,7 @@ class JobRunner:
         )
 
     def lengths(self, seconds: float) -> Lengths:
-        """Lengths for a time budget; decided once, then kept in ``lengths.json`` for resumed calls."""
+        """Lengths for a time budget; decided once, then kept in ``lengths.json``."""
         job, path = self.job, self.job.output / "lengths.json"
         question = {
             "seconds": seconds,

@@ -43,7 +43,7 @@ def job_report(job: Job, result: JobResult, figures: list[str]) -> str:
     drawn = "\n\n".join(f"![{name}]({name})" for name in figures)
     return (
         f"# {job.data.name}: from annotations to a detector\n\n{result_tables(result)}{lengths}\n\n"
-        "Both detectors, where there are two, have identical settings, seed and number of iterations; "
+        "Both detectors, if there are two, have the same settings, seed and number of iterations; "
         "the one from scratch did without the pre-training's seconds. One seed: chance is in these "
         "numbers, and `compare` is what measures it.\n\n"
         f"## Commands\n\n```\n{commands}\n```\n\n{drawn}".rstrip() + "\n"

@@ -61,7 +61,7 @@ class DetectionSet:
         for path in (self.train_json, self.train_images, self.val_json, self.val_images):
             if not path.exists():
                 raise PipelineError(
-                    f"{path} does not exist; a dataset is images/, train.json and val.json in COCO format"
+                    f"{path} does not exist; a dataset is images/, train.json and val.json (COCO)"
                 )
         return self
 

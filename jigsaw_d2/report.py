@@ -1,4 +1,4 @@
-"""Everything a comparison found, as one JSON-able dict: nothing is left out, failures least of all."""
+"""Everything a comparison found, as one JSON-able dict: nothing is left out, no failure either."""
 
 import json
 import platform
@@ -78,7 +78,7 @@ def _run(run: Run, short: "_Shortener") -> dict:
 
 
 def summary(runs: Sequence[Run], metric: str) -> dict | None:
-    """Mean and 95 % half width of one metric over the finished runs of one arm; None without any."""
+    """Mean and 95 % half width of one metric over an arm's finished runs; None without any."""
     values = [value for value in _values(runs, metric).values()]
     return _interval(mean_interval(values)) if values else None
 
@@ -101,7 +101,7 @@ def _interval(interval: Interval | None) -> dict | None:
 
 
 def differences(runs: Sequence[Run]) -> list[dict]:
-    """Each pair of arms that share seeds: paired differences of AP and AP50, later arm minus earlier.
+    """Each pair of arms that share seeds: paired differences of AP and AP50, later minus earlier.
 
     Baselines from scratch count as earlier, so that a positive number speaks for pre-training.
     """

@@ -36,7 +36,7 @@ def curve_figure(report: dict) -> Figure:
 
 
 def cost_curve(run: dict, unit: str) -> list[tuple[float, float]]:
-    """(total cost up to then, AP in percent) of each evaluation of a run; empty if it did not finish."""
+    """(total cost up to then, AP in percent) of each evaluation; empty for an unfinished run."""
     if run["status"] != DONE:
         return []
     before = sum(run["costs"].get(stage, {}).get(unit, 0.0) for stage in BEFORE)

@@ -6,8 +6,8 @@ from jigsaw_d2.comparison import DONE
 
 HEADER_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 BUDGET_TEXT = {
-    "total": "equal total cost: arms from scratch train longer by what pre-training cost (Table 5's rule)",
-    "detection": "equal detection cost: every arm has the same detection iterations (Table 3's rule)",
+    "total": "equal total cost, as in Table 5: from scratch trains longer by what pre-training cost",
+    "detection": "equal detection cost, as in Table 3: all arms have the same detection iterations",
 }
 
 
@@ -37,8 +37,8 @@ def _head(report: dict) -> str:
     return (
         f"# Comparison on {data['name']}, preset {report['preset']}\n\n"
         f"{data['name']}: {counts}, {len(data['categories'])} classes. Seeds "
-        f"{', '.join(map(str, report['seeds']))}. Budget: {BUDGET_TEXT[report['budget']]}, counted in "
-        f"{report['cost_unit']} of the ledger. Detection settings are identical in every arm: "
+        f"{', '.join(map(str, report['seeds']))}. Budget: {BUDGET_TEXT[report['budget']]}, counted "
+        f"in {report['cost_unit']} of the ledger. Detection settings are identical in every arm: "
         f"`{report['detector_config']}` {_inline(report['detector_overrides'])}; pre-training: "
         f"`{report['pretrain_config']}` {_inline(report['pretrain_overrides'])}.\n\n"
         f"Made by `{report['command']}`{state}"

@@ -114,7 +114,7 @@ def run_stage(stage: Stage, say: Say, runner: Runner | None = None) -> StageRepo
 
 
 def is_done(stage: Stage) -> bool:
-    """Whether this very command, on these very inputs, has finished before and its outputs exist."""
+    """Whether this very command has finished on these very inputs, and its outputs exist."""
     known = read_marker(stage.folder)
     return (
         known is not None

@@ -27,7 +27,7 @@ def student_t_cdf(t: float, degrees: int) -> float:
     """P(T <= t) for ``degrees`` >= 1, by the finite series of Abramowitz and Stegun 26.7.3-4."""
     angle = math.atan(t / math.sqrt(degrees))
     cos2 = math.cos(angle) ** 2
-    # term runs through cos^2, (2/3) cos^4, ... (odd) or 1, (1/2) cos^2, (1*3)/(2*4) cos^4, ... (even)
+    # Terms: 1, (2/3) cos^2, ... for odd degrees; 1, (1/2) cos^2, (1*3)/(2*4) cos^4, ... for even.
     odd = degrees % 2 == 1
     term, total = 1.0, 0.0
     for k in range((degrees - 1) // 2 if odd else degrees // 2):

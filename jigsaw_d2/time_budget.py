@@ -5,8 +5,8 @@ The rule, in the order in which it is applied:
 1. from the budget go what was spent already, one evaluation, start-ups, and a reserve;
 2. the rest is halved between pre-training and fine-tuning;
 3. neither gets more passes over its data than the caps below, and what one leaves the other takes;
-4. the ERF is refreshed as often as in the paper (64k iterations / 5k), or as often as a tenth of the
-   pre-training's time allows, but at least once.
+4. the ERF is refreshed as often as in the paper (64k iterations / 5k), or as often as a tenth of
+   the pre-training's time allows, but at least once.
 """
 
 import math
@@ -25,7 +25,7 @@ ERF_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Trial:
-    """What a few steps showed, in seconds: of one step of each training, one ERF refresh, one evaluation."""
+    """Seconds that a few steps showed: a step of each training, an ERF refresh, an evaluation."""
 
     pretrain_step: float
     erf_refresh: float
@@ -112,10 +112,10 @@ def _explain(
     passes = pretrain * data.pretrain_batch * 4 / max(1, data.samples)
     epochs = detection * data.detection_batch / max(1, data.images)
     return (
-        f"budget {seconds:.0f} s: {spent:.0f} s spent on extraction and trial steps, {fixed:.0f} s kept "
-        f"for evaluation, start-up and reserve, {left:.0f} s to train, half for each training; "
-        f"pre-training: {pretrain} steps at {trial.pretrain_step:.3f} s ({passes:.1f} passes over the "
-        f"samples, at most {MAX_SAMPLE_PASSES}), ERF refreshed every {period} steps; "
-        f"fine-tuning: {detection} steps at {trial.detection_step:.3f} s ({epochs:.1f} epochs, at most "
-        f"{MAX_DETECTION_EPOCHS})"
+        f"budget {seconds:.0f} s: {spent:.0f} s spent on extraction and trial steps, {fixed:.0f} s "
+        f"kept for evaluation, start-up and reserve, {left:.0f} s to train, half for each; "
+        f"pre-training: {pretrain} steps at {trial.pretrain_step:.3f} s ({passes:.1f} passes over "
+        f"the samples, at most {MAX_SAMPLE_PASSES}), ERF refreshed every {period} steps; "
+        f"fine-tuning: {detection} steps at {trial.detection_step:.3f} s ({epochs:.1f} epochs, at "
+        f"most {MAX_DETECTION_EPOCHS})"
     )

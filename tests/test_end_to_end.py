@@ -38,14 +38,14 @@ DETECTORS = {
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Set, store, checkpoint and converted weights of one tiny job: a thin R50 on 64-pixel images."""
+    """Set, store, checkpoint and converted weights of a tiny job: a thin R50 on 64 pixels."""
     folder = tmp_path_factory.mktemp("job")
     data = tiny_set(folder / "set", train_images=12, val_images=2)
     store = folder / "store"
     argv = ["--json", str(data.train_json), "--images", str(data.train_images)]
     assert extract.main([*argv, "--output", str(store), "--workers", "0"]) == 0
     overrides = [
-        # Bottlenecks, because Detectron2's C4 head knows no other block; thin, because seconds count.
+        # Bottlenecks: Detectron2's C4 head knows no other block. Thin: seconds count.
         *("MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS", "16"),
         *("MODEL.RESNETS.WIDTH_PER_GROUP", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
         *("DATASETS.TRAIN", repr((str(store),)), "OUTPUT_DIR", str(folder / "pretrain")),

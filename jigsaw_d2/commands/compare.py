@@ -34,9 +34,9 @@ from jigsaw_d2.report_markdown import render
 
 EPILOG = """\
 examples:
-  compare.py --preset smoke --output output/compare                     on the demo's own set
-  compare.py --preset smoke --data FOLDER --output output/compare       images/, train.json, val.json
-  compare.py --preset small --data FOLDER --output OUT --minutes 9      call again to go on
+  compare.py --preset smoke --output OUT                             on the demo's own set
+  compare.py --preset smoke --data FOLDER --output OUT               images/, train.json, val.json
+  compare.py --preset small --data FOLDER --output OUT --minutes 9   call again to go on
   compare.py --preset small --data FOLDER --output OUT --ablation tau --dry-run
   compare.py --data FOLDER --output OUT --arms scratch jigsaw imagenet=imagenet.pkl --seeds 0 1 2
 """

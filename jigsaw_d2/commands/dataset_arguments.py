@@ -1,4 +1,4 @@
-"""Arguments by which ``run``, ``demo`` and ``compare`` name a dataset, and how they tell progress."""
+"""Arguments by which ``run``, ``demo`` and ``compare`` name a dataset; their lines of progress."""
 
 import argparse
 from pathlib import Path

@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jigsaw_d2 demo", description=__doc__)
     parser.add_argument(
         "--data",
-        help="folder with images/, train.json and val.json in COCO format, instead of the set drawn",
+        help="folder with images/, train.json and val.json (COCO) instead of the set drawn",
     )
     parser.add_argument("--output", default="output/demo", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of every stage but the set's drawing")

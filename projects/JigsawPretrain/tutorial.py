@@ -70,7 +70,7 @@ def step_2_config(folder: Path) -> CfgNode:
 
 
 def step_3_jigsaw_images(cfg: CfgNode, store: SampleStore) -> dict:
-    """Sec. 3.2: two square-like samples, a tall and a wide one, cropped or padded into one image."""
+    """Sec. 3.2: two square-like samples, a tall and a wide one, in one image."""
     batch = next(iter(build_jigsaw_train_loader(cfg, store=store)))
     names = [*store.categories, "background"]
     shown = [names[c] for c in batch["gt_classes"][0].tolist()]
@@ -79,15 +79,13 @@ def step_3_jigsaw_images(cfg: CfgNode, store: SampleStore) -> dict:
 
 
 def step_4_soft_labels(cfg: CfgNode, model: JigsawPretrainer, batch: dict) -> None:
-    """Sec. 3.3: where a cell's receptive field spills over, the neighbours' labels join in (Eq. 1-2)."""
+    """Sec. 3.3: where a cell sees beyond its region, the neighbours' labels join in (Eq. 1-2)."""
     template = JigsawTemplate.from_config(cfg)
     images = model.preprocess(batch["image"])
     sums = erf_region_sums(model.backbone, images, template)
     regions = template.cell_regions(stride=32)
     weights = region_weights(sums, regions, cfg.MODEL.JIGSAW.TAU)
-    print(
-        f"4. cell (0, 0) belongs to R1; its ERF over R1..R4: {rounded(sums[0, 0] / sums[0, 0].sum())}"
-    )
+    print(f"4. cell (0, 0) is in R1; its ERF over R1..R4: {rounded(sums[0, 0] / sums[0, 0].sum())}")
     print(f"   so the weights of its four labels are {rounded(weights[:, 0, 0])}")
     labels = losses.soft_labels(weights, batch["gt_classes"], model.num_classes + 1)
     assert torch.allclose(labels.sum(1), torch.ones_like(labels[:, 0]))
@@ -121,9 +119,7 @@ def step_6_detector(data: DetectionSet, checkpoint: Path) -> torch.nn.Module:
     detector = build_model(cfg)
     report = load_backbone(detector, weights)
     print(f"6. {len(report.filled)} tensors in a Faster R-CNN; input {passport.input_format}, mean")
-    print(
-        f"   {rounded(torch.tensor(cfg.MODEL.PIXEL_MEAN))}; next: finetune_net.py --weights backbone.pkl"
-    )
+    print(f"   {rounded(torch.tensor(cfg.MODEL.PIXEL_MEAN))}; then finetune_net.py")
     return detector
 
 
