@@ -125,7 +125,7 @@ class Comparison:
         return self.runs
 
     def _execute(self, run: Run) -> None:
-        folder = self.output / "runs" / run.arm.slug / f"seed{run.seed}"
+        folder = self.folder(run)
         if run.arm.kind == "jigsaw":
             weights = self._pretrain(run, folder)
         else:
@@ -147,6 +147,10 @@ class Comparison:
         for name in ("finetuning", "evaluation"):
             run.costs[name] = stage_cost(stage.folder, name)
         run.metrics, run.curve = read_results(stage.folder), read_curve(stage.folder)
+
+    def folder(self, run: Run) -> Path:
+        """Of one run."""
+        return self.output / "runs" / run.arm.slug / f"seed{run.seed}"
 
     def _pretrain(self, run: Run, folder: Path) -> Path:
         """Converted weights of a Jigsaw arm."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from jigsaw_d2 import __version__
-from jigsaw_d2.comparison import DONE, Run
+from jigsaw_d2.comparison import DONE, Comparison, Run
 from jigsaw_d2.comparison_plan import Plan
 from jigsaw_d2.cost import device_name
 from jigsaw_d2.pipeline import DetectionSet
@@ -153,6 +153,25 @@ def dataset_facts(data: DetectionSet) -> dict:
         }
         facts["categories"] = [entry["name"] for entry in document["categories"]]
     return facts
+
+
+def collect_configs(comparison: Comparison, folder: Path) -> list[str]:
+    """Copy the config of each training of each arm's first finished run into ``folder``/configs.
+
+    Returns:
+        Their paths relative to ``folder``.
+    """
+    short = _Shortener(comparison.data, comparison.output)
+    names: list[str] = []
+    for arm in comparison.plan.arms:
+        runs = [run for run in comparison.runs if run.arm is arm and run.status == DONE]
+        for part in ("pretrain", "detector") if runs else ():
+            source = comparison.folder(runs[0]) / part / "config.yaml"
+            if source.is_file():
+                names.append(f"configs/{arm.slug}-{part}.yaml")
+                (folder / "configs").mkdir(exist_ok=True)
+                (folder / names[-1]).write_text(short(source.read_text()))
+    return names
 
 
 class _Shortener:

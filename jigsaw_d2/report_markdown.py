@@ -6,7 +6,7 @@ from jigsaw_d2.comparison import DONE
 
 HEADER_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 BUDGET_TEXT = {
-    "total": "equal total cost, as in Table 5: from scratch trains longer by what pre-training cost",
+    "total": "equal total cost, as in Table 5: from scratch trains longer by pre-training's cost",
     "detection": "equal detection cost, as in Table 3: all arms have the same detection iterations",
 }
 
@@ -20,7 +20,7 @@ def render(report: dict, figures: Sequence[str] = ()) -> str:
         "## Every run\n\n" + runs_table(report),
         "## Cost\n\n" + cost_table(report),
         "".join(f"![{name}]({name})\n\n" for name in figures).rstrip(),
-        "## Commands\n\n" + _commands(report),
+        "## Commands and configs\n\n" + _commands(report),
         "## Versions and hardware\n\n" + _facts(report["environment"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -154,7 +154,8 @@ def _commands(report: dict) -> str:
                 + "\n".join(commands)
                 + "\n```"
             )
-    return "\n\n".join(blocks)
+    listed = ", ".join(f"[{name}]({name})" for name in report.get("configs", []))
+    return "\n\n".join([*blocks, *([f"Whole configs: {listed}."] if listed else [])])
 
 
 def _facts(facts: dict[str, str]) -> str:

@@ -140,6 +140,9 @@ def test_report_and_figures_are_whole_and_hide_local_paths(data, tmp_path):
     report = json.loads(path.with_suffix(".json").read_text())
     assert str(tmp_path) not in path.read_text() + json.dumps(report)
     assert {arm["name"] for arm in report["arms"]} == {arm.name for arm in PLAN.arms}
+    assert "configs/jigsaw-erf-adaptive-pretrain.yaml" in report["configs"]
+    for name in report["configs"]:
+        assert "OUTPUT_DIR: OUTPUT/runs/" in (path.parent / name).read_text()
     for name in ("figures/ap_over_cost.png", "figures/ap_by_seed.png"):
         assert f"![{name}]({name})" in path.read_text()
         assert (path.parent / name).stat().st_size > 5000

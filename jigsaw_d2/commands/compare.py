@@ -28,7 +28,7 @@ from jigsaw_d2.comparison_plan import (
     preset,
 )
 from jigsaw_d2.pipeline import DetectionSet
-from jigsaw_d2.report import build_report
+from jigsaw_d2.report import build_report, collect_configs
 from jigsaw_d2.report_figures import write_figures
 from jigsaw_d2.report_markdown import render
 
@@ -147,7 +147,9 @@ def data_from(args: argparse.Namespace, output: Path) -> DetectionSet:
 def write_report(comparison: Comparison, command: str) -> Path:
     """Write report.md, report.json and figures/ into the comparison's folder; path of the first."""
     folder = comparison.output
+    folder.mkdir(parents=True, exist_ok=True)
     report = build_report(comparison.plan, comparison.data, comparison.runs, folder, command)
+    report["configs"] = collect_configs(comparison, folder)
     (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     path = folder / "report.md"
     path.write_text(render(report, write_figures(report, folder)))
