@@ -3,7 +3,7 @@
 Shape letters: N images; S = 4 regions R1..R4; H, W canvas pixels; h, w feature cells.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,22 +93,19 @@ def measure_erf(
     """
     _check_images(images, template)
     sums: dict[int, Tensor] = {}
-    maps = (
-        images.new_zeros(NUM_REGIONS, *images.shape[2:], dtype=torch.float32) if with_maps else None
-    )
     with measuring(backbone) as network:
         device = _device_of(network, images)
-        maps = maps if maps is None else maps.to(device)
+        maps = torch.zeros(NUM_REGIONS, *images.shape[2:], device=device)
         for chunk in images.split(batch_size):
             shape, cell_maps = _cell_maps(network, chunk.to(device), feature, grad, amp_dtype)
-            owners = _owners(template, shape) if with_maps else None
+            owners = _owners(template, shape) if with_maps else []
             for cell, erf in cell_maps:
                 sums[cell] = sums.get(cell, 0) + _sum_regions(erf, template)
                 if with_maps:
                     maps[owners[cell]] += erf.sum(dim=0)
     count = len(images)
     region_sums = torch.stack([sums[cell] for cell in sorted(sums)]).view(*shape, NUM_REGIONS)
-    return ErfMeasurement(region_sums / count, maps if maps is None else maps / count, count)
+    return ErfMeasurement(region_sums / count, maps / count if with_maps else None, count)
 
 
 def erf_maps(
@@ -172,7 +169,9 @@ def _cell_maps(
     return (h, w), _backward_per_cell(images, responses, numbers, GRADS[grad])
 
 
-def _backward_per_cell(images, responses, numbers, rectify) -> Iterator[tuple[int, Tensor]]:
+def _backward_per_cell(
+    images: Tensor, responses: Tensor, numbers: Sequence[int], rectify: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[int, Tensor]]:
     """One backward pass to the input for each cell, of all images together."""
     for number in numbers:
         # Images of a batch do not mix, so the gradient of their sum holds the gradient of each.
