@@ -141,11 +141,14 @@ def paint(source: np.ndarray, placement: Placement, out: np.ndarray) -> None:
         out: uint8 (region height, region width, 3), zeros where the sample will not reach.
     """
     y, x, flip, interpolation = placement
+    target = out[y.paste : y.paste + y.shown, x.paste : x.paste + x.shown]
+    if y.shown == y.resized and x.shown == x.resized and not flip:
+        cv2.resize(source, (x.shown, y.shown), target, 0, 0, interpolation)
+        return
     if y.step != 1 or x.step != 1:
         source = cv2.resize(source, None, None, 1 / x.step, 1 / y.step, interpolation)
     top, left = y.crop - y.anchor, x.crop - x.anchor
     shown = source[top : top + y.shown, left : left + x.shown]
-    target = out[y.paste : y.paste + y.shown, x.paste : x.paste + x.shown]
     if flip:
         cv2.flip(shown, 1, target)
     else:

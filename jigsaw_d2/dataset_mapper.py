@@ -1,7 +1,7 @@
 """Four sample numbers -> one Jigsaw image and its four classes."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -27,6 +27,26 @@ class JigsawImage(NamedTuple):
     sample_ids: list[int]
     gt_classes: list[int]
     damaged: list[tuple[int, str]]  # samples that were replaced, and why
+
+
+class PositionDraws:
+    """One generator that can be put to any image number: its draws follow from (seed, number).
+
+    Philox computes its stream from a key and a counter, so that going to a number is setting the
+    counter: a fifth of the cost of a new generator.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._philox = np.random.Philox(key=seed)
+        self._state = self._philox.state
+        self._generator = np.random.Generator(self._philox)
+
+    def at(self, position: int) -> np.random.Generator:
+        """The generator, at the start of the draws of image ``position``; valid until the next."""
+        # The upper half of the 256-bit counter: the lower half counts the draws of one image.
+        self._state["state"]["counter"][:] = (0, 0, position, 0)
+        self._philox.state = self._state
+        return self._generator
 
 
 class JigsawDatasetMapper:
@@ -80,6 +100,11 @@ class JigsawDatasetMapper:
         self.scale_range, self.flip_prob, self.seed = (float(low), float(high)), flip_prob, seed
         self.classes, self.sizes = store.classes, store.sizes
         self.windows = None if context else annotated_windows(store)
+        # Drawn into again and again, then copied out: allocating it anew costs more than clearing.
+        self._canvas = np.zeros((template.height, template.width, 3), np.uint8)
+        self._regions = [self._canvas[y0:y1, x0:x1] for x0, y0, x1, y1 in template.boxes]
+        self._channels = (0, 1, 2) if image_format == "RGB" else (2, 1, 0)
+        self._draws = PositionDraws(self.seed)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, store: SampleStore, seed: int | None = None) -> dict:
@@ -135,24 +160,21 @@ class JigsawDatasetMapper:
         replacements: Callable[[int], Iterator[int]] | None = None,
     ) -> JigsawImage:
         """As ``__call__``, into ``out`` uint8 (3, H, W), all of which is overwritten."""
-        augmentations = self.draw_augmentations(position)
-        canvas = np.zeros((self.template.height, self.template.width, 3), np.uint8)
+        self._canvas.fill(0)
         made = JigsawImage([], [], [])
-        for region, slot in enumerate(self.region_slots(sample_ids)):
-            x0, y0, x1, y1 = self.template.boxes[region].tolist()
-            candidates = _candidates(int(sample_ids[slot]), slot, replacements)
-            shown = self._draw_first_whole(
-                candidates, canvas[y0:y1, x0:x1], augmentations[region], made.damaged
-            )
+        ids = [int(i) for i in sample_ids]
+        rows = zip(self.region_slots(ids), self._regions, self.draw_augmentations(position))
+        for slot, region, augmentation in rows:
+            candidates = _candidates(ids[slot], slot, replacements)
+            shown = self._draw_first_whole(candidates, region, augmentation, made.damaged)
             made.sample_ids.append(shown)
             made.gt_classes.append(int(self.classes[shown]))
-        order = (0, 1, 2) if self.image_format == "RGB" else (2, 1, 0)
-        cv2.split(canvas, [out[c] for c in order])
+        cv2.split(self._canvas, [out[c] for c in self._channels])
         return made
 
-    def region_slots(self, sample_ids: np.ndarray) -> tuple[int, int, int, int]:
+    def region_slots(self, sample_ids: Sequence[int]) -> tuple[int, int, int, int]:
         """Which of the draws S, S, T, W goes to R1, R2, R3, R4; at equal areas the first to R1."""
-        first, second = (self._area(int(i)) for i in sample_ids[:2])
+        first, second = self._area(sample_ids[0]), self._area(sample_ids[1])
         return (0, 3, 2, 1) if first <= second else (1, 3, 2, 0)
 
     def _window(self, i: int) -> tuple[int, int, int, int]:
@@ -168,11 +190,10 @@ class JigsawDatasetMapper:
 
     def draw_augmentations(self, position: int) -> list[Augmentation]:
         """The four samples' draws of image ``position``, in region order."""
-        draws = np.random.default_rng((self.seed, position)).random((4, 4))
         low, high = self.scale_range
         return [
             Augmentation(low + (high - low) * a, b < self.flip_prob, c, d)
-            for a, b, c, d in draws.tolist()
+            for a, b, c, d in self._draws.at(position).random((4, 4)).tolist()
         ]
 
     def _draw_first_whole(
