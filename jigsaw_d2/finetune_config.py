@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 SCRATCH = "none"
 NUM_CLASSES_KEYS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
+_NORM_KEYS = tuple(
+    f"MODEL.{part}.NORM"
+    for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "RETINANET")
+)
 # Random weights: the paper's input, a norm that trains (Table 5: group norm) and nothing frozen.
 SCRATCH_PASSPORT = Passport(
     origin="scratch",
@@ -151,10 +155,13 @@ def fit_machine(cfg: CfgNode) -> None:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("no GPU here: MODEL.DEVICE cuda -> cpu")
         cfg.MODEL.DEVICE = "cpu"
-    if cfg.MODEL.DEVICE == "cpu" and "Sync" in cfg.MODEL.RESNETS.NORM:
-        logger.warning("on a CPU: MODEL.RESNETS.NORM %s -> BN", cfg.MODEL.RESNETS.NORM)
-        cfg.MODEL.RESNETS.NORM = "BN"
-    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+    if cfg.MODEL.DEVICE != "cpu":
+        return
+    for key in _NORM_KEYS:
+        if "Sync" in get_key(cfg, key):
+            logger.warning("on a CPU: %s %s -> BN", key, get_key(cfg, key))
+            set_key(cfg, key, "BN")
+    if cfg.SOLVER.AMP.ENABLED:
         logger.warning("on a CPU, where Detectron2 has none: SOLVER.AMP.ENABLED True -> False")
         cfg.SOLVER.AMP.ENABLED = False
 

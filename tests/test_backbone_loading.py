@@ -75,6 +75,22 @@ def test_features_equal_the_pretrainings(network: str, tmp_path: Path) -> None:
             assert scale > 0.1 and difference < 1e-5, (name, stage, difference)
 
 
+def test_features_while_the_detector_trains(tmp_path: Path) -> None:
+    """With gradients frozen batch norm is computed in another way; the features are the same."""
+    cfg = pretrain_config(*THIN)
+    model = pretrained(cfg)
+    convert_checkpoint(save_checkpoint(tmp_path / "c.pth", cfg, model), tmp_path / "w.pkl")
+    detector = build_detector(rgb_config(FPN, *THIN, "MODEL.BACKBONE.FREEZE_AT", "0")).train()
+    load_backbone(detector, tmp_path / "w.pkl")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.backbone(images)
+    for stage, feature in detector.backbone.bottom_up(images).items():
+        assert feature.requires_grad
+        difference = (feature - expected[stage]).abs().max() / expected[stage].abs().max()
+        assert difference < 1e-5, stage
+
+
 def rgb_config(name: str, *overrides: str) -> CfgNode:
     """A small detection config with the input that the weights of these tests want."""
     input_keys = SCRATCH_PASSPORT.demands()

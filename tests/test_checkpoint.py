@@ -129,6 +129,10 @@ class TestOutputs:
             convert_checkpoint(checkpoint, tmp_path / "w.pkl")
         assert (tmp_path / "w.pkl").read_bytes() == before
         convert_checkpoint(checkpoint, tmp_path / "w.pkl", force=True)
+        (tmp_path / "v.pkl.yaml").write_text("a user's own")
+        with pytest.raises(WeightFileError, match="v.pkl.yaml exists; --force"):
+            convert_checkpoint(checkpoint, tmp_path / "v.pkl")
+        assert not (tmp_path / "v.pkl").exists()
 
     def test_converting_twice_gives_the_same_bytes(self, checkpoint: Path, tmp_path: Path) -> None:
         for name in ("a.pkl", "b.pkl"):

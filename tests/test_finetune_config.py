@@ -176,7 +176,8 @@ def test_classes_come_from_the_data() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_machine_without_gpu_is_fitted() -> None:
-    cfg = load_detection_config(FPN, ["MODEL.RESNETS.NORM", "SyncBN", "SOLVER.AMP.ENABLED", "True"])
+    settings = ["MODEL.RESNETS.NORM", "SyncBN", "MODEL.FPN.NORM", "SyncBN"]
+    cfg = load_detection_config(FPN, [*settings, "SOLVER.AMP.ENABLED", "True"])
     fit_machine(cfg)
-    assert (cfg.MODEL.DEVICE, cfg.MODEL.RESNETS.NORM) == ("cpu", "BN")
+    assert (cfg.MODEL.DEVICE, cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM) == ("cpu", "BN", "BN")
     assert cfg.SOLVER.AMP.ENABLED is False

@@ -86,7 +86,7 @@ def test_names_and_shapes_of_every_network(name: str) -> None:
     arrays, passport = from_torchvision(zeros)
     architecture = Architecture.from_config(pretrain_config(*overrides).MODEL)
     assert passport.architecture == architecture and torchvision_name(architecture) == name
-    theirs.load_state_dict(to_torchvision(arrays, passport), strict=True)
+    theirs.load_state_dict(to_torchvision(arrays, passport), strict=True, assign=True)
 
 
 def test_torchvision_format_keeps_the_passport(tmp_path: Path) -> None:
