@@ -75,8 +75,8 @@ def convert_checkpoint(
         raise ConversionError(
             f"{output}: the {format} format is written as {' or '.join(suffixes[format])}"
         )
-    for path in (output, passport_path(output)):
-        check_free(path, force)
+    for written in (output, passport_path(output)):
+        check_free(written, force)
     arrays, passport = read_backbone(path, trust)
     passport = passport.sealed(arrays)
     write_object(output, _contents(arrays, passport, output.suffix, format), force)
