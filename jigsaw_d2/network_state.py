@@ -18,9 +18,12 @@ def measuring(network: nn.Module) -> Iterator[nn.Module]:
     modes = [(module, module.training) for module in network.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     cuda = sorted({p.device.index for p, _ in flags if p.device.type == "cuda"})
-    # A compiled backward frees what it saved on its first use; this measurement uses it per cell.
-    eager = torch.compiler.set_stance("force_eager")
-    with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad(), eager:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(cuda))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        # A compiled backward frees what it saved on its first use; a measurement uses it per cell.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             network.eval()
             network.requires_grad_(False)
