@@ -222,11 +222,11 @@ PRESETS: dict[str, Plan] = {
     ),
     "paper": Plan(
         preset="paper",
-        about="the paper's lengths on COCO: days on eight GPUs",
+        about="the paper's lengths on COCO, scratch with group norm: days on eight GPUs",
         arms=(*ABLATIONS["objective"], SCRATCH, SCRATCH_AGAIN),
         seeds=(0, 1, 2),
         pretrain_config="jigsaw_R_50.yaml",
-        detector_config="COCO-Detection/faster_rcnn_R_50_C4_1x.yaml",
+        detector_config="finetune/faster_rcnn_R_50_C4_1x.yaml",
         evaluations=6,
     ),
 }

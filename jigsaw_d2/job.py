@@ -214,5 +214,5 @@ def with_lengths(job: Job, lengths: Lengths) -> Job:
 def default_configs(on_gpu: bool) -> tuple[str, str]:
     """Configs of pre-training and detector for a machine: the paper's R50, or minutes of a CPU."""
     if on_gpu:
-        return "jigsaw_R_50.yaml", "finetune/faster_rcnn_R_50_FPN_1x_jigsaw.yaml"
+        return "jigsaw_R_50.yaml", "finetune/faster_rcnn_R_50_FPN_1x.yaml"
     return "jigsaw_R_18_cpu.yaml", "finetune/faster_rcnn_R_18_FPN_small.yaml"

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+import yaml
 
 from jigsaw_d2 import __version__
 from jigsaw_d2.comparison import DONE, Comparison, Run
@@ -172,6 +173,33 @@ def collect_configs(comparison: Comparison, folder: Path) -> list[str]:
                 (folder / "configs").mkdir(exist_ok=True)
                 (folder / names[-1]).write_text(short(source.read_text()))
     return names
+
+
+def setting_differences(comparison: Comparison) -> dict[str, dict[str, str]]:
+    """Key -> {arm: value} of every detector setting in which the arms' configs differ.
+
+    Weights, seed and folder are left out: they are what makes an arm and a run.
+    """
+    settings = {}
+    for run in comparison.runs:
+        path = comparison.folder(run) / "detector" / "config.yaml"
+        if run.status == DONE and run.arm.name not in settings:
+            settings[run.arm.name] = _flat(yaml.safe_load(path.read_text()))
+    keys = sorted({key for flat in settings.values() for key in flat})
+    found = {key: {arm: str(flat.get(key)) for arm, flat in settings.items()} for key in keys}
+    own = ("MODEL.WEIGHTS", "SEED", "OUTPUT_DIR")
+    return {k: v for k, v in found.items() if k not in own and len(set(v.values())) > 1}
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
+    """{"A": {"B": 1}} -> {"A.B": 1}."""
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        inner = (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+        flat.update(inner)
+    return flat
 
 
 class _Shortener:

@@ -17,6 +17,7 @@ def render(report: dict, figures: Sequence[str] = ()) -> str:
         _head(report),
         "## Box AP on the held-out images\n\n" + results_table(report),
         "## Paired differences\n\n" + differences_table(report),
+        settings_text(report),
         "## Every run\n\n" + runs_table(report),
         "## Cost\n\n" + cost_table(report),
         "".join(f"![{name}]({name})\n\n" for name in figures).rstrip(),
@@ -38,7 +39,7 @@ def _head(report: dict) -> str:
         f"# Comparison on {data['name']}, preset {report['preset']}\n\n"
         f"{data['name']}: {counts}, {len(data['categories'])} classes. Seeds "
         f"{', '.join(map(str, report['seeds']))}. Budget: {BUDGET_TEXT[report['budget']]}, counted "
-        f"in {report['cost_unit']} of the ledger. Detection settings are identical in every arm: "
+        f"in {report['cost_unit']} of the ledger. Every arm's detector: "
         f"`{report['detector_config']}` {_inline(report['detector_overrides'])}; pre-training: "
         f"`{report['pretrain_config']}` {_inline(report['pretrain_overrides'])}.\n\n"
         f"Made by `{report['command']}`{state}"
@@ -83,6 +84,22 @@ def differences_table(report: dict) -> str:
             "What it shows is chance alone, and no smaller difference means anything."
         )
     return text
+
+
+def settings_text(report: dict) -> str:
+    """In which settings the arms' detectors differ, found by comparing their saved configs."""
+    found = report.get("detector_differences")
+    if found is None:
+        return ""
+    if not found:
+        return "The arms' saved detector configs are identical but for weights, seed and folder."
+    rows = [["detector setting", *(arm["name"] for arm in report["arms"])]]
+    for key, values in found.items():
+        rows.append([f"`{key}`", *(values.get(arm["name"], "-") for arm in report["arms"])])
+    return (
+        "The arms' saved detector configs differ, beside weights, seed and folder, in:\n\n"
+        + table(rows)
+    )
 
 
 def verdict(interval: dict | None) -> str:

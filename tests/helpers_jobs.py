@@ -40,7 +40,9 @@ class FakeRunner:
 
     def __call__(self, stage, argv, say):
         self.calls.append(argv)
-        (stage.folder / "config.yaml").write_text(f"OUTPUT_DIR: {stage.folder}\n")
+        (stage.folder / "config.yaml").write_text(
+            f"OUTPUT_DIR: {stage.folder}\nSOLVER:\n  LENGTH: {len(argv)}\n"
+        )
         if self._fail(argv):
             raise StageError(f"{argv[0]} broke\nwith details")
         getattr(self, f"_{argv[0]}")(stage.folder, argv)

@@ -148,6 +148,15 @@ def test_report_and_figures_are_whole_and_hide_local_paths(data, tmp_path):
         assert (path.parent / name).stat().st_size > 5000
 
 
+def test_report_tells_every_setting_in_which_detectors_differ(data, tmp_path):
+    comparison = compare_with(FakeRunner(score), data, tmp_path)
+    path = comparison.folder(comparison.runs[0]) / "detector" / "config.yaml"
+    path.write_text("SEED: 1\nSOLVER:\n  LENGTH: 99\n")
+    text = compare.write_report(comparison, "compare").read_text()
+    assert "differ, beside weights, seed and folder, in:" in text
+    assert "| `SOLVER.LENGTH` | 99 |" in text and "`SEED`" not in text
+
+
 def test_curve_begins_behind_the_cost_of_pre_training(data, tmp_path):
     comparison = compare_with(FakeRunner(score), data, tmp_path)
     report = build_report(PLAN, data, comparison.runs, tmp_path / "out")

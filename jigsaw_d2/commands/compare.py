@@ -28,7 +28,7 @@ from jigsaw_d2.comparison_plan import (
     preset,
 )
 from jigsaw_d2.pipeline import DetectionSet
-from jigsaw_d2.report import build_report, collect_configs
+from jigsaw_d2.report import build_report, collect_configs, setting_differences
 from jigsaw_d2.report_figures import write_figures
 from jigsaw_d2.report_markdown import render
 
@@ -150,6 +150,7 @@ def write_report(comparison: Comparison, command: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     report = build_report(comparison.plan, comparison.data, comparison.runs, folder, command)
     report["configs"] = collect_configs(comparison, folder)
+    report["detector_differences"] = setting_differences(comparison)
     (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     path = folder / "report.md"
     path.write_text(render(report, write_figures(report, folder)))
