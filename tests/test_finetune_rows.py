@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from helpers_weights import SMALL, THIN, THIN_GN, convert, make_coco, pretrain_config, rewrite
+from helpers_weights import SMALL, THIN, THIN_GN, convert, make_coco, rewrite
 
 from jigsaw_d2.architecture import Architecture
-from jigsaw_d2.config import config_dir
+from jigsaw_d2.config import config_dir, get_jigsaw_cfg
 from jigsaw_d2.detection_config import get_key, load_detection_config
 from jigsaw_d2.finetune_config import FinetuneConfigError, setup_finetune
 from jigsaw_d2.finetuning import FinetuneTrainer
@@ -38,6 +38,15 @@ def network(row: str) -> list[str]:
     if "R_101" in row:
         return R101
     return DCN if "dcn" in row and "imagenet" not in row else []
+
+
+def pretraining(row: str) -> str:
+    """The shipped config that makes the row's weights, or ImageNet weights of that network."""
+    if "X_101" in row:
+        return "jigsaw_X_101_32x4d.yaml"
+    if "R_101" in row:
+        return "jigsaw_R_101.yaml"
+    return "jigsaw_R_50_DCN.yaml" if "dcn" in row else "jigsaw_R_50.yaml"
 
 
 def epochs(row: str) -> tuple[float, float, float]:
@@ -82,16 +91,14 @@ def test_the_papers_1x_is_95280_iterations() -> None:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_network_at_full_size(row: str) -> None:
-    """Key by key the pre-training's network, but for the offsets of the ImageNet baseline."""
+    """Key by key the network of the shipped pre-training config."""
     cfg = load_detection_config(f"finetune/{row}.yaml")
     assert ("C4" in row) == (cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads")
     if "scratch" in row:
         assert (cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT) == ("GN", 0)
         return
-    needed = Architecture.from_config(pretrain_config(*network(row)).MODEL).config_keys()
-    if cfg.MODEL.JIGSAW.NEW_OFFSETS:
-        assert row.endswith("dcn_1x_imagenet")
-        needed.pop("MODEL.RESNETS.DEFORM_ON_PER_STAGE")
+    needed = Architecture.from_config(get_jigsaw_cfg(pretraining(row)).MODEL).config_keys()
+    assert cfg.MODEL.JIGSAW.NEW_OFFSETS == row.endswith("dcn_1x_imagenet")
     assert {key: get_key(cfg, key) for key in needed} == needed
     assert cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE == [False, *["dcn" in row] * 3]
 
