@@ -7,6 +7,7 @@ r, r + R, r + 2R ...: so the images of a step do not depend on R, only who makes
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -38,7 +39,11 @@ class JigsawBatches(Dataset):
         Returns:
             {"image": uint8 (N, 3, H, W), "gt_classes" and "sample_ids": int64 (N, 4) in region
             order, "position": number of the first image, "damaged": list of (id, reason)}.
+
+        Raises:
+            StoreGoneError: the store was removed or replaced since it was opened.
         """
+        self.mapper.store.check_unchanged()
         template = self.mapper.template
         images = torch.empty(
             (len(positions), 3, template.height, template.width), dtype=torch.uint8
@@ -62,6 +67,33 @@ class JigsawBatches(Dataset):
             "position": positions[0],
             "damaged": damaged,
         }
+
+
+class JigsawLoader(DataLoader):
+    """A DataLoader whose own process logs the samples that were replaced, each once.
+
+    Attributes:
+        position_step: from the number of one image of a batch to that of the next.
+        replaced: how often a damaged sample was replaced so far.
+    """
+
+    def __init__(self, batches: JigsawBatches, positions: Sampler, **options: Any) -> None:
+        super().__init__(batches, sampler=positions, batch_size=None, collate_fn=_as_it_is, **options)
+        self.position_step = getattr(positions, "world_size", 1)
+        self.replaced = 0
+        self._named: set[int] = set()
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in super().__iter__():
+            for sample, reason in batch["damaged"]:
+                self.replaced += 1
+                if sample not in self._named:
+                    self._named.add(sample)
+                    logger.warning(
+                        "sample %d was replaced by the next of its group (%d samples so far): %s",
+                        *(sample, len(self._named), reason),
+                    )
+            yield batch
 
 
 class BatchPositions(Sampler):
@@ -124,7 +156,7 @@ def build_jigsaw_train_loader(
     world_size: int = 1,
     start_iter: int = 0,
     store: SampleStore | None = None,
-) -> DataLoader:
+) -> JigsawLoader:
     """Training batches of one rank, without end.
 
     Args:
@@ -155,7 +187,7 @@ def build_jigsaw_eval_loader(
     *,
     rank: int = 0,
     world_size: int = 1,
-) -> DataLoader:
+) -> JigsawLoader:
     """``INPUT.JIGSAW.EVAL_IMAGES`` held-out images, the same in every run, shared by the ranks.
 
     Samples are shown at their own size, unflipped; which four meet, and the crops, are fixed by
@@ -177,21 +209,18 @@ def build_jigsaw_eval_loader(
     return _build_loader(cfg, JigsawBatches(build_jigsaw_sampler(cfg, mapper), mapper), positions)
 
 
-def _build_loader(cfg: CfgNode, batches: JigsawBatches, positions: Sampler) -> DataLoader:
-    workers = cfg.DATALOADER.NUM_WORKERS
-    return DataLoader(
+def _build_loader(cfg: CfgNode, batches: JigsawBatches, positions: Sampler) -> JigsawLoader:
+    return JigsawLoader(
         batches,
-        sampler=positions,
-        batch_size=None,  # an item is a whole batch already
-        collate_fn=_as_it_is,
-        num_workers=workers,
+        positions,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_one_thread,
-        persistent_workers=False,
     )
 
 
 def _as_it_is(batch: dict) -> dict:
+    """An item is a whole batch already."""
     return batch
 
 

@@ -222,6 +222,23 @@ class JigsawDatasetMapper:
         source = self.store.decode(i, (left + x0, top + y0, left + x1, top + y1))
         paint(source, placement, region)
 
+    def used_boxes(self, position: int, sample_ids: Sequence[int]) -> np.ndarray:
+        """int64 (4, 4) XYXY canvas pixels that the samples cover, R1..R4; the rest is padding.
+
+        Args:
+            position: of an image made by this mapper.
+            sample_ids: what it shows, in region order.
+        """
+        boxes = []
+        rows = zip(sample_ids, self.template.boxes.tolist(), self.draw_augmentations(position))
+        for i, (x0, y0, x1, y1), augmentation in rows:
+            left, top, right, bottom = self._window(int(i))
+            size = (bottom - top, right - left)
+            y, x, *_ = place_sample(size, (y1 - y0, x1 - x0), self.method, augmentation)
+            near = (x0 + x.paste, y0 + y.paste)
+            boxes.append((*near, near[0] + x.shown, near[1] + y.shown))
+        return np.array(boxes, np.int64)
+
 
 def _candidates(
     sample_id: int, slot: int, replacements: Callable[[int], Iterator[int]] | None

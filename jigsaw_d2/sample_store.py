@@ -202,6 +202,11 @@ class SampleStore:
     boxes = property(lambda self: self._column("box"))
     gt_boxes = property(lambda self: self._column("gt_box"))
 
+    def check_unchanged(self) -> None:
+        """Raises StoreGoneError unless every part on disk is the one that was opened."""
+        for part in self.parts:
+            part.check_unchanged()
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
