@@ -45,23 +45,23 @@ class FakeRunner:
         )
         if self._fail(argv):
             raise StageError(f"{argv[0]} broke\nwith details")
-        getattr(self, f"_{argv[0]}")(stage.folder, argv)
+        getattr(self, f"_{argv[0]}")(stage, stage.folder, argv)
 
-    def _extract(self, folder, argv):
+    def _extract(self, stage, folder, argv):
         make_store(Path(flag(argv, "--output")))
         record_stage(folder, "extraction", images=4, seconds=10.0)
 
-    def _pretrain(self, folder, argv):
+    def _pretrain(self, stage, folder, argv):
         (folder / "model_final.pth").write_text(" ".join(argv))
-        steps = int(flag(argv, "SOLVER.MAX_ITER"))
+        steps = stage.iterations
         record_stage(folder, "pretraining", images=16 * steps, flops=100, seconds=1.0 * steps)
         record_stage(folder, "erf_refresh", seconds=5.0)
 
-    def _convert(self, folder, argv):
+    def _convert(self, stage, folder, argv):
         Path(flag(argv, "--output")).write_text(Path(flag(argv, "--input")).read_text())
 
-    def _finetune(self, folder, argv):
-        steps, seed = int(flag(argv, "SOLVER.MAX_ITER")), int(flag(argv, "SEED"))
+    def _finetune(self, stage, folder, argv):
+        steps, seed = stage.iterations, int(flag(argv, "SEED"))
         score = self._score(flag(argv, "--weights"), seed)
         record_stage(folder, "finetuning", images=8 * steps, flops=10 * steps, seconds=2.0 * steps)
         record_stage(folder, "evaluation", images=2, seconds=3.0)
