@@ -73,6 +73,8 @@ def test_features_equal_the_pretrainings(network: str, tmp_path: Path) -> None:
             scale = expected[stage].abs().max()
             difference = float((feature - expected[stage]).abs().max() / scale)
             assert scale > 0.1 and difference < 1e-5, (name, stage, difference)
+    swapped = _features(detector, _read(tmp_path / "picture.png", detection).flip(0))
+    assert (swapped["res5"] - expected["res5"]).abs().max() > 1e-3  # RGB for BGR would be seen
 
 
 def test_features_while_the_detector_trains(tmp_path: Path) -> None:
