@@ -10,7 +10,7 @@ from pathlib import Path
 from jigsaw_d2.job import Job
 from jigsaw_d2.stages import Say
 
-ERF_IMAGES = 4  # a look, not a measurement: minutes matter here
+ERF_IMAGES = 2  # a look, not a measurement: minutes matter here
 
 
 def figure_arguments(job: Job) -> dict[str, list[str]]:
@@ -20,7 +20,7 @@ def figure_arguments(job: Job) -> dict[str, list[str]]:
     config = str(job.output / "pretrain" / "config.yaml")
     return {
         "samples": [store],
-        "jigsaw": ["--config-file", config, "--store", store],
+        "jigsaw": [store, "--config-file", config],
         "erf": [
             *("--config-file", config, "--store", store, "--num-images", str(ERF_IMAGES)),
             *("--weights", "random", checkpoint, "--names", "before", "after"),
