@@ -146,13 +146,27 @@ def paint(source: np.ndarray, placement: Placement, out: np.ndarray) -> None:
         cv2.resize(source, (x.shown, y.shown), target, 0, 0, interpolation)
         return
     if y.step != 1 or x.step != 1:
-        source = cv2.resize(source, None, None, 1 / x.step, 1 / y.step, interpolation)
+        source = _resize_by(source, y.step, x.step, interpolation)
     top, left = y.crop - y.anchor, x.crop - x.anchor
     shown = source[top : top + y.shown, left : left + x.shown]
     if flip:
         cv2.flip(shown, 1, target)
     else:
         target[:] = shown
+
+
+def _resize_by(
+    source: np.ndarray, step_y: float, step_x: float, interpolation: int
+) -> np.ndarray:
+    """Resized pixel (j, i) shows ((j + 0.5) * step_y - 0.5, (i + 0.5) * step_x - 0.5)."""
+    height, width = source.shape[:2]
+    size = round(width / step_x), round(height / step_y)
+    if size != (width, height):
+        return cv2.resize(source, None, None, 1 / step_x, 1 / step_y, interpolation)
+    # cv2.resize copies where the size does not change, though the step is not quite 1.
+    matrix = np.array([[step_x, 0, 0.5 * step_x - 0.5], [0, step_y, 0.5 * step_y - 0.5]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(source, matrix, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
 def fit_to_region(

@@ -58,6 +58,21 @@ def test_window_alone_gives_the_pixels_of_the_long_way():
     assert cropped > 50  # the comparison is about crops
 
 
+@pytest.mark.parametrize("scale", [0.995, 0.998, 1.002, 1.005])
+def test_ratios_next_to_one(scale):
+    # Windows that keep their size though their step is not 1, which cv2.resize would copy.
+    for number in range(20):
+        draws = np.random.default_rng(number).random(2)
+        image = picture(270 + number, 300, number)
+        augmentation = Augmentation(scale, number % 2 == 0, *draws)
+        placement = place_sample(image.shape[:2], (64, 64), "pad_crop", augmentation)
+        x0, y0, x1, y1 = placement.window
+        out = np.zeros((64, 64, 3), np.uint8)
+        paint(image[y0:y1, x0:x1], placement, out)
+        expected = long_way(image, (64, 64), placement)
+        assert np.abs(out.astype(int) - expected).max() <= 1
+
+
 def test_resized_size_follows_the_drawn_ratio_within_a_pixel():
     rng = np.random.default_rng(1)
     for _ in range(2000):
