@@ -73,7 +73,13 @@ def outside_shares(region_sums: Tensor, cell_regions: Tensor) -> Tensor:
 
 
 def format_summary(region_sums: Tensor, weights: Tensor, cell_regions: Tensor) -> str:
-    """Table of four rows: each region's cells, where their ERF lies, and the labels they learn."""
+    """Table of four rows: each region's cells, where their ERF lies, and the labels they learn.
+
+    Args:
+        region_sums: float (h, w, S).
+        weights: float (S, h, w) in force.
+        cell_regions: int64 (h, w).
+    """
     shares = region_shares(region_sums, cell_regions)
     outside = outside_shares(region_sums, cell_regions)
     lines = [
@@ -93,7 +99,7 @@ def format_summary(region_sums: Tensor, weights: Tensor, cell_regions: Tensor) -
 
 
 def check_finite(values: Tensor) -> Tensor:
-    """The values themselves.
+    """The values, float of any shape (...), themselves.
 
     Raises:
         ErfError: one of them is inf or nan.

@@ -83,12 +83,22 @@ def global_region_losses(logits: Tensor, gt_classes: Tensor) -> Tensor:
 def erf_adaptive_loss(
     logits: Tensor, gt_classes: Tensor, weights: Tensor, cell_regions: Tensor
 ) -> Tensor:
-    """The paper's objective: mean over cells of a region, then over regions, then over images."""
+    """The paper's objective: mean over cells of a region, then over regions, then over images.
+
+    Args:
+        logits: float (N, K, h, w).
+        gt_classes: int64 (N, S).
+        weights: float (S, h, w) of Eq. 2.
+        cell_regions: int64 (h, w).
+
+    Returns:
+        float scalar.
+    """
     return erf_adaptive_region_losses(logits, gt_classes, weights, cell_regions).mean()
 
 
 def block_wise_loss(logits: Tensor, gt_classes: Tensor, cell_regions: Tensor) -> Tensor:
-    """Four region-wise cross-entropies; mean over regions, then over images."""
+    """Four region-wise cross-entropies of logits (N, K, h, w); mean over regions, then images."""
     return block_wise_region_losses(logits, gt_classes, cell_regions).mean()
 
 
