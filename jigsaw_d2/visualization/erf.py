@@ -195,7 +195,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--store", nargs="+", default=[], help="sample store(s): measure on Jigsaw images")
     add("--images", nargs="+", default=[], help="or on image files or folders; default: noise")
     add("--num-images", type=int, default=16, help="images to average over (default 16)")
-    add("--feature", default="", help="default: MODEL.JIGSAW.IN_FEATURE of the config")
+    add(
+        "--feature",
+        nargs="+",
+        default=[""],
+        help="one for all networks, or one each; default: MODEL.JIGSAW.IN_FEATURE of the config",
+    )
     add("--grad", choices=sorted(GRADS), default="abs", help="sign of gradients: abs counts both")
     add("--seed", type=int, default=0, help="of random weights, noise and Jigsaw images")
     add("--device", default=default_device(), help="cpu or cuda")
@@ -208,16 +213,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[Path]:
     """Measure each network on the same images, normalised as its config says; draw and write."""
-    configs = args.config_file * (len(args.weights) if len(args.config_file) == 1 else 1)
+    count = len(args.weights)
+    configs, features = (
+        given * count if len(given) == 1 else given for given in (args.config_file, args.feature)
+    )
     names = args.names or [Path(weights).name for weights in args.weights]
-    if not len(configs) == len(names) == len(args.weights):
+    if {len(configs), len(features), len(names)} != {count}:
         raise ErfError(
-            f"{len(args.weights)} --weights, {len(args.config_file)} --config-file and "
-            f"{len(args.names)} --names do not go together"
+            f"{count} --weights, {len(args.config_file)} --config-file, {len(args.feature)} "
+            f"--feature and {len(args.names)} --names do not go together"
         )
     images, measured, rows = None, [], []
-    for config, weights, name in zip(configs, args.weights, names):
-        feature = args.feature or load_detection_config(config, args.opts).MODEL.JIGSAW.IN_FEATURE
+    for config, feature, weights, name in zip(configs, features, args.weights, names):
+        feature = feature or load_detection_config(config, args.opts).MODEL.JIGSAW.IN_FEATURE
         network, cfg = load_network(
             config, feature, weights, args.opts, seed=args.seed, device=args.device
         )
