@@ -5,15 +5,18 @@ that a job called again goes on where it stopped: a finished stage is left alone
 resumes, and one whose command or inputs are others than before starts over.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,8 +175,9 @@ def run_subprocess(stage: Stage, argv: list[str], say: Say) -> None:
             command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=environment
         )
         try:
-            status = _watch(process, stage, say)
-        except BaseException:  # Ctrl-C included: no orphan may go on writing into the folder
+            with _exit_on_sigterm():
+                status = _watch(process, stage, say)
+        except BaseException:  # Ctrl-C and SIGTERM too: no orphan may go on writing into the folder
             process.terminate()
             process.wait()
             raise
@@ -181,6 +185,23 @@ def run_subprocess(stage: Stage, argv: list[str], say: Say) -> None:
         raise StageError(
             f"{stage.title} failed with status {status}; the end of {log}:\n{_last_lines(log)}"
         )
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit, so that what runs below can be stopped first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _watch(process: subprocess.Popen, stage: Stage, say: Say) -> int:

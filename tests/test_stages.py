@@ -1,4 +1,8 @@
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -91,6 +95,30 @@ def test_failing_command_shows_its_last_words(tmp_path):
     stage = make_stage(tmp_path / "a", argv=("no-such-command",))
     with pytest.raises(StageError, match="status 2(.|\n)*usage: python -m jigsaw_d2"):
         run_stage(stage, quiet)
+
+
+def test_sigterm_leaves_no_orphan(tmp_path, monkeypatch):
+    """A stage's process ends with the job, and the job can go on afterwards."""
+    monkeypatch.setattr("jigsaw_d2.stages.PROGRESS_SECONDS", 0.0)
+    children = []
+    started = subprocess.Popen
+
+    def popen(command, **options):
+        sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+        children.append(started(sleeper, **options))
+        return children[-1]
+
+    monkeypatch.setattr("jigsaw_d2.stages.subprocess.Popen", popen)
+
+    def terminate_when_at_work(text):
+        if "at work" in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        run_stage(make_stage(tmp_path / "a"), terminate_when_at_work)
+    assert children[0].poll() is not None
+    assert read_marker(tmp_path / "a")["done"] is False
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_progress_reads_metrics_and_bears_half_a_line(tmp_path):
