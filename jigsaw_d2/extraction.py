@@ -151,21 +151,24 @@ def cut_images(plans: list[ImagePlan], options: ExtractionOptions) -> Cut:
             log.add("image_size_differs", f"{plan.path}: changed while the samples were extracted")
             continue
         images, pixels = images + 1, pixels + image.shape[0] * image.shape[1]
-        for serial, box in enumerate(plan.boxes.astype(int).tolist()):
-            sample = image[box[1] : box[3], box[0] : box[2]]
-            size = sample.shape[:2]
-            windows = needs_windows(size, shown)
+        boxes, gt_boxes, classes = (a.tolist() for a in (plan.boxes, plan.gt_boxes, plan.classes))
+        windows = needs_windows(plan.boxes, shown)
+        for serial, box in enumerate(boxes):
+            x0, y0, x1, y1 = map(int, box)
             encoded, interval, code = encode_sample(
-                sample, quality=options.quality, png=options.png, windows=windows
+                image[y0:y1, x0:x1],
+                quality=options.quality,
+                png=options.png,
+                windows=bool(windows[serial]),
             )
             builder.add(
                 encoded,
-                class_index=int(plan.classes[serial]),
-                size=size,
+                class_index=classes[serial],
+                size=(y1 - y0, x1 - x0),
                 image_id=plan.image_id,
                 serial=serial,
-                box=plan.boxes[serial],
-                gt_box=plan.gt_boxes[serial],
+                box=box,
+                gt_box=gt_boxes[serial],
                 interval=interval,
                 code=code,
             )

@@ -83,6 +83,7 @@ def shown_sizes(template: JigsawTemplate, min_scale: float) -> np.ndarray:
     return shown
 
 
-def needs_windows(size: tuple[int, int], shown: np.ndarray) -> bool:
-    """Whether a sample of (height, width) is larger than any region can show."""
-    return bool((np.array(size) > shown[group_codes(size[1], size[0])]).any())
+def needs_windows(boxes: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """Which samples of boxes (n, 4) are larger than any region can show; bool (n,)."""
+    sizes = (boxes[:, 2:] - boxes[:, :2])[:, ::-1]
+    return (sizes > shown[group_codes(sizes[:, 1], sizes[:, 0])]).any(axis=1)

@@ -28,8 +28,6 @@ def default_workers() -> int:
 
 
 def _start_worker(parent: int) -> None:
-    cv2.setNumThreads(1)  # the processes are the parallelism
-
     def exit_with_parent() -> None:
         while os.getppid() == parent:
             time.sleep(1)
@@ -47,6 +45,10 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         if self.count:
+            # The processes are the parallelism. OpenCV's own threads must be gone before the fork:
+            # a child that inherits them half would wait for them for ever.
+            self._threads = cv2.getNumThreads()
+            cv2.setNumThreads(1)
             # fork: a worker starts in milliseconds and shares what is loaded already.
             self._pool = ProcessPoolExecutor(
                 self.count, get_context("fork"), _start_worker, (os.getpid(),)
@@ -56,6 +58,7 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+            cv2.setNumThreads(self._threads)
 
     def map(self, function: Callable, tasks: Iterable[tuple]) -> Iterator:
         """``function(*task)`` of every task, in order.

@@ -3,6 +3,7 @@
 import os
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -108,7 +109,9 @@ def _load(image: Image.Image) -> None:
 
 
 def read_pixels(path: str) -> np.ndarray:
-    """uint8 RGB (h, w, 3), or (h, w) where the image is grey: upright, as Detectron2 reads it.
+    """uint8 BGR (h, w, 3), or (h, w) where the image is grey: upright, as Detectron2 reads it.
+
+    BGR, because OpenCV encodes from it.
 
     Raises:
         ImageReadError: with the reason.
@@ -116,8 +119,26 @@ def read_pixels(path: str) -> np.ndarray:
     with _open(path) as image:
         orientation = _orientation(image)
         _notes(image, orientation)
+        if orientation not in UPRIGHT and image.format == "JPEG" and image.mode in ("RGB", "L"):
+            pixels = _decode_plain_jpeg(path, image.mode)
+            if pixels is not None:
+                return pixels
         _load(image)
         if orientation in UPRIGHT:
             image = image.transpose(UPRIGHT[orientation])
         mode = "L" if image.mode in GREY_MODES else "RGB"
-        return np.asarray(image if image.mode == mode else image.convert(mode))
+        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+    return pixels if mode == "L" else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+
+
+def _decode_plain_jpeg(path: str, mode: str) -> np.ndarray | None:
+    """OpenCV's decode, whose pixels are Pillow's (both are libjpeg-turbo), without its copies.
+
+    None where the end is cut off, which OpenCV would fill up in silence, or it cannot decode.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    if not data.endswith(ENDINGS["JPEG"]):
+        return None
+    flag = cv2.IMREAD_GRAYSCALE if mode == "L" else cv2.IMREAD_COLOR
+    return cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)

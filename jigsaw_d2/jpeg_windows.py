@@ -200,7 +200,7 @@ def choose_interval(width: int, mcu_width: int) -> tuple[int, int]:
 
 
 def encode_jpeg(image: np.ndarray, quality: int, windows: bool = False) -> tuple[bytes, int]:
-    """Encode uint8 RGB (h, w, 3) or grey (h, w); chroma 4:2:0.
+    """Encode uint8 BGR (h, w, 3) or grey (h, w); chroma 4:2:0.
 
     Args:
         windows: write a grid of restart intervals, with repeated border columns where the grid
@@ -218,8 +218,6 @@ def encode_jpeg(image: np.ndarray, quality: int, windows: bool = False) -> tuple
             missing = columns * mcu_width - image.shape[1]
             image = cv2.copyMakeBorder(image, 0, 0, 0, missing, cv2.BORDER_REPLICATE)
         options += [cv2.IMWRITE_JPEG_RST_INTERVAL, interval]
-    if image.ndim == 3:
-        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     done, encoded = cv2.imencode(".jpg", image, options)
     if not done:
         raise ValueError(f"OpenCV cannot encode an image of shape {image.shape} as JPEG")
@@ -230,7 +228,8 @@ def encode_jpeg(image: np.ndarray, quality: int, windows: bool = False) -> tuple
 def _list_pieces(data: bytes) -> bytes:
     """The JPEG with a comment that lists its pieces, as far as a comment holds them."""
     scan = parse_jpeg(data).scan
-    lengths = np.diff(find_piece_ends(data, scan), prepend=scan)
+    ends = find_piece_ends(data, scan)
+    lengths = ends - np.concatenate([[scan], ends[:-1]])
     content = TABLE_MAGIC + lengths.astype(">u2").tobytes()
     if len(content) > 0xFFFD or lengths.max() > 0xFFFF:
         return data
@@ -240,9 +239,7 @@ def _list_pieces(data: bytes) -> bytes:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """Encode uint8 RGB (h, w, 3) or grey (h, w) without loss."""
-    if image.ndim == 3:
-        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    """Encode uint8 BGR (h, w, 3) or grey (h, w) without loss."""
     done, encoded = cv2.imencode(".png", image)
     if not done:
         raise ValueError(f"OpenCV cannot encode an image of shape {image.shape} as PNG")

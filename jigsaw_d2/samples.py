@@ -94,9 +94,12 @@ def enlarge_box(
 
 def overlaps_any(boxes: np.ndarray, forbidden: np.ndarray) -> np.ndarray:
     """Which of ``boxes`` (n, 4) share any area with one of ``forbidden`` (m, 4); bool (n,)."""
-    low = np.maximum(boxes[:, None, :2], forbidden[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], forbidden[None, :, 2:])
-    return (high > low).all(axis=2).any(axis=1)
+    x0, y0, x1, y1 = boxes.T[:, :, None]
+    left, top, right, bottom = forbidden[(forbidden[:, 2:] > forbidden[:, :2]).all(axis=1)].T
+    hits = (x0 < right) & (left < x1)
+    hits &= y0 < bottom
+    hits &= top < y1
+    return hits.any(axis=1)
 
 
 def sample_backgrounds(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+import cv2
 import numpy as np
 
 from jigsaw_d2 import jpeg_windows
@@ -104,7 +105,7 @@ class ChunkBuilder:
 def encode_sample(
     image: np.ndarray, *, quality: int = DEFAULT_QUALITY, png: bool = False, windows: bool = False
 ) -> tuple[bytes, int, int]:
-    """(bytes, restart interval, format code) of uint8 RGB (h, w, 3) or grey (h, w)."""
+    """(bytes, restart interval, format code) of uint8 BGR (h, w, 3) or grey (h, w)."""
     if png:
         return jpeg_windows.encode_png(image), 0, PNG
     encoded, interval = jpeg_windows.encode_jpeg(image, quality, windows)
@@ -226,7 +227,8 @@ class StoreWriter:
         size = image.shape[:2]
         box = np.array([0, 0, size[1], size[0]], np.float32) if box is None else box
         gt_box = box if gt_box is None else gt_box
-        encoded, interval, code = encode_sample(image, quality=quality, png=png, windows=windows)
+        bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        encoded, interval, code = encode_sample(bgr, quality=quality, png=png, windows=windows)
         builder = ChunkBuilder()
         builder.add(
             encoded,

@@ -199,9 +199,9 @@ def test_windows_are_for_samples_larger_than_any_region_shows() -> None:
     shown = shown_sizes(JigsawTemplate(), 0.8)
     # Regions 160x160 (S), 160 high x 64 wide (T), 64 high x 160 wide (W), divided by 0.8.
     assert shown.tolist() == [[200, 200], [200, 80], [80, 200]]
-    assert not needs_windows((200, 200), shown) and needs_windows((201, 150), shown)
-    assert not needs_windows((200, 80), shown) and needs_windows((200, 90), shown)
-    assert needs_windows((81, 200), shown)
+    sizes = [(200, 200), (201, 150), (200, 80), (200, 90), (81, 200), (80, 200)]  # (height, width)
+    boxes = np.array([[10, 20, 10 + w, 20 + h] for h, w in sizes], np.float32)
+    assert needs_windows(boxes, shown).tolist() == [False, True, False, True, True, False]
 
 
 def test_large_samples_are_written_for_window_decoding(tmp_path: Path) -> None:

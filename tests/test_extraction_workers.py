@@ -2,6 +2,8 @@
 
 import os
 
+import cv2
+import numpy as np
 import pytest
 
 from jigsaw_d2.extraction_workers import WorkerLostError, Workers
@@ -26,6 +28,23 @@ def test_results_come_in_order(count: int) -> None:
 def test_errors_come_through(count: int) -> None:
     with Workers(count) as workers, pytest.raises(KeyError, match="ninety-nine"):
         list(workers.map(square, ((n,) for n in (1, 99, 2))))
+
+
+def shrink(size: int) -> int:
+    """Work that OpenCV shares out between its threads where it has any."""
+    return cv2.resize(np.zeros((size, size, 3), np.uint8), (size // 2, size // 2)).shape[0]
+
+
+def test_opencv_threads_of_the_parent_do_not_hang_the_children() -> None:
+    threads = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(4)
+        assert shrink(2000) == 1000  # starts them
+        with Workers(2) as workers:
+            assert list(workers.map(shrink, [(2000,)] * 4)) == [1000] * 4
+        assert cv2.getNumThreads() == 4
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def test_a_dead_worker_is_named_with_what_to_do() -> None:

@@ -1,0 +1,115 @@
+"""Rate of extraction against a bare loop that decodes each image once and encodes the same crops.
+
+Both use the same number of processes on the same images, taken in turns; medians are printed.
+
+    python dev/bench_extraction.py --json A.json --images DIR [--workers 2] [--repeats 5]
+
+Without --json it draws a set of photo-like images from a seed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from jigsaw_d2.extraction import CocoSource, ExtractionOptions, extract_samples
+from jigsaw_d2.sample_store import SampleStore
+
+
+def draw_set(folder: Path, images: int = 160, objects: int = 7) -> CocoSource:
+    """A COCO-format set at COCO's sizes (640 x 480, 7 objects): smooth noise, boxes at random."""
+    rng = np.random.default_rng(0)
+    entries, annotations = [], []
+    (folder / "images").mkdir()
+    for n in range(images):
+        layers = [
+            cv2.resize(rng.random((h, w, 3)), (640, 480)) for h, w in ((6, 8), (60, 80), (480, 640))
+        ]
+        image = 255 * (0.6 * layers[0] + 0.3 * layers[1] + 0.1 * layers[2])
+        cv2.imwrite(str(folder / "images" / f"{n}.jpg"), image.astype(np.uint8))
+        entries.append({"id": n, "file_name": f"{n}.jpg", "height": 480, "width": 640})
+        for _ in range(objects):
+            # Sides whose logarithm is uniform over 10 to 250 pixels, about COCO's spread.
+            w, h = np.exp(rng.uniform(np.log(10), np.log(250), 2))
+            x, y = rng.uniform(0, 640 - w), rng.uniform(0, 480 - h)
+            box = [float(v) for v in (x, y, w, h)]
+            annotations.append(
+                {"id": len(annotations), "image_id": n, "category_id": 1, "bbox": box, "iscrowd": 0}
+            )
+    categories = [{"id": 1, "name": "thing"}]
+    content = {"images": entries, "annotations": annotations, "categories": categories}
+    (folder / "set.json").write_text(json.dumps(content))
+    return CocoSource(folder / "set.json", folder / "images")
+
+
+def bare_chunk(work: list[tuple[str, list]]) -> int:
+    """Decode and encode, nothing else; returns the bytes made."""
+    cv2.setNumThreads(1)
+    made = 0
+    for path, boxes in work:
+        with open(path, "rb") as file:
+            image = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_COLOR)
+        for x0, y0, x1, y1 in boxes:
+            crop = image[y0:y1, x0:x1]
+            made += len(cv2.imencode(".jpg", crop, [cv2.IMWRITE_JPEG_QUALITY, 95])[1])
+    return made
+
+
+def bare_loop(work: list, workers: int) -> float:
+    """Seconds of the bare loop over all images, processes started included."""
+    started = time.perf_counter()
+    chunks = [work[n : n + 16] for n in range(0, len(work), 16)]
+    with get_context("fork").Pool(workers) as pool:
+        sum(pool.imap(bare_chunk, chunks))
+    return time.perf_counter() - started
+
+
+def crops_of(store: SampleStore, source: CocoSource) -> list[tuple[str, list]]:
+    """[(image path, [XYXY ints])] of all that the store holds."""
+    content = json.loads(source.json_file.read_bytes())
+    files = {e["id"]: str(source.image_root / e["file_name"]) for e in content["images"]}
+    crops: dict[int, list] = {}
+    for image_id, box in zip(store.image_ids.tolist(), store.boxes.astype(int).tolist()):
+        crops.setdefault(image_id, []).append(box)
+    return [(files[image_id], boxes) for image_id, boxes in crops.items()]
+
+
+def main() -> None:
+    """Print both rates and their ratio."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--json")
+    parser.add_argument("--images")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        source = CocoSource(args.json, args.images) if args.json else draw_set(folder)
+        output, options = folder / "store", ExtractionOptions(workers=args.workers)
+        extract_samples(source, output, options)  # warms the page cache
+        work = crops_of(SampleStore(output), source)
+        ours, bare = [], []
+        for _ in range(args.repeats):
+            bare.append(bare_loop(work, args.workers))
+            shutil.rmtree(output)
+            ours.append(extract_samples(source, output, options)["seconds"])
+        count, samples = len(work), sum(len(boxes) for _, boxes in work)
+    ratio = statistics.median(b / o for b, o in zip(bare, ours))
+    print(f"{count} images, {samples} samples, {args.workers} processes, {args.repeats} turns")
+    print(f"bare decode + encode  {count / statistics.median(bare):8.1f} images/s")
+    print(f"extraction            {count / statistics.median(ours):8.1f} images/s")
+    print(f"ratio                 {ratio:8.2f}  (goal: 0.85)")
+
+
+if __name__ == "__main__":
+    main()
