@@ -139,6 +139,12 @@ def erf_maps(
     return check_finite(maps / len(images))
 
 
+def check_grad(grad: str) -> None:
+    """Raise ``ErfError`` unless ``grad`` names a way to make an ERF of signed gradients."""
+    if grad not in GRADS:
+        raise ErfError(f"MODEL.JIGSAW.ERF.GRAD is {grad!r}; choose one of {', '.join(GRADS)}")
+
+
 def _cell_maps(
     network: nn.Module,
     images: Tensor,
@@ -148,8 +154,7 @@ def _cell_maps(
     cells: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[tuple[int, int], Iterator[tuple[int, Tensor]]]:
     """(h, w), and per cell its row-major number and float (N, H, W) ERF of each image."""
-    if grad not in GRADS:
-        raise ErfError(f"ERF.GRAD is {grad!r}; choose one of {', '.join(GRADS)}")
+    check_grad(grad)
     divisor = getattr(network, "size_divisibility", 0)
     if divisor > 1 and any(size % divisor for size in images.shape[2:]):
         raise ErfError(

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from jigsaw_d2.cost import backbone_flops
-from jigsaw_d2.erf import ErfMeasurement, measure_erf
+from jigsaw_d2.erf import ErfMeasurement, check_grad, measure_erf
 from jigsaw_d2.erf_inputs import jigsaw_stream
 from jigsaw_d2.erf_weights import (
     ErfError,
@@ -67,13 +67,15 @@ class ErfRefreshHook(HookBase):
             figures: put the regions' maps into the event storage at each refresh.
 
         Raises:
-            ErfError: a period, first iteration, number of images or drift that makes no sense.
+            ErfError: a period, first iteration, number of images, drift or ``grad`` that makes no
+                sense.
         """
         settings = {"PERIOD": (period, 1), "NUM_IMAGES": (num_images, 1)}
         settings |= {"FIRST_ITER": (first_iter, 0), "MAX_DRIFT": (max_drift, 0)}
         for name, (value, least) in settings.items():
             if value < least:
                 raise ErfError(f"MODEL.JIGSAW.ERF.{name} is {value}; it must be at least {least}")
+        check_grad(grad)
         self._model = unwrap(model)
         self._load_images = load_images
         self._num_images = num_images

@@ -65,11 +65,11 @@ class JigsawPretrainer(nn.Module):
             channels_last: memory format of images and weights.
 
         Raises:
-            JigsawModelError: an unknown objective or feature, or no classes.
+            JigsawModelError: an unknown objective or feature, no classes, or tau outside [0, 1].
         """
         super().__init__()
         shapes = backbone.output_shape()
-        _check_settings(objective, in_feature, list(shapes), num_classes)
+        _check_settings(objective, in_feature, list(shapes), num_classes, tau)
         self.backbone = backbone
         self.in_feature = in_feature
         self.num_classes = num_classes
@@ -127,6 +127,8 @@ class JigsawPretrainer(nn.Module):
         logits = self.cell_logits(self.preprocess(images))
         if not self.training:
             return {"region_logits": self.region_logits(logits)}
+        if gt_classes is None:
+            raise JigsawModelError("a training batch without gt_classes; evaluate with .eval()")
         gt_classes = gt_classes.to(self.device, non_blocking=True)
         storage = _storage_due()
         if storage is not None:
@@ -213,7 +215,9 @@ def _storage_due() -> EventStorage | None:
     return storage if (storage.iter + 1) % LOG_PERIOD == 0 else None
 
 
-def _check_settings(objective: str, feature: str, features: list[str], num_classes: int) -> None:
+def _check_settings(
+    objective: str, feature: str, features: list[str], num_classes: int, tau: float
+) -> None:
     if objective not in OBJECTIVES:
         raise JigsawModelError(
             f"MODEL.JIGSAW.OBJECTIVE is {objective!r}; choose one of {', '.join(OBJECTIVES)}"
@@ -229,3 +233,5 @@ def _check_settings(objective: str, feature: str, features: list[str], num_class
             f"MODEL.JIGSAW.NUM_CLASSES is {num_classes}; set the number of object categories "
             "(training fills it in from the sample store)"
         )
+    if not 0 <= tau <= 1:
+        raise JigsawModelError(f"MODEL.JIGSAW.TAU is {tau}; it must lie in [0, 1]")

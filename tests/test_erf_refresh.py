@@ -97,6 +97,7 @@ class ScheduleTest(unittest.TestCase):
             ({"num_images": 0}, "NUM_IMAGES"),
             ({"first_iter": -1}, "FIRST_ITER"),
             ({"max_drift": -0.1}, "MAX_DRIFT"),
+            ({"grad": "square"}, "GRAD is 'square'"),
         ):
             with self.assertRaisesRegex(ErfError, message):
                 ErfRefreshHook(build_model(), load_images, **settings)

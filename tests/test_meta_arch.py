@@ -188,11 +188,16 @@ class SettingsTest(unittest.TestCase):
             ({"objective": "dense"}, "OBJECTIVE.*dense.*erf_adaptive, block_wise, global"),
             ({"in_feature": "res4"}, "res4.*OUT_FEATURES"),
             ({"num_classes": 0}, "NUM_CLASSES is 0"),
+            ({"tau": 1.2}, "TAU is 1.2"),
         ):
             with self.assertRaisesRegex(JigsawModelError, message):
                 build(**options)
         with self.assertRaises(TemplateError):
             build(template=JigsawTemplate(96, 96, 40, 32))
+
+    def test_training_without_classes(self):
+        with self.assertRaisesRegex(JigsawModelError, "gt_classes"):
+            build()([{"image": image} for image in batch()["image"]])
 
     def test_images_of_another_size(self):
         with self.assertRaisesRegex(JigsawModelError, "template"):
