@@ -3,6 +3,7 @@
 import logging
 import resource
 import time
+from pathlib import Path
 
 import torch
 from detectron2.engine import HookBase
@@ -11,6 +12,7 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from jigsaw_d2.cost import TRAIN_FORWARDS, Ledger
 from jigsaw_d2.norm import average_statistics
 from jigsaw_d2.random_state import set_random_state
+from jigsaw_d2.visualization.jigsaw import save_batch_figure
 
 logger = logging.getLogger(__name__)
 
@@ -180,3 +182,16 @@ class ContinueHook(HookBase):
         self.trainer.storage.iter = self.trainer.iter
         if resumed["random_state"] is not None:
             set_random_state(resumed["random_state"])
+
+
+class FirstBatchHook(HookBase):
+    """figures/first_batch.png, and the same in TensorBoard: a look before a wait of days."""
+
+    def after_step(self) -> None:
+        if self.trainer.iter > 0:
+            return
+        step = self.trainer._trainer
+        path = Path(self.trainer.cfg.OUTPUT_DIR) / "figures" / "first_batch.png"
+        pixels = save_batch_figure(step.record.batches[0], step.data_loader, path)
+        self.trainer.storage.put_image("first_batch", pixels)
+        logger.info("the first batch is drawn in %s", path)

@@ -1,6 +1,7 @@
 """One optimiser step: forward, backward, check, update; accumulated, in mixed precision, on any rank."""
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -102,9 +103,14 @@ class TrainStep:
         self.record = StepRecord()
 
     def feed(self, data_loader: Iterable[Batch]) -> None:
-        """Take batches from here on; starts the loader's workers."""
+        """Take batches from here on.
+
+        The first is made at once: starting a loader draws from PyTorch's generator, which a resumed
+        run sets to its old state only after this.
+        """
         self.data_loader = data_loader
-        self._batches = iter(data_loader)
+        batches = iter(data_loader)
+        self._batches = itertools.chain([next(batches)], batches)
 
     def run(self, on_bad_loss: Callable[[dict[str, float], dict[str, float]], None]) -> dict:
         """One step.

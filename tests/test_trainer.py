@@ -1,5 +1,6 @@
 """trainer.py: runs in Detectron2's engine, with what its users expect to find."""
 
+import functools
 import json
 import logging
 
@@ -8,6 +9,7 @@ import torch
 import yaml
 from detectron2.engine import HookBase
 from helpers_run import tiny_cfg, tiny_options
+from torch import nn
 
 from jigsaw_d2.checkpointing import CheckpointError, read_checkpoint
 from jigsaw_d2.commands import run_command
@@ -65,6 +67,7 @@ def test_a_whole_run_leaves_what_detectron2_users_expect(tmp_path):
     assert {"config.yaml", "log.txt", "metrics.json", "last_checkpoint", "cost.json"} <= names
     assert {"model_0000002.pth", "model_0000017.pth", "model_final.pth"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
+    assert (run / "figures" / "first_batch.png").stat().st_size > 1000
 
     records = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
     by_iteration = {record["iteration"]: record for record in records}
@@ -137,6 +140,17 @@ def test_accumulation_gives_the_losses_of_the_large_batch(tmp_path):
 )
 def test_fast_ways_agree_with_plain_float32(tmp_path, overrides, tolerance):
     assert losses_of(tmp_path, *overrides) == pytest.approx(losses_of(tmp_path), rel=tolerance)
+
+
+def test_a_compiled_backbone_agrees(tmp_path, monkeypatch):
+    """Captured and differentiated by torch.compile; its code generator takes minutes on a CPU."""
+    compiled = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", compiled)
+    plain = losses_of(tmp_path, "MODEL.JIGSAW.OBJECTIVE", "block_wise")
+    overrides = ("MODEL.JIGSAW.OBJECTIVE", "block_wise", "MODEL.JIGSAW.COMPILE", True)
+    assert losses_of(tmp_path, *overrides) == pytest.approx(plain, rel=1e-4)
+    names = set(read_checkpoint(tmp_path / "run" / "model_final.pth")["model"])
+    assert "backbone.layers.0.weight" in names  # no prefix of the compiler's
 
 
 def test_gradient_clipping_by_config(tmp_path):

@@ -17,6 +17,7 @@ from detectron2.utils.logger import setup_logger
 from jigsaw_d2.config import find_config, get_jigsaw_cfg
 from jigsaw_d2.datasets import register_coco_files
 from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.hooks import FirstBatchHook
 from jigsaw_d2.launching import as_peer_lost, launch_job
 from jigsaw_d2.replay import replay_step
 from jigsaw_d2.run_config import open_store, resolve_config
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
             evaluate_only(trainer, args.resume)
             return
         trainer.resume_or_load(resume=args.resume)
+        if comm.is_main_process():
+            trainer.register_hooks([FirstBatchHook()])
         trainer.train()
     except RuntimeError as error:
         lost = as_peer_lost(error, cfg.SOLVER.PEER_TIMEOUT)
