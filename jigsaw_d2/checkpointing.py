@@ -1,8 +1,8 @@
 """Checkpoints of a run: whole or not at all, and read without executing anything.
 
 ``model_0004999.pth`` holds the state after iteration 4999. A file appears under its name only when
-it is complete and on the disk; ``last_checkpoint`` names it only after that. So a kill at any moment
-leaves the last good checkpoint as it was.
+it is complete and on the disk; ``last_checkpoint`` names it only after that. So a kill at any
+moment leaves the last good checkpoint as it was.
 """
 
 import json

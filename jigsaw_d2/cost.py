@@ -1,4 +1,4 @@
-"""Ledger of the compute that a result cost: images, pixels, FLOPs, seconds and device of each stage.
+"""Ledger of the compute that a result cost: images, pixels, FLOPs, seconds and device by stage.
 
 One ``cost.json`` lies in the run's folder. Each stage adds to it as it goes, so it holds what was
 truly spent: across resumes, and with the iterations that a kill made necessary twice. FLOPs count a
@@ -140,7 +140,7 @@ def backbone_macs(backbone: CfgNode | nn.Module, height: int, width: int) -> int
 
 
 def _deform_conv_macs(inputs: list, outputs: list) -> int:
-    """Those of the plain convolution of the same shape; sampling at the offsets is below 1 % of it."""
+    """Those of the plain convolution of the same shape; sampling at offsets is below 1 % of it."""
     out_channels, in_channels, *kernel = get_shape(inputs[1])
     batch, _, *cells = get_shape(outputs[0])
     return batch * math.prod(cells) * out_channels * in_channels * math.prod(kernel)
@@ -176,7 +176,7 @@ def device_name(device: str | torch.device) -> str:
 
 
 class Ledger:
-    """One run's ledger as its stages see it: folder and device are known, and only one rank writes."""
+    """One run's ledger as its stages see it: folder and device are known, only one rank writes."""
 
     def __init__(self, output_dir: str | Path, device: str = "", *, writes: bool = True) -> None:
         """

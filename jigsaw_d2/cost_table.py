@@ -91,7 +91,7 @@ def _row(name: str, entry: Mapping[str, Any]) -> list[str]:
 
 
 def _comparison(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What the references cost, absolutely and as multiples of this run's training and refreshes."""
+    """What the references cost, and as multiples of this run's training and refreshes."""
     parts = [stages[s] for s in ("pretraining", "erf_refresh") if s in stages]
     if not parts:
         return []

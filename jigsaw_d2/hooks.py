@@ -1,4 +1,4 @@
-"""What happens around the steps of a pre-training: speed, memory, ledger, checkpoints, statistics."""
+"""What happens around the steps of a pre-training: speed, ledger, checkpoints, statistics."""
 
 import logging
 import resource
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from jigsaw_d2.cost import TRAIN_FORWARDS, Ledger
@@ -195,3 +196,13 @@ class FirstBatchHook(HookBase):
         pixels = save_batch_figure(step.record.batches[0], step.data_loader, path)
         self.trainer.storage.put_image("first_batch", pixels)
         logger.info("the first batch is drawn in %s", path)
+
+
+class WriterHook(PeriodicWriter):
+    """Detectron2's, with writers made only when it is known where the run starts."""
+
+    def __init__(self) -> None:
+        super().__init__([], WRITE_PERIOD)
+
+    def before_train(self) -> None:
+        self._writers = self.trainer.build_writers()

@@ -24,7 +24,7 @@ def load_initial_weights(model: nn.Module, weights: str | Path, cfg: CfgNode) ->
 
     Args:
         model: ``JigsawPretrainer``.
-        weights: a checkpoint of ours, a converted file, or ImageNet weights (torchvision's, MSRA's).
+        weights: ours, a converted file, or ImageNet weights as torchvision or MSRA have them.
         cfg: what the run does with its images; must agree with what the weights expect.
 
     Raises:

@@ -48,7 +48,7 @@ def launch_job(
     """Run ``main_func(*args)`` in every process of the job.
 
     Under torchrun this process is one of them and the four numbers are torchrun's; otherwise
-    Detectron2's ``launch`` starts ``num_gpus`` processes on this machine. On CPUs they talk over Gloo.
+    Detectron2's ``launch`` starts ``num_gpus`` processes on this machine. On CPUs they use Gloo.
 
     Args:
         timeout: seconds without a sign of life after which the others give up on a process.

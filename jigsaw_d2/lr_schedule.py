@@ -50,7 +50,7 @@ class WarmupThenCosine(ParamScheduler):
         self.max_iter = max_iter
 
     def __call__(self, where: float) -> float:
-        """Multiplier at ``where`` = iteration / max_iter, as Detectron2's LRMultiplier asks for it."""
+        """Multiplier at ``where`` = iteration / max_iter, as Detectron2's LRMultiplier asks."""
         return self.at(round(where * self.max_iter))  # the quotient's rounding is undone
 
     def at(self, iteration: int) -> float:

@@ -30,7 +30,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Continue where ``get_random_state`` was called; a CUDA state needs a CUDA device to matter."""
+    """Continue where ``get_random_state`` was called; a CUDA state matters with a GPU only."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

@@ -1,4 +1,4 @@
-"""A configuration as one run on this machine uses it: everything "auto", 0 or scaled made definite."""
+"""A configuration as one run on this machine uses it: all "auto", 0 or scaled made definite."""
 
 import logging
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""One optimiser step: forward, backward, check, update; accumulated, in mixed precision, on any rank."""
+"""One optimiser step: forward, backward, check, update; accumulated, in mixed precision."""
 
 import contextlib
 import itertools

@@ -26,30 +26,28 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from jigsaw_d2 import __version__
 from jigsaw_d2.checkpointing import CheckpointError, JigsawCheckpointer, truncate_metrics
 from jigsaw_d2.cost import Ledger, backbone_macs, device_name
 from jigsaw_d2.data_loader import build_jigsaw_eval_loader, build_jigsaw_train_loader
 from jigsaw_d2.erf_refresh import build_erf_refresh_hook
 from jigsaw_d2.evaluation import JigsawEvaluator
 from jigsaw_d2.hooks import (
-    WRITE_PERIOD,
     CheckpointHook,
     ContinueHook,
     MeterHook,
     MeterPrinter,
     StatisticsHook,
+    WriterHook,
 )
 from jigsaw_d2.initial_weights import load_initial_weights
 from jigsaw_d2.lr_schedule import build_lr_scheduler
 from jigsaw_d2.meta_arch import JigsawPretrainer
 from jigsaw_d2.norm import check_trainable
 from jigsaw_d2.precision import Precision, set_tf32
-from jigsaw_d2.random_state import gather_random_states
 from jigsaw_d2.replay import sample_ids, save_step
 from jigsaw_d2.run_config import open_store, resolve_config, warn_of_changes
+from jigsaw_d2.run_state import collect_state, restore_state
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.store_format import hash_image_ids
 from jigsaw_d2.train_step import Batch, NonFiniteLossError, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -227,27 +225,8 @@ class JigsawTrainer(DefaultTrainer):
             self.checkpointer.save(name, **state)
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the model, as tensors and plain values. Collective: gathers random states."""
-        step = self._trainer
-        done = self.iter + 1
-        jigsaw = {
-            "config": self.cfg.dump(),
-            "store": describe_store(self.store),
-            "sampler": {"seed": self.cfg.SEED, "position": done * self.cfg.SOLVER.IMS_PER_BATCH},
-            "rng": gather_random_states(),
-            "events": self._smoothed_events(),
-            "images_seen": done * self.cfg.SOLVER.IMS_PER_BATCH,
-            "code_version": __version__,
-        }
-        state = {
-            "iteration": self.iter,
-            "optimizer": step.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "jigsaw": jigsaw,
-        }
-        if step.grad_scaler.is_enabled():
-            state["grad_scaler"] = step.grad_scaler.state_dict()
-        return state
+        """All but the model, see ``run_state``. Collective: gathers every rank's random state."""
+        return collect_state(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the iteration of a checkpoint's state.
@@ -255,32 +234,11 @@ class JigsawTrainer(DefaultTrainer):
         Raises:
             CheckpointError: the store is not the one that the run was training on.
         """
-        jigsaw = state_dict["jigsaw"]
-        if jigsaw["store"]["fingerprint"] != self.store.fingerprint:
-            raise CheckpointError(
-                f"DATASETS.TRAIN {', '.join(self.cfg.DATASETS.TRAIN)} changed since the checkpoint "
-                "was written; give the old store back, or start a run in another OUTPUT_DIR with "
-                "MODEL.WEIGHTS set to the checkpoint"
-            )
-        self._trainer.optimizer.load_state_dict(state_dict["optimizer"])
-        self.scheduler.load_state_dict(state_dict["scheduler"])
-        if "grad_scaler" in state_dict:
-            self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-        self.iter = state_dict["iteration"]
+        self.resumed = restore_state(self, state_dict)
         self.start_iter = self.iter + 1
-        states, rank = jigsaw["rng"], comm.get_rank()
-        same_size = len(states) == comm.get_world_size()
-        if not same_size:
-            logger.warning(
-                "the checkpoint is of %d processes, this run has %d: it goes on with the same images, "
-                "but not bit for bit",
-                *(len(states), comm.get_world_size()),
-            )
-        random_state = states[rank] if same_size else None
-        self.resumed = {"events": jigsaw["events"], "random_state": random_state}
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS, or from nothing."""
+        """From OUTPUT_DIR's last checkpoint, or from MODEL.WEIGHTS, or from nothing."""
         if resume and self.checkpointer.has_checkpoint():
             path = self.checkpointer.get_checkpoint_file()
             state = self.checkpointer.load_state(path)
@@ -323,29 +281,3 @@ class JigsawTrainer(DefaultTrainer):
                 seconds=seconds,
             )
         return self._last_eval_results
-
-    def _smoothed_events(self) -> dict[str, list[list[float]]]:
-        """The last values of the scalars that writers smooth."""
-        storage = self.storage
-        names = [name for name, smooth in storage.smoothing_hints().items() if smooth]
-        return {n: [list(v) for v in storage.history(n).values()[-WRITE_PERIOD:]] for n in names}
-
-
-def describe_store(store: SampleStore) -> dict[str, Any]:
-    """What a checkpoint remembers of its data."""
-    return {
-        "categories": list(store.categories),
-        "fingerprint": store.fingerprint,
-        "dataset": str(store.header.get("source", "")),
-        "image_ids_hash": hash_image_ids(store.image_ids),
-    }
-
-
-class WriterHook(hooks.PeriodicWriter):
-    """Detectron2's, with writers made only when it is known where the run starts."""
-
-    def __init__(self) -> None:
-        super().__init__([], WRITE_PERIOD)
-
-    def before_train(self) -> None:
-        self._writers = self.trainer.build_writers()

@@ -1,4 +1,4 @@
-"""Tiny pre-training runs for tests: a network of three convolutions, 64-pixel images, real data path.
+"""Tiny pre-training runs for tests: three convolutions, 64-pixel images, the real data path.
 
 Runs that are to be killed, or need several ranks, are children of a fork server, which imports
 PyTorch once.

@@ -1,4 +1,4 @@
-"""checkpointing.py: files whole or absent, tags that always name a good one, metrics without seams."""
+"""checkpointing.py: files whole or absent, tags that name a good one, metrics without seams."""
 
 import os
 
@@ -17,7 +17,9 @@ from jigsaw_d2.checkpointing import (
 
 def test_round_trip_returns_the_rest_of_the_state(tmp_path):
     net = nn.Linear(2, 2)
-    JigsawCheckpointer(net, str(tmp_path)).save("model_0000004", iteration=4, jigsaw={"a": [1, "b"]})
+    JigsawCheckpointer(net, str(tmp_path)).save(
+        "model_0000004", iteration=4, jigsaw={"a": [1, "b"]}
+    )
     other = JigsawCheckpointer(nn.Linear(2, 2), str(tmp_path))
     assert other.has_checkpoint()
     rest = other.load_state(other.get_checkpoint_file())

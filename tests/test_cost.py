@@ -70,7 +70,9 @@ def test_counting_leaves_the_network_as_it_was():
 def test_stages_add_up(tmp_path):
     record_stage(tmp_path, "extraction", images=5, seconds=1.5, device="CPU", workers=2)
     record_stage(tmp_path, "pretraining", images=8, pixels=800, flops=1e12, seconds=2, device="CPU")
-    total = record_stage(tmp_path, "pretraining", images=8, pixels=800, flops=1e12, seconds=3, device="GPU")
+    total = record_stage(
+        tmp_path, "pretraining", images=8, pixels=800, flops=1e12, seconds=3, device="GPU"
+    )
     assert total["images"] == 16 and total["pixels"] == 1600 and total["flops"] == 2 * 10**12
     assert total["seconds"] == 5 and total["devices"] == {"CPU": 2.0, "GPU": 3.0}
     stages = read_ledger(tmp_path)["stages"]

@@ -20,7 +20,9 @@ def test_table_of_a_run_and_its_store(tmp_path, capsys):
     run, store = tmp_path / "run", tmp_path / "store"
     record_stage(store, "extraction", images=100, pixels=10**7, seconds=36, device="CPU")
     pixels = 10 * 224 * 224
-    record_stage(run, "pretraining", images=10, pixels=pixels, flops=2e11, seconds=3600, device="CPU")
+    record_stage(
+        run, "pretraining", images=10, pixels=pixels, flops=2e11, seconds=3600, device="CPU"
+    )
     record_stage(run, "erf_refresh", images=10, pixels=pixels, flops=0, seconds=0, device="CPU")
     assert main([str(store), str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""launching.py: several processes over Gloo compute as one; a lost peer ends the others in words."""
+"""launching.py: several processes compute as one; a lost peer ends the others in words."""
 
 import json
 import os

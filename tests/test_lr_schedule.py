@@ -131,7 +131,14 @@ def test_reference_of_zero_takes_numbers_as_they_stand():
 
 
 def test_what_was_switched_off_stays_off_and_nothing_vanishes():
-    options = ["SOLVER.IMS_PER_BATCH", "51200", "TEST.EVAL_PERIOD", "0", "SOLVER.STEPS", "(10, 300)"]
+    options = [
+        "SOLVER.IMS_PER_BATCH",
+        "51200",
+        "TEST.EVAL_PERIOD",
+        "0",
+        "SOLVER.STEPS",
+        "(10, 300)",
+    ]
     cfg = scale_to_batch(get_jigsaw_cfg("jigsaw_R_50.yaml", options))
     assert cfg.TEST.EVAL_PERIOD == 0
     assert cfg.SOLVER.STEPS == (1, 3)

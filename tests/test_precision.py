@@ -1,4 +1,4 @@
-"""precision.py: what AMP settings mean here, and that they change a loss by no more than they may."""
+"""precision.py: what AMP settings mean on which hardware."""
 
 import pytest
 import torch

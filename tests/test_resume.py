@@ -1,4 +1,4 @@
-"""Killed at any moment and resumed, a run has the losses of one that was never stopped, bit for bit.
+"""Killed at any moment and resumed, a run has the losses of an unbroken one, bit for bit.
 
 The network has batch norm and dropout, the labels follow the measured ERF: each has a state that a
 resume must bring back.
@@ -39,7 +39,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def assert_same_run(folder: Path, unbroken: Path) -> None:
-    """Losses of every step, repeated ones included; metrics; final weights, optimiser, generators."""
+    """Losses of every step, repeated ones too; metrics; final weights, optimiser, generators."""
     expected = dict(read_losses(unbroken / "losses"))
     losses = read_losses(folder / "losses")
     assert {iteration for iteration, _ in losses} == set(range(45))

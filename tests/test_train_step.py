@@ -18,7 +18,9 @@ class Toy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 1, 3))
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 1, 3)
+        )
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         return {"loss_toy": self.layers(batch["image"]).float().pow(2).mean()}

@@ -82,7 +82,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Resolved config, logger, seed; the config saved as OUTPUT_DIR/config.yaml (not by --eval-only).
+    """Resolved config, logger, seed; config.yaml is saved in OUTPUT_DIR, not by --eval-only.
 
     Raises:
         ExistingRunError: OUTPUT_DIR holds a run and this is a new one.
