@@ -203,9 +203,14 @@ PRESETS: dict[str, Plan] = {
         seeds=(0, 1, 2),
         pretrain_config="jigsaw_R_18_cpu.yaml",
         detector_config="finetune/faster_rcnn_R_18_FPN_small.yaml",
-        pretrain_iterations=40,
-        detection_iterations=40,
-        pretrain=("MODEL.JIGSAW.ERF.NUM_IMAGES", "4", "INPUT.JIGSAW.EVAL_IMAGES", "32"),
+        pretrain_iterations=48,
+        detection_iterations=60,
+        # Small batches: within minutes, more steps teach more than larger ones.
+        pretrain=(
+            *("SOLVER.IMS_PER_BATCH", "8", "SOLVER.BASE_LR", "0.025"),
+            *("MODEL.JIGSAW.ERF.NUM_IMAGES", "2", "INPUT.JIGSAW.EVAL_IMAGES", "16"),
+        ),
+        detector=("SOLVER.IMS_PER_BATCH", "4", "SOLVER.BASE_LR", "0.01"),
         evaluations=1,
     ),
     "small": Plan(

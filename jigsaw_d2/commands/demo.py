@@ -8,12 +8,13 @@ from jigsaw_d2.commands.run import finish
 from jigsaw_d2.job import Job, default_configs
 from jigsaw_d2.pipeline import DetectionSet
 
-# Shorter than the CPU config's own, so that both trainings and both evaluations fit into minutes;
-# fewer ERF images for the same reason: their mean is a little noisier, the labels hardly differ.
+# Shorter than the configs' own, so that both trainings and evaluations fit into minutes of a slow
+# machine; few ERF images for the same reason: their mean is noisier, the labels hardly differ.
 PRETRAIN = (
-    *("SOLVER.MAX_ITER", "240", "SOLVER.WARMUP_ITERS", "24", "INPUT.JIGSAW.EVAL_IMAGES", "64"),
-    *("MODEL.JIGSAW.ERF.PERIOD", "120", "MODEL.JIGSAW.ERF.NUM_IMAGES", "8"),
+    *("SOLVER.MAX_ITER", "150", "SOLVER.WARMUP_ITERS", "15", "INPUT.JIGSAW.EVAL_IMAGES", "64"),
+    *("MODEL.JIGSAW.ERF.PERIOD", "75", "MODEL.JIGSAW.ERF.NUM_IMAGES", "4"),
 )
+DETECTOR = ("SOLVER.MAX_ITER", "120", "SOLVER.STEPS", "(90, 109)", "SOLVER.WARMUP_ITERS", "12")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,6 +39,6 @@ def main(argv: list[str] | None = None) -> int:
     data = DetectionSet.from_folder(args.data) if args.data else demo_dataset(output / "data")
     # The CPU's configs on every machine: the demo is a first look, and the same one everywhere.
     pretrain, detector = default_configs(on_gpu=False)
-    overrides = ((*PRETRAIN, *args.pretrain), tuple(args.detector))
+    overrides = ((*PRETRAIN, *args.pretrain), (*DETECTOR, *args.detector))
     finish(Job(data, output, pretrain, detector, *overrides, seed=args.seed, with_scratch=True))
     return 0
