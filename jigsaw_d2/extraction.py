@@ -25,8 +25,9 @@ from jigsaw_d2.extraction_report import build_report
 from jigsaw_d2.extraction_sources import CocoSource, RegisteredSource, Source, SourceData
 from jigsaw_d2.extraction_workers import Workers, default_workers
 from jigsaw_d2.image_reading import ImageReadError, read_pixels
+from jigsaw_d2.store_chunks import Chunk, ChunkBuilder, encode_sample
 from jigsaw_d2.store_format import VERSION, hash_image_ids, part_name
-from jigsaw_d2.store_writer import Chunk, ChunkBuilder, StoreWriter, check_free, encode_sample
+from jigsaw_d2.store_writer import StoreWriter, check_free
 
 __all__ = ["CocoSource", "ExtractionOptions", "RegisteredSource", "extract_samples"]
 logger = logging.getLogger(__name__)
@@ -54,14 +55,15 @@ def extract_samples(
     """Extract the samples of ``source`` into a store at ``output``.
 
     An interrupted run leaves ``<output>.partial``; the same call completes it, taking over the
-    finished shards. Part i of n goes to ``<output>/part-i-of-n``; ``output`` is then the store.
+    finished shards. Part i of n goes to ``<output>/part-i-of-n``;
+    ``output`` is then the store.
 
     Args:
         categories: what the dataset's must be, e.g. those of the training store.
 
     Returns:
-        The report, as in the header; with "path" (the folder written), "images_read", "pixels_read" and
-        "seconds" of this run.
+        The report, as in the header; with "path" (the folder written), "images_read",
+        "pixels_read" and "seconds" of this run.
 
     Raises:
         ExtractionError: input without any usable object, or of other categories; under

@@ -77,7 +77,7 @@ def choose_sizes(plans: list[ImagePlan], seed: int) -> np.ndarray:
 
 
 def split_negatives(count: int, images: int, seed: int | list[int]) -> np.ndarray:
-    """int64 (images,): how many of ``count`` negatives each image is asked for, evenly at random."""
+    """int64 (images,): negatives that each image is asked for; even shares, the rest at random."""
     quotas = np.full(images, count // max(images, 1), np.int64)
     extra = np.random.default_rng(seed).permutation(images)[: count - quotas.sum()]
     quotas[extra] += 1
@@ -87,7 +87,7 @@ def split_negatives(count: int, images: int, seed: int | list[int]) -> np.ndarra
 def place_negatives(
     plans: list[ImagePlan], quotas: list[int], sizes: np.ndarray, *, seed: int, stream: int
 ) -> list[np.ndarray]:
-    """Boxes of up to ``quotas[i]`` negatives for each plan, float32 (n_i, 4), sizes drawn at random."""
+    """Boxes of up to ``quotas[i]`` negatives for each plan, float32 (n_i, 4), of random sizes."""
     found = []
     for plan, quota in zip(plans, quotas):
         rng = image_rng(seed, plan.image_id, stream)

@@ -6,7 +6,8 @@ import numpy as np
 
 from jigsaw_d2.extraction_log import ExtractionError
 from jigsaw_d2.samples import GROUPS, group_codes
-from jigsaw_d2.store_writer import DEFAULT_QUALITY, DEFAULT_SHARD_SIZE
+from jigsaw_d2.store_chunks import DEFAULT_QUALITY
+from jigsaw_d2.store_writer import DEFAULT_SHARD_SIZE
 from jigsaw_d2.template import REGION_GROUPS, JigsawTemplate
 
 
@@ -75,7 +76,7 @@ class ExtractionOptions:
 
 
 def shown_sizes(template: JigsawTemplate, min_scale: float) -> np.ndarray:
-    """int (3, 2): the largest (height, width) in sample pixels that a region shows of each group."""
+    """int (3, 2): the largest (height, width), sample pixels, that a region shows of each group."""
     shown = np.zeros((3, 2), int)
     for group, size in zip(REGION_GROUPS, template.region_sizes):
         code = GROUPS.index(group)

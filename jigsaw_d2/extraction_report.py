@@ -1,4 +1,4 @@
-"""What a store holds and how it suits the template: numbers, plain sentences, text for the screen."""
+"""What a store holds and how it suits the template: numbers, sentences, text for the screen."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 GROUP_NAMES = {"S": "square-like (S)", "T": "tall (T)", "W": "wide (W)"}
 # A sample shown this many times as often as one of the most numerous group is worth a warning.
 STARVING_FACTOR = 10
-# Below this share of a region's pixels the padding dominates what the network sees. COCO fills 43 to
-# 69 % of the regions of the paper's template, and a quarter to a third of a sample is cropped away.
+# Below this share of a region's pixels the padding dominates what the network sees. COCO fills 43
+# to 69 % of the template's regions, and an eighth to a third of a sample is cropped away.
 LOW_FILL = 0.35
 HIGH_CROP = 0.6
 FEW_SAMPLES = 10
@@ -56,7 +56,7 @@ def summarise(
     template: JigsawTemplate,
     scale_range: Sequence[float],
 ) -> dict:
-    """Counts per class and group, sizes, fill of the template, and cautions; plain Python values."""
+    """Counts per class and group, sizes, fill of the template, cautions; plain Python values."""
     background = len(categories)
     positive = index["class"] < background
     counts = np.zeros((background + 1, 3), np.int64)
@@ -145,8 +145,8 @@ def cautions(report: dict) -> list[str]:
         elif rates[group] > STARVING_FACTOR * min(rates.values()):
             often = rates[group] / min(rates.values())
             sentences.append(
-                f"Only {count} {name} samples: each will be shown {often:.0f} times as often as one "
-                "of the most numerous group; nothing else changes, but they may be learnt by heart."
+                f"Only {count} {name} samples: each will be shown {often:.0f} times as often as "
+                "one of the most numerous group; they may be learnt by heart."
             )
     sentences += _fill_cautions(report)
     few = [row[0] for row in report["classes"][:-1] if 0 < sum(row[1:]) < FEW_SAMPLES]
@@ -173,13 +173,13 @@ def _fill_cautions(report: dict) -> list[str]:
         samples = f"{GROUP_NAMES[group]} samples (median {width:.0f} x {height:.0f} pixels)"
         if fill["used"] < LOW_FILL:
             sentences.append(
-                f"{region} will be {fill['padded']:.0%} zero padding: {samples} are far smaller than "
-                "it. A smaller INPUT.JIGSAW.TEMPLATE_SIZE would waste less."
+                f"{region} will be {fill['padded']:.0%} zero padding: {samples} are far "
+                "smaller than it. A smaller INPUT.JIGSAW.TEMPLATE_SIZE would waste less."
             )
         if fill["cropped"] > HIGH_CROP:
             sentences.append(
-                f"{region} will show random crops: on average {fill['cropped']:.0%} of {samples} does "
-                "not fit. A lower INPUT.JIGSAW.SCALE_RANGE would show more of each."
+                f"{region} will show random crops: on average {fill['cropped']:.0%} of {samples} "
+                "does not fit. A lower INPUT.JIGSAW.SCALE_RANGE would show more of each."
             )
     return sentences
 

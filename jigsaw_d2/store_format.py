@@ -62,7 +62,7 @@ def shard_name(number: int) -> str:
 
 
 def part_name(number: int, parts: int) -> str:
-    """Folder of part ``number`` (from 1) of ``parts`` within a store written by several machines."""
+    """Folder of part ``number`` (from 1) of ``parts`` in a store written by several machines."""
     return f"part-{number}-of-{parts}"
 
 

@@ -13,5 +13,5 @@ settings.load_profile("house")
 
 @pytest.fixture(scope="session")
 def tiny_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A COCO-format folder (images/, train.json, val.json) of 12 + 4 small images; do not change."""
+    """A COCO-format folder (images/, train.json, val.json) of 12 + 4 images; leave it as it is."""
     return make_coco(tmp_path_factory.mktemp("tiny_coco") / "set")

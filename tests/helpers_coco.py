@@ -5,6 +5,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 CATEGORY_IDS = (1, 3, 7)  # gaps, as in COCO
 
@@ -65,3 +66,44 @@ def write_json(path: Path, images: list[dict], annotations: list[dict]) -> Path:
     content = {"images": images, "annotations": annotations, "categories": categories}
     path.write_text(json.dumps(content))
     return path
+
+
+def make_bad_coco(folder: Path) -> tuple[Path, Path]:
+    """(json, image folder) with one image or annotation for each fault there is."""
+    make_coco(folder)
+    images, annotations = [], []
+
+    def add(name: str, size: tuple[int, int] = (60, 80), image_id: int | None = None) -> int:
+        number = 1000 + len(images) if image_id is None else image_id
+        images.append({"id": number, "file_name": name, "height": size[0], "width": size[1]})
+        return number
+
+    picture = Image.new("RGB", (80, 60), (200, 30, 30))
+    for name in ("good.jpg", "cut.jpg", "other_size.jpg"):
+        picture.save(folder / "images" / name)
+    whole = (folder / "images" / "cut.jpg").read_bytes()
+    (folder / "images" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "images" / "empty.jpg").touch()
+    (folder / "images" / "text.jpg").write_text("no image")
+    deep = np.arange(4800, dtype=np.uint16).reshape(60, 80) * 10
+    Image.fromarray(deep).save(folder / "images" / "deep.png")
+    for mode in ("L", "P", "CMYK", "RGBA"):
+        picture.convert(mode).save(folder / "images" / f"{mode}.tiff")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(folder / "images" / "turned.jpg", exif=exif)
+    for name in ("gone.jpg", "cut.jpg", "empty.jpg", "text.jpg", "deep.png"):
+        annotations.append(annotation(add(name), [10, 10, 30, 30]))
+    annotations.append(annotation(add("other_size.jpg", (80, 60)), [10, 10, 30, 30]))
+    for mode in ("L", "P", "CMYK", "RGBA"):
+        annotations.append(annotation(add(f"{mode}.tiff"), [10, 10, 30, 30]))
+    annotations.append(annotation(add("turned.jpg", (80, 60)), [10, 10, 20, 60]))
+    good = add("good.jpg")
+    for box in ([0, 0, 0, 9], [0, 0, -3, 9], [90, 0, 9, 9], [float("nan"), 0, 9, 9], [5, 5, 1, 1]):
+        annotations.append(annotation(good, box))
+    annotations += [annotation(good, [60, 40, 50, 50]), annotation(good, [10, 10, 20, 20], 99)]
+    annotations += [annotation(good, [1, 1, 9, 9], crowd=1), annotation(31337, [0, 0, 9, 9])]
+    annotations.append(annotation(add("good.jpg"), [60, 40, 50, 50]))
+    add("new.jpg", image_id=good)
+    annotations.append(annotation(add("train_000.jpg", (180, 240)), [0, 0, 240, 180]))
+    return write_json(folder / "bad.json", images, annotations), folder / "images"

@@ -9,7 +9,7 @@ from jigsaw_d2.store_writer import StoreWriter
 
 
 def draw_image(height: int, width: int, hue: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 RGB (height, width, 3): a smooth gradient whose colour depends on ``hue``, and noise."""
+    """uint8 RGB (height, width, 3): smooth waves whose colour depends on ``hue``, and noise."""
     y, x = np.mgrid[0:height, 0:width]
     phases = np.array([0.0, 2.1, 4.2]) + hue
     waves = np.sin(x[..., None] / 17 + phases) + np.cos(y[..., None] / 23 + phases)

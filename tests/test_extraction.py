@@ -10,8 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.data.detection_utils import read_image
-from helpers_coco import CATEGORY_IDS, annotation, make_coco, write_json
-from PIL import Image
+from helpers_coco import CATEGORY_IDS, annotation, make_bad_coco, write_json
 
 from jigsaw_d2 import extraction
 from jigsaw_d2.extraction import CocoSource, ExtractionOptions, extract_samples
@@ -218,47 +217,6 @@ def test_large_samples_are_written_for_window_decoding(tmp_path: Path) -> None:
     assert np.array_equal(store.decode(0, (30, 40, 130, 110)), store.decode(0)[40:110, 30:130])
 
 
-def bad_set(folder: Path) -> CocoSource:
-    """A sound set of 12 + 4 images, and beside them one image for each fault there is."""
-    make_coco(folder)
-    images, annotations = [], []
-
-    def add(name: str, size: tuple[int, int] = (60, 80), image_id: int | None = None) -> int:
-        number = 1000 + len(images) if image_id is None else image_id
-        images.append({"id": number, "file_name": name, "height": size[0], "width": size[1]})
-        return number
-
-    picture = Image.new("RGB", (80, 60), (200, 30, 30))
-    for name in ("good.jpg", "cut.jpg", "other_size.jpg"):
-        picture.save(folder / "images" / name)
-    whole = (folder / "images" / "cut.jpg").read_bytes()
-    (folder / "images" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "images" / "empty.jpg").touch()
-    (folder / "images" / "text.jpg").write_text("no image")
-    deep = np.arange(4800, dtype=np.uint16).reshape(60, 80) * 10
-    Image.fromarray(deep).save(folder / "images" / "deep.png")
-    for mode in ("L", "P", "CMYK", "RGBA"):
-        picture.convert(mode).save(folder / "images" / f"{mode}.tiff")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture.save(folder / "images" / "turned.jpg", exif=exif)
-    for name in ("gone.jpg", "cut.jpg", "empty.jpg", "text.jpg", "deep.png"):
-        annotations.append(annotation(add(name), [10, 10, 30, 30]))
-    annotations.append(annotation(add("other_size.jpg", (80, 60)), [10, 10, 30, 30]))
-    for mode in ("L", "P", "CMYK", "RGBA"):
-        annotations.append(annotation(add(f"{mode}.tiff"), [10, 10, 30, 30]))
-    annotations.append(annotation(add("turned.jpg", (80, 60)), [10, 10, 20, 60]))
-    good = add("good.jpg")
-    for box in ([0, 0, 0, 9], [0, 0, -3, 9], [90, 0, 9, 9], [float("nan"), 0, 9, 9], [5, 5, 1, 1]):
-        annotations.append(annotation(good, box))
-    annotations += [annotation(good, [60, 40, 50, 50]), annotation(good, [10, 10, 20, 20], 99)]
-    annotations += [annotation(good, [1, 1, 9, 9], crowd=1), annotation(31337, [0, 0, 9, 9])]
-    annotations.append(annotation(add("good.jpg"), [60, 40, 50, 50]))
-    add("new.jpg", image_id=good)
-    annotations.append(annotation(add("train_000.jpg", (180, 240)), [0, 0, 240, 180]))
-    return CocoSource(write_json(folder / "bad.json", images, annotations), folder / "images")
-
-
 EXPECTED = {
     "image_missing": 1,
     "image_truncated": 1,
@@ -288,7 +246,7 @@ EXPECTED = {
 
 
 def test_every_fault_is_named_and_counted_and_none_stops_the_run(tmp_path: Path) -> None:
-    report = extract_samples(bad_set(tmp_path / "set"), tmp_path / "s", ALONE)
+    report = extract_samples(CocoSource(*make_bad_coco(tmp_path / "set")), tmp_path / "s", ALONE)
     logged = {reason: entry["count"] for reason, entry in report["log"]["dataset"].items()}
     logged.pop("image_without_room", None)
     assert logged == EXPECTED
@@ -302,7 +260,9 @@ def test_every_fault_is_named_and_counted_and_none_stops_the_run(tmp_path: Path)
 def test_strict_stops_at_the_first_fault(tmp_path: Path) -> None:
     with pytest.raises(ExtractionError, match="stopped because of --strict"):
         extract_samples(
-            bad_set(tmp_path / "set"), tmp_path / "s", dataclasses.replace(ALONE, strict=True)
+            CocoSource(*make_bad_coco(tmp_path / "set")),
+            tmp_path / "s",
+            dataclasses.replace(ALONE, strict=True),
         )
     assert not (tmp_path / "s").exists()
 

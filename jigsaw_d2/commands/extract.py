@@ -1,4 +1,4 @@
-"""Cut the samples of a detection set into a store (and those of a held-out set into a second one)."""
+"""Cut the samples of a detection set into a store, and those of a held-out set into another."""
 
 import argparse
 import importlib

@@ -23,7 +23,8 @@ def report_figure(report: dict) -> Figure:
     _draw_fill(panels["fill"], report)
     _draw_sizes(panels["sizes"], report)
     figure.suptitle(
-        f"{report['samples']} samples: {report['positives']} positive, {report['negatives']} negative"
+        f"{report['samples']} samples: {report['positives']} positive, "
+        f"{report['negatives']} negative"
     )
     return figure
 
