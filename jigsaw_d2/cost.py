@@ -1,9 +1,10 @@
 """Ledger of the compute that a result cost: images, pixels, FLOPs, seconds and device by stage.
 
 One ``cost.json`` lies in the run's folder. Each stage adds to it as it goes, so it holds what was
-truly spent: across resumes, and with the iterations that a kill made necessary twice. FLOPs count a
-multiply and an add as two (2 per MAC); a training step counts as three forward passes (forward,
-gradient of the activations, gradient of the weights).
+spent: across resumes, and with the iterations that a kill made necessary twice (the killed process
+takes at most its last 20 steps with it). FLOPs count a multiply and an add as two (2 per MAC); a
+training step counts as three forward passes (forward, gradient of the activations, gradient of the
+weights).
 """
 
 import contextlib
