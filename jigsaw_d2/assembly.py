@@ -155,9 +155,7 @@ def paint(source: np.ndarray, placement: Placement, out: np.ndarray) -> None:
         target[:] = shown
 
 
-def _resize_by(
-    source: np.ndarray, step_y: float, step_x: float, interpolation: int
-) -> np.ndarray:
+def _resize_by(source: np.ndarray, step_y: float, step_x: float, interpolation: int) -> np.ndarray:
     """Resized pixel (j, i) shows ((j + 0.5) * step_y - 0.5, (i + 0.5) * step_x - 0.5)."""
     height, width = source.shape[:2]
     size = round(width / step_x), round(height / step_y)

@@ -78,7 +78,9 @@ class JigsawLoader(DataLoader):
     """
 
     def __init__(self, batches: JigsawBatches, positions: Sampler, **options: Any) -> None:
-        super().__init__(batches, sampler=positions, batch_size=None, collate_fn=_as_it_is, **options)
+        super().__init__(
+            batches, sampler=positions, batch_size=None, collate_fn=_as_it_is, **options
+        )
         self.position_step = getattr(positions, "world_size", 1)
         self.replaced = 0
         self._named: set[int] = set()

@@ -211,7 +211,8 @@ class JigsawDatasetMapper:
             except DamagedSampleError as error:
                 damaged.append((i, str(error)))
         raise DamagedSampleError(
-            f"no sample of a whole group can be decoded; the first of {len(damaged)}: {damaged[0][1]}"
+            f"no sample of a whole group can be decoded; the first of {len(damaged)}: "
+            f"{damaged[0][1]}"
         )
 
     def _draw_sample(self, i: int, region: np.ndarray, augmentation: Augmentation) -> None:

@@ -90,7 +90,8 @@ class JigsawTemplate:
                 choices = [str(v) for v in (below, below + stride) if v > 0]
                 raise TemplateError(
                     f"INPUT.JIGSAW.{key} ({axis}) = {value} is not a multiple of the feature's "
-                    f"stride {stride}: use {' or '.join(choices)}, or another MODEL.JIGSAW.IN_FEATURE"
+                    f"stride {stride}: use {' or '.join(choices)}, or another "
+                    "MODEL.JIGSAW.IN_FEATURE"
                 )
 
     def cell_regions(self, stride: int) -> torch.Tensor:

@@ -100,7 +100,9 @@ def test_crop_positions_are_uniform_over_all():
     # 100 wide at ratio 1 in a region of 90: positions 0..10
     rng = np.random.default_rng(3)
     crops = [
-        place_sample((20, 100), (64, 90), "pad_crop", Augmentation(1.0, False, 0.5, rng.random())).x.crop
+        place_sample(
+            (20, 100), (64, 90), "pad_crop", Augmentation(1.0, False, 0.5, rng.random())
+        ).x.crop
         for _ in range(11000)
     ]
     counts = np.bincount(crops, minlength=11)
@@ -109,7 +111,9 @@ def test_crop_positions_are_uniform_over_all():
     assert np.abs(counts - 1000).max() < 4.5 * 30
 
 
-@pytest.mark.parametrize("size, paste", [((10, 20), (27, 70)), ((11, 21), (26, 69)), ((1, 1), (31, 79))])
+@pytest.mark.parametrize(
+    "size, paste", [((10, 20), (27, 70)), ((11, 21), (26, 69)), ((1, 1), (31, 79))]
+)
 def test_padding_is_centred_and_zero(size, paste):
     # (64 - 10) / 2 = 27, (160 - 20) / 2 = 70; odd remainders leave the extra pixel behind
     image = np.full((*size, 3), 7, np.uint8)
@@ -157,7 +161,9 @@ def test_fitting_by_size_ignores_the_drawn_ratio(method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (64, 160), (700, 900)])
 def test_any_size_fits_any_region(method, size):
-    out = fit_to_region(np.full((*size, 3), 200, np.uint8), REGION, method, np.random.default_rng(0))
+    out = fit_to_region(
+        np.full((*size, 3), 200, np.uint8), REGION, method, np.random.default_rng(0)
+    )
     assert out.shape == (*REGION, 3) and out.dtype == np.uint8
     assert set(np.unique(out)) <= {0, 200} and (out == 200).any()
 

@@ -1,11 +1,9 @@
 """One Jigsaw image from its number: the draws, the regions, damage, options."""
 
-
 import cv2
 import numpy as np
 import pytest
 import torch
-
 from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
@@ -165,7 +163,9 @@ def test_other_methods_fill_their_regions(store, method):
     mapper = make_mapper(store, method=method)
     made = mapper({"position": 0, "sample_ids": np.array([0, 3, 1, 2])})
     boxes = mapper.used_boxes(0, made["sample_ids"].tolist())
-    sides, full = boxes[:, 2:] - boxes[:, :2], np.array([[64, 64], [160, 64], [64, 160], [160, 160]])
+    sides, full = boxes[:, 2:] - boxes[:, :2], np.array(
+        [[64, 64], [160, 64], [64, 160], [160, 160]]
+    )
     assert (sides == full).any(axis=1).all()
     assert method == "resize" or (sides == full).all()
 
@@ -180,7 +180,7 @@ def test_damaged_sample_is_replaced_and_reported(tmp_path):
     made = mapper({**record, "replacements": lambda slot: iter({2: [4, 7]}[slot])})
     assert made["sample_ids"].tolist()[2] == 4
     assert made["gt_classes"].tolist()[2] == store.classes[4]
-    (number, reason), = made["damaged"]
+    ((number, reason),) = made["damaged"]
     assert number == 1 and "CRC" in reason and store.key(1) in reason
 
 

@@ -120,7 +120,9 @@ def test_empty_group_borrows_the_nearest_with_one_warning(caplog):
     assert sorted(set(draws(sampler, 40)[:, 3].tolist())) == [26, 27, 28, 29]
     messages = [r.getMessage() for r in caplog.records]
     assert len(messages) == 1
-    assert all(word in messages[0] for word in ("group W", "1.5", "31", "4 nearest", "1.32 to 1.38"))
+    assert all(
+        word in messages[0] for word in ("group W", "1.5", "31", "4 nearest", "1.32 to 1.38")
+    )
 
 
 @pytest.mark.parametrize("group, size", [(0, (10, 10)), (1, (50, 10)), (2, (10, 50))])

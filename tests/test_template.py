@@ -46,7 +46,12 @@ def test_other_templates_tile_canvas_and_cells(size, split):
 
 def test_from_config_reads_height_before_width():
     cfg = get_jigsaw_cfg(
-        overrides=["INPUT.JIGSAW.TEMPLATE_SIZE", [320, 448], "INPUT.JIGSAW.TEMPLATE_SPLIT", [96, 64]]
+        overrides=[
+            "INPUT.JIGSAW.TEMPLATE_SIZE",
+            [320, 448],
+            "INPUT.JIGSAW.TEMPLATE_SPLIT",
+            [96, 64],
+        ]
     )
     assert JigsawTemplate.from_config(cfg) == JigsawTemplate(320, 448, 96, 64)
 

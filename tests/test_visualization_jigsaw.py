@@ -24,7 +24,9 @@ from jigsaw_d2.visualization.jigsaw import (
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("sheet") / "store", n_per_group=3, size_range=(20, 90))
+    return make_store(
+        tmp_path_factory.mktemp("sheet") / "store", n_per_group=3, size_range=(20, 90)
+    )
 
 
 def test_padding_is_striped_and_samples_are_untouched():
@@ -56,7 +58,9 @@ def test_first_batch_of_training(store, tmp_path, image_format, rank):
     assert pixels.dtype == np.uint8 and pixels.shape[0] == 3 and min(pixels.shape[1:]) > 200
     assert matplotlib.image.imread(tmp_path / "figures" / "first.png").ndim == 3
     titles = [axes.get_title() for axes in batch_figure(batch, loader).axes]
-    assert [title.split(":")[0] for title in titles[:3]] == [f"image {rank + 2 * n}" for n in range(3)]
+    assert [title.split(":")[0] for title in titles[:3]] == [
+        f"image {rank + 2 * n}" for n in range(3)
+    ]
     shown = batch_figure(batch, loader).axes[0].images[0].get_array()
     order = slice(None) if image_format == "RGB" else slice(None, None, -1)
     image = batch["image"][0].permute(1, 2, 0).numpy()[..., order]
