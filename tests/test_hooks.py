@@ -1,0 +1,106 @@
+"""hooks.py: what the meter says and books, when checkpoints and averaged statistics are due."""
+
+from types import SimpleNamespace
+
+import pytest
+from detectron2.utils.events import EventStorage
+
+from jigsaw_d2.cost import Ledger, read_ledger
+from jigsaw_d2.hooks import CheckpointHook, MeterHook, MeterPrinter, StatisticsHook, memory_mb
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("jigsaw_d2.hooks.time.perf_counter", lambda: self.now)
+
+
+def steps(hook: MeterHook, storage: EventStorage, clock: Clock, number: int) -> None:
+    """``number`` steps of 2 s, half a second of it waiting; the ERF takes 4 s of step 0."""
+    trainer = SimpleNamespace(storage=storage, iter=0)
+    hook.trainer = trainer
+    for iteration in range(number):
+        trainer.iter = storage.iter = iteration
+        hook.before_step()
+        if iteration == 0:
+            clock.now += 4.0
+            storage.put_scalar("erf/seconds", 4.0, smoothing_hint=False)
+        clock.now += 2.0
+        storage.put_scalar("data_time", 0.5)
+        hook.after_step()
+        clock.now += 100.0  # an evaluation, a checkpoint: no part of the training's speed
+
+
+def test_meter_by_hand(tmp_path, monkeypatch):
+    clock, storage = Clock(monkeypatch), EventStorage(0)
+    ledger = Ledger(tmp_path, "CPU")
+    hook = MeterHook(ledger, images=16, pixels=100, macs=1000, world_size=2)
+    steps(hook, storage, clock, 20)
+    latest = {name: value for name, (value, _) in storage.latest().items()}
+    assert latest["images_per_s"] == 8.0  # 16 images in 2 s
+    assert latest["data_wait_share"] == 0.25
+    assert latest["erf_share"] == pytest.approx(4 / 44)  # of 20 x 2 s and 4 s
+    assert latest["memory_mb"] > 10
+    booked = read_ledger(tmp_path)["stages"]["pretraining"]
+    assert booked["images"] == 320 and booked["pixels"] == 32_000
+    # A multiply and an add per MAC, three forward passes' worth per step.
+    assert booked["flops"] == 320 * 6 * 1000
+    assert booked["seconds"] == pytest.approx(20 * 2 * 2)  # two devices
+
+
+def test_what_a_checkpoint_holds_is_in_the_ledger_before_it(tmp_path, monkeypatch):
+    clock, storage = Clock(monkeypatch), EventStorage(0)
+    hook = MeterHook(Ledger(tmp_path), images=1, pixels=1, macs=1, checkpoint_period=3)
+    steps(hook, storage, clock, 5)
+    assert read_ledger(tmp_path)["stages"]["pretraining"]["images"] == 3
+    hook.after_train()
+    assert read_ledger(tmp_path)["stages"]["pretraining"]["images"] == 5
+
+
+def test_printer_tells_regions_once_a_step(tmp_path, caplog):
+    with EventStorage(19) as storage:
+        storage.put_scalar("images_per_s", 12.0)
+        storage.put_scalar("data_wait_share", 0.01)
+        storage.put_scalar("erf_share", 0.002, smoothing_hint=False)
+        for region in (1, 2, 3, 4):
+            storage.put_scalar(f"region/R{region}_top1", region / 10, smoothing_hint=False)
+        with caplog.at_level("INFO", "jigsaw_d2.hooks"):
+            MeterPrinter().write()
+            storage.iter = 20
+            MeterPrinter().write()  # nothing new
+    (line,) = caplog.messages
+    assert "12.0 images/s" in line and "data wait: 1.0%" in line and "erf: 0.2%" in line
+    assert line.endswith("top-1 of R1..R4: 10.0 20.0 30.0 40.0 %")
+
+
+@pytest.mark.parametrize(
+    "period, expected",
+    [
+        (3, ["model_0000002", "model_0000005", "model_final"]),
+        (4, ["model_0000003", "model_final"]),
+        (0, ["model_final"]),
+    ],
+)
+def test_checkpoints_are_named_as_detectron2_names_them(period, expected):
+    saved = []
+    hook = CheckpointHook(period)
+    for iteration in range(8):
+        hook.trainer = SimpleNamespace(iter=iteration, max_iter=8, save_checkpoint=saved.append)
+        hook.after_step()
+    assert saved == expected
+
+
+def test_statistics_are_averaged_before_whatever_uses_them(monkeypatch):
+    done = []
+    monkeypatch.setattr("jigsaw_d2.hooks.average_statistics", done.append)
+    hook = StatisticsHook([4, 0, 6])
+    for iteration in range(13):
+        hook.trainer = SimpleNamespace(iter=iteration, max_iter=13, model=iteration)
+        hook.after_step()
+    assert done == [3, 5, 7, 11, 12]
+
+
+def test_memory_is_in_mebibytes():
+    assert 50 < memory_mb() < 10**6
