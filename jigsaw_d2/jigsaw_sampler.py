@@ -166,7 +166,8 @@ def repeat_factors(classes: np.ndarray, threshold: float) -> np.ndarray:
     if not threshold > 0:
         raise SamplerError(
             "class-balanced sampling repeats classes rarer than DATALOADER.REPEAT_THRESHOLD, "
-            f"which is {threshold}: set a frequency such as 0.05, or INPUT.JIGSAW.SAMPLING to uniform"
+            f"which is {threshold}: set a frequency such as 0.05, or INPUT.JIGSAW.SAMPLING to "
+            "uniform"
         )
     frequency = np.bincount(classes) / max(len(classes), 1)
     return np.maximum(1.0, np.sqrt(threshold / frequency[classes]))
