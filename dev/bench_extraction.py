@@ -50,9 +50,31 @@ def draw_set(folder: Path, images: int = 160, objects: int = 7) -> CocoSource:
     return CocoSource(folder / "set.json", folder / "images")
 
 
+def repeat_set(source: CocoSource, folder: Path, times: int) -> CocoSource:
+    """``times`` copies of a set, the images as links: what starting up costs is spread over more."""
+    content = json.loads(source.json_file.read_bytes())
+    images, annotations = content["images"], content["annotations"]
+    content["images"], content["annotations"] = [], []
+    step = 1 + max(entry["id"] for entry in images)
+    (folder / "links").mkdir()
+    for n in range(times):
+        for entry in images:
+            name = f"{n}_{Path(entry['file_name']).name}"
+            (folder / "links" / name).symlink_to(
+                (source.image_root / entry["file_name"]).absolute()
+            )
+            number = entry["id"] + n * step
+            content["images"].append({**entry, "id": number, "file_name": name})
+        for entry in annotations:
+            number = entry["image_id"] + n * step
+            entry = {**entry, "image_id": number, "id": len(content["annotations"])}
+            content["annotations"].append(entry)
+    (folder / "repeated.json").write_text(json.dumps(content))
+    return CocoSource(folder / "repeated.json", folder / "links")
+
+
 def bare_chunk(work: list[tuple[str, list]]) -> int:
     """Decode and encode, nothing else; returns the bytes made."""
-    cv2.setNumThreads(1)
     made = 0
     for path, boxes in work:
         with open(path, "rb") as file:
@@ -91,10 +113,13 @@ def main() -> None:
     parser.add_argument("--images")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--times", type=int, default=4, help="copies of the set")
     args = parser.parse_args()
+    cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         source = CocoSource(args.json, args.images) if args.json else draw_set(folder)
+        source = repeat_set(source, folder, args.times)
         output, options = folder / "store", ExtractionOptions(workers=args.workers)
         extract_samples(source, output, options)  # warms the page cache
         work = crops_of(SampleStore(output), source)

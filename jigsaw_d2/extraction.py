@@ -145,7 +145,7 @@ def cut_images(plans: list[ImagePlan], options: ExtractionOptions) -> Cut:
     images = pixels = 0
     for plan in plans:
         try:
-            image = read_pixels(plan.path)
+            image = read_pixels(plan.path, plan.plain)
         except ImageReadError as error:
             log.add(error.reason, plan.path)
             continue

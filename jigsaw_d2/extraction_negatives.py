@@ -91,12 +91,12 @@ def place_negatives(
     found = []
     for plan, quota in zip(plans, quotas):
         rng = image_rng(seed, plan.image_id, stream)
-        boxes = np.zeros((0, 4), np.float32)
-        for _ in range(SIZES_PER_NEGATIVE):
-            if len(boxes) >= quota:
-                break
-            wanted = sizes[rng.integers(0, len(sizes), quota - len(boxes))]
-            placed = sample_backgrounds(plan.forbidden, plan.size, wanted, rng)
-            boxes = np.concatenate([boxes, placed])
+        wanted = sizes[rng.integers(0, len(sizes), quota)]
+        boxes = sample_backgrounds(plan.forbidden, plan.size, wanted, rng)
+        if len(boxes) < quota:
+            others = (SIZES_PER_NEGATIVE - 1) * (quota - len(boxes))
+            wanted = sizes[rng.integers(0, len(sizes), others)]
+            more = sample_backgrounds(plan.forbidden, plan.size, wanted, rng)
+            boxes = np.concatenate([boxes, more])[:quota]
         found.append(boxes)
     return found

@@ -27,6 +27,7 @@ class ImagePlan:
     gt_boxes: np.ndarray  # float32 (k, 4) XYXY
     classes: np.ndarray  # int64 (k,)
     forbidden: np.ndarray  # float32 (m, 4): what no negative may touch
+    plain: str = ""  # see image_reading.ImageInfo
 
     def with_negatives(self, boxes: np.ndarray, background: int) -> "ImagePlan":
         """The plan with the negatives ``boxes`` (n, 4) behind what it has."""
@@ -38,6 +39,7 @@ class ImagePlan:
             np.concatenate([self.gt_boxes, boxes]),
             np.concatenate([self.classes, np.full(len(boxes), background, np.int64)]),
             self.forbidden,
+            self.plain,
         )
 
 
@@ -70,9 +72,8 @@ def plan_positives(
         if not len(boxes):
             log.add("image_without_positives", image.path)
         forbidden = np.concatenate([boxes, forbidden[(forbidden[:, 2:] > forbidden[:, :2]).all(1)]])
-        plans.append(
-            ImagePlan(image.image_id, image.path, info.size, boxes, gt_boxes, classes, forbidden)
-        )
+        where = (image.image_id, image.path, info.size)
+        plans.append(ImagePlan(*where, boxes, gt_boxes, classes, forbidden, info.plain))
     return plans
 
 

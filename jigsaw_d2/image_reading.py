@@ -36,10 +36,14 @@ class ImageReadError(JigsawError, ValueError):
 
 
 class ImageInfo(NamedTuple):
-    """Size (height, width) as read, i.e. upright, and what is special (keys of ``REASONS``)."""
+    """Size (height, width) as read, i.e. upright, and what is special (keys of ``REASONS``).
+
+    ``plain``: "RGB" or "L" of a whole upright JPEG, which OpenCV reads as Pillow does; else "".
+    """
 
     size: tuple[int, int]
     notes: tuple[str, ...]
+    plain: str
 
 
 def _open(path: str) -> Image.Image:
@@ -90,9 +94,13 @@ def probe_image(path: str) -> ImageInfo:
         notes = _notes(image, orientation)
         width, height = image.size
         ending = ENDINGS.get(image.format)
-        if ending is not None and not _ends_with(path, ending):
+        whole = ending is not None and _ends_with(path, ending)
+        if ending is not None and not whole:
             _load(image)
-    return ImageInfo((width, height) if orientation in SWAPS_SIDES else (height, width), notes)
+        plain = whole and image.format == "JPEG" and image.mode in ("RGB", "L")
+        plain = image.mode if plain and orientation not in UPRIGHT else ""
+    size = (width, height) if orientation in SWAPS_SIDES else (height, width)
+    return ImageInfo(size, notes, plain)
 
 
 def _ends_with(path: str, ending: bytes) -> bool:
@@ -108,21 +116,23 @@ def _load(image: Image.Image) -> None:
         raise ImageReadError("image_truncated") from error
 
 
-def read_pixels(path: str) -> np.ndarray:
+def read_pixels(path: str, plain: str = "") -> np.ndarray:
     """uint8 BGR (h, w, 3), or (h, w) where the image is grey: upright, as Detectron2 reads it.
 
     BGR, because OpenCV encodes from it.
 
+    Args:
+        plain: of ``probe_image``.
+
     Raises:
         ImageReadError: with the reason.
     """
+    pixels = _decode_plain_jpeg(path, plain) if plain else None
+    if pixels is not None:
+        return pixels
     with _open(path) as image:
         orientation = _orientation(image)
         _notes(image, orientation)
-        if orientation not in UPRIGHT and image.format == "JPEG" and image.mode in ("RGB", "L"):
-            pixels = _decode_plain_jpeg(path, image.mode)
-            if pixels is not None:
-                return pixels
         _load(image)
         if orientation in UPRIGHT:
             image = image.transpose(UPRIGHT[orientation])
@@ -134,11 +144,13 @@ def read_pixels(path: str) -> np.ndarray:
 def _decode_plain_jpeg(path: str, mode: str) -> np.ndarray | None:
     """OpenCV's decode, whose pixels are Pillow's (both are libjpeg-turbo), without its copies.
 
-    None where the end is cut off, which OpenCV would fill up in silence, or it cannot decode.
+    None where it is whole no longer, which OpenCV would fill up in silence, or does not decode.
     """
-    with open(path, "rb") as file:
-        data = file.read()
-    if not data.endswith(ENDINGS["JPEG"]):
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError:
+        return None
+    if data[-2:].tobytes() != ENDINGS["JPEG"]:
         return None
     flag = cv2.IMREAD_GRAYSCALE if mode == "L" else cv2.IMREAD_COLOR
-    return cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+    return cv2.imdecode(data, flag | cv2.IMREAD_IGNORE_ORIENTATION)

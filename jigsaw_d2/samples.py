@@ -121,14 +121,10 @@ def sample_backgrounds(
     """
     height, width = image_size
     forbidden = np.asarray(forbidden, np.float32).reshape(-1, 4)
-    found = []
-    for wanted in np.maximum(np.rint(np.asarray(sizes, np.float64).reshape(-1, 2)), 1).astype(int):
-        room = np.array([width, height]) - wanted
-        if (room < 0).any():
-            continue
-        corners = rng.integers(0, room + 1, size=(max_tries, 2))
-        boxes = np.concatenate([corners, corners + wanted], axis=1).astype(np.float32)
-        free = ~overlaps_any(boxes, forbidden)
-        if free.any():
-            found.append(boxes[free.argmax()])
-    return np.array(found, np.float32).reshape(-1, 4)
+    wanted = np.maximum(np.rint(np.asarray(sizes, np.float64).reshape(-1, 2)), 1)
+    wanted = wanted[(wanted <= [width, height]).all(axis=1)]
+    corners = rng.random((len(wanted), max_tries, 2)) * ([width, height] - wanted + 1)[:, None]
+    corners = np.floor(corners)
+    boxes = np.concatenate([corners, corners + wanted[:, None]], axis=2).astype(np.float32)
+    free = ~overlaps_any(boxes.reshape(-1, 4), forbidden).reshape(boxes.shape[:2])
+    return boxes[np.arange(len(wanted)), free.argmax(axis=1)][free.any(axis=1)]

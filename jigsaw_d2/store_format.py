@@ -75,27 +75,30 @@ def sample_key(class_index: int, image_id: int, serial: int) -> str:
     return f"{class_index:04d}/{image_id}_{serial:03d}"
 
 
+# What all tar headers share, around name, size and checksum: mode, owner, group; time; type, magic.
+_TAR_OWNER = b"0000644\0" + b"0000000\0" * 2
+_TAR_TIME = b"00000000000\0"
+_TAR_REST = (b"0" + bytes(100) + b"ustar\00000").ljust(BLOCK - 156, b"\0")
+# The checksum field counts as eight spaces.
+_TAR_SUM = sum(_TAR_OWNER + _TAR_TIME + _TAR_REST) + 8 * ord(" ")
+
+
 def tar_header(name: str, size: int) -> bytes:
     """One 512-byte ustar header of a regular file; nothing in it depends on clock or user.
 
-    ``tarfile.TarInfo.tobuf`` gives the same bytes at six times the cost.
+    ``tarfile.TarInfo.tobuf`` gives the same bytes at many times the cost.
+
+    Raises:
+        StoreError: a name of more than 100 bytes.
     """
-    header = bytearray(BLOCK)
     encoded = name.encode()
     if len(encoded) > 100:
         raise StoreError(
             f"member name {name!r} has more than the 100 bytes that a tar header holds"
         )
-    header[: len(encoded)] = encoded
-    header[100:108] = b"0000644\0"
-    header[108:116] = header[116:124] = b"0000000\0"
-    header[124:136] = b"%011o\0" % size
-    header[136:148] = b"00000000000\0"
-    header[148:156] = b" " * 8  # the checksum counts itself as spaces
-    header[156:157] = b"0"
-    header[257:265] = b"ustar\00000"
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
+    length = b"%011o\0" % size
+    checksum = b"%06o\0 " % (_TAR_SUM + sum(encoded) + sum(length))
+    return b"".join((encoded.ljust(100, b"\0"), _TAR_OWNER, length, _TAR_TIME, checksum, _TAR_REST))
 
 
 def tar_padding(size: int) -> bytes:

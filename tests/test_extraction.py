@@ -159,7 +159,7 @@ def test_killed_run_is_completed_by_the_same_call(
     written = [shard.stat().st_mtime_ns for shard in shards[:2]]
 
     real, read = extraction.read_pixels, []
-    monkeypatch.setattr(extraction, "read_pixels", lambda path: read.append(path) or real(path))
+    monkeypatch.setattr(extraction, "read_pixels", lambda *args: read.append(args) or real(*args))
     extract_samples(source(tiny_coco), tmp_path / "s", small_shards(0))
     assert content(tmp_path / "s") == content(tmp_path / "whole")
     kept = [(tmp_path / "s" / shard.name).stat().st_mtime_ns for shard in shards[:2]]
@@ -278,10 +278,10 @@ def test_image_that_breaks_while_extraction_runs(
     """What probing cannot see is counted when the image is decoded."""
     real = extraction.read_pixels
 
-    def read(path: str) -> np.ndarray:
+    def read(path: str, plain: str) -> np.ndarray:
         if path.endswith("train_003.jpg"):
             raise extraction.ImageReadError("image_truncated")
-        image = real(path)
+        image = real(path, plain)
         return image[:-1] if path.endswith("train_004.jpg") else image
 
     monkeypatch.setattr(extraction, "read_pixels", read)

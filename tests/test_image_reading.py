@@ -58,7 +58,9 @@ def test_modes_as_detectron2_converts_them(
 ) -> None:
     path = save(tmp_path / f"a.{suffix}", PICTURE.convert(mode))
     assert np.array_equal(as_rgb(read_pixels(path)), read_image(path, "RGB"))
-    assert probe_image(path) == ((40, 64), notes)
+    info = probe_image(path)
+    assert info == ((40, 64), notes, mode if suffix == "jpg" and mode in ("RGB", "L") else "")
+    assert np.array_equal(read_pixels(path, info.plain), read_pixels(path))
 
 
 def test_transparent_palette_is_read_like_any_other(tmp_path: Path) -> None:
@@ -95,6 +97,17 @@ def test_truncated_files(tmp_path: Path, suffix: str, kept: float) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept)])
     assert reason(path) == "image_truncated"
+
+
+def test_plain_jpeg_that_changed_since_it_was_probed(tmp_path: Path) -> None:
+    path = Path(save(tmp_path / "a.jpg"))
+    assert probe_image(str(path)).plain == "RGB"
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(ImageReadError, match="image_truncated"):
+        read_pixels(str(path), "RGB")
+    path.unlink()
+    with pytest.raises(ImageReadError, match="image_missing"):
+        read_pixels(str(path), "RGB")
 
 
 def test_bytes_behind_the_end_are_harmless(tmp_path: Path) -> None:
