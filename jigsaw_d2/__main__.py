@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
         lines = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
         asked_for_help = bool(argv) and argv[0] in ("-h", "--help")
         out = sys.stdout if asked_for_help else sys.stderr
-        out.write(f"usage: python -m jigsaw_d2 COMMAND ... (COMMAND --help tells more)\n\n{lines}\n")
+        out.write(
+            f"usage: python -m jigsaw_d2 COMMAND ... (COMMAND --help tells more)\n\n{lines}\n"
+        )
         return 0 if asked_for_help else 2
     command = importlib.import_module(f"jigsaw_d2.commands.{argv[0]}")
     return run_command(command.main, argv[1:])
