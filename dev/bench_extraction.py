@@ -51,7 +51,7 @@ def draw_set(folder: Path, images: int = 160, objects: int = 7) -> CocoSource:
 
 
 def repeat_set(source: CocoSource, folder: Path, times: int) -> CocoSource:
-    """``times`` copies of a set, the images as links: what starting up costs is spread over more."""
+    """``times`` copies of a set, the images as links: spreads what starting up costs."""
     content = json.loads(source.json_file.read_bytes())
     images, annotations = content["images"], content["annotations"]
     content["images"], content["annotations"] = [], []
