@@ -1,7 +1,7 @@
 """How fast Jigsaw images are made: python dev/bench_input.py --json A.json --images DIR
 
 All rows show the same crops, on one core, in turns within one run; the rates are medians over the
-turns. "Ordinary JPEG" bytes are the crops as any dataset stores them; "store" bytes are those of
+turns, by the processor time that the work took, so that other work on the machine disturbs little. "Ordinary JPEG" bytes are the crops as any dataset stores them; "store" bytes are those of
 the sample store, in which large crops have restart intervals so that a window decodes alone.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from PIL import Image
 from torchvision import transforms
 
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--turns", type=int, default=15, help="turns of every row")
     parser.add_argument("--batches", type=int, default=4, help=f"batches of {BATCH} images a turn")
     parser.add_argument(
-        "--memory-batches", type=int, default=0, help="batches to watch memory over"
+        "--memory-batches", type=int, default=0, help="batches of 4 to watch memory over"
     )
     parser.add_argument("--workers", action="store_true", help="also 1 and 2 worker processes")
     return parser
@@ -98,7 +99,7 @@ def imagenet_recipe() -> Callable[[bytes], torch.Tensor]:
     )
 
 
-def jigsaw_cfg(store: SampleStore, workers: int) -> object:
+def jigsaw_cfg(store: SampleStore, workers: int) -> CfgNode:
     return get_jigsaw_cfg(
         overrides=[
             *("DATASETS.TRAIN", (str(store.paths[0]),)),
@@ -149,14 +150,14 @@ def make_rows(
 
 
 def measure(rows: dict[str, Callable[[int], None]], turns: int, count: int) -> np.ndarray:
-    """Images per second, (rows, turns); one more turn, first, is thrown away."""
+    """Images per processor second, (rows, turns); one more turn, first, is thrown away."""
     rates = np.zeros((len(rows), turns))
     for t in range(-1, turns):
         for row, function in enumerate(rows.values()):
-            start = time.perf_counter()
+            start = time.process_time()
             function(t + 1)
             if t >= 0:
-                rates[row, t] = count / (time.perf_counter() - start)
+                rates[row, t] = count / (time.process_time() - start)
     return rates
 
 
@@ -179,8 +180,10 @@ def measure_workers(store: SampleStore, turns: int, batches: int) -> dict[int, n
 
 
 def watch_memory(store: SampleStore, batches: int) -> list[tuple[int, float]]:
-    """(batches made, MiB of peak resident memory of this process) along the way, no workers."""
-    stream, seen = iter(build_jigsaw_train_loader(jigsaw_cfg(store, 0), store=store)), []
+    """(batches of 4 made, MiB of peak resident memory) at a tenth, half and all of ``batches``."""
+    cfg = jigsaw_cfg(store, 0)
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    stream, seen = iter(build_jigsaw_train_loader(cfg, store=store)), []
     for number in range(1, batches + 1):
         next(stream)
         if number in (batches // 10, batches // 2, batches):
