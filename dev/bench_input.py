@@ -1,6 +1,6 @@
 """How fast Jigsaw images are made: python dev/bench_input.py --json A.json --images DIR
 
-All rows show the same crops, on one core, in turns within one run. Rates are medians over the turns,
+All rows show the same crops, on one core, in turns within one run. Rates are medians over turns,
 by the processor time that the work took, so that other work on the machine disturbs little; those
 of worker processes are by the clock. "Ordinary JPEG" bytes are the crops as any dataset stores
 them; "store" bytes are those of the sample store, in which large crops have restart intervals so
