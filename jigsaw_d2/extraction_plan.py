@@ -123,7 +123,7 @@ def boxes_text(box: list[float]) -> str:
 
 
 def chunked(items: list | np.ndarray, size: int) -> list:
-    """``items`` in consecutive pieces of ``size``, the last one shorter."""
+    """``items``, of length or shape (n, ...), in pieces of ``size``, the last one shorter."""
     return [items[n : n + size] for n in range(0, len(items), size)]
 
 

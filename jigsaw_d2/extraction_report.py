@@ -56,7 +56,13 @@ def summarise(
     template: JigsawTemplate,
     scale_range: Sequence[float],
 ) -> dict:
-    """Counts per class and group, sizes, fill of the template, cautions; plain Python values."""
+    """Counts per class and group, sizes, fill of the template, cautions; plain Python values.
+
+    Args:
+        index: ``store_format.RECORD`` of shape (n,).
+        categories: without background.
+        scale_range: ratios that samples will be resized by.
+    """
     background = len(categories)
     positive = index["class"] < background
     counts = np.zeros((background + 1, 3), np.int64)
@@ -105,6 +111,10 @@ def template_fill(
     "used" and "padded" are shares of the region's pixels; "cropped" is the mean share of a sample's
     pixels that find no place. Of two S samples the smaller goes to R1: a sample's chance to be the
     larger is its rank by area. None for a region whose group is empty.
+
+    Args:
+        sizes: (n, 2) (height, width), pixels.
+        groups: (n,) index into ``samples.GROUPS``.
     """
     low, high = scale_range
     scales = low + (high - low) * (np.arange(SCALES) + 0.5) / SCALES

@@ -116,7 +116,7 @@ def keep_resnet(tensors: Mapping[str, Any]) -> Arrays:
 
 
 def to_array(value: Any) -> np.ndarray:
-    """float32 copy of a tensor or array, contiguous."""
+    """Float32 copy of a tensor or array of any shape, contiguous."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().float().numpy()
     return np.array(value, dtype=np.float32, order="C")

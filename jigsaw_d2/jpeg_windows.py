@@ -176,6 +176,9 @@ def decode_rgb(data: np.ndarray) -> np.ndarray | None:
 def decode_window(data: bytes, window: tuple[int, int, int, int]) -> np.ndarray | None:
     """``decode_rgb(data)[y0:y1, x0:x1]``, reading only the pieces of the JPEG that it needs.
 
+    Returns:
+        uint8 RGB (y1 - y0, x1 - x0, 3); None where OpenCV cannot decode the data.
+
     Raises:
         ValueError: as ``cut_window``.
     """

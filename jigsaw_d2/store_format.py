@@ -107,14 +107,14 @@ def tar_padding(size: int) -> bytes:
 
 
 def fingerprint(categories: list[str], index: np.ndarray) -> str:
-    """SHA-256 over the categories and all records; the records hold every sample's CRC-32."""
+    """SHA-256 over the categories and all records (shape (n,)), which hold every CRC-32."""
     digest = hashlib.sha256(json.dumps([FORMAT, VERSION, categories]).encode())
     digest.update(memoryview(np.ascontiguousarray(index)).cast("B"))
     return digest.hexdigest()
 
 
 def hash_image_ids(image_ids: np.ndarray) -> str:
-    """SHA-256 over the sorted distinct source image ids: which images a store saw."""
+    """SHA-256 over the sorted distinct ids of source images, shape (n,): what a store saw."""
     return hashlib.sha256(np.unique(image_ids).astype("<i8").tobytes()).hexdigest()
 
 

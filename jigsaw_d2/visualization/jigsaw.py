@@ -37,7 +37,7 @@ def shade_padding(image: np.ndarray, used_boxes: np.ndarray) -> np.ndarray:
 
 
 def used_share(used_boxes: np.ndarray, template: JigsawTemplate) -> float:
-    """Part of the canvas that shows samples."""
+    """Part of the canvas that shows samples; ``used_boxes`` (4, 4) XYXY canvas pixels."""
     sides = used_boxes[:, 2:] - used_boxes[:, :2]
     return float(sides.prod(axis=1).sum() / (template.height * template.width))
 

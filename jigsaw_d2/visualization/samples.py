@@ -23,7 +23,7 @@ def choose_samples(store: SampleStore, count: int, rng: np.random.Generator) -> 
 
 
 def samples_figure(store: SampleStore, samples: np.ndarray) -> Figure:
-    """A grid of whole samples; dashed: the annotated box, the rest is context (Sec. 3.1)."""
+    """A grid of samples (ids of shape (n,)); dashed: the annotated box, around it the context."""
     rows = max(-(-len(samples) // COLUMNS), 1)
     figure = Figure(figsize=(2 * COLUMNS, 2.3 * rows), layout="constrained")
     grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
