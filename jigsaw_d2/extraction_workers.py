@@ -1,5 +1,6 @@
 """Work shared out between processes, its results in the order of the tasks."""
 
+import gc
 import os
 import threading
 import time
@@ -49,6 +50,9 @@ class Workers:
             # a child that inherits them half would wait for them for ever.
             self._threads = cv2.getNumThreads()
             cv2.setNumThreads(1)
+            # What is loaded already, torch above all, is no garbage: spare each process the walk
+            # over it, which would copy the shared pages, too.
+            gc.freeze()
             # fork: a worker starts in milliseconds and shares what is loaded already.
             self._pool = ProcessPoolExecutor(
                 self.count, get_context("fork"), _start_worker, (os.getpid(),)
@@ -59,6 +63,7 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             cv2.setNumThreads(self._threads)
+            gc.unfreeze()
 
     def map(self, function: Callable, tasks: Iterable[tuple]) -> Iterator:
         """``function(*task)`` of every task, in order.

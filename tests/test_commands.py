@@ -12,7 +12,14 @@ from jigsaw_d2.commands import run_command
 from jigsaw_d2.errors import JigsawError
 
 PROJECT = Path(__file__).parents[1] / "projects" / "JigsawPretrain"
-SCRIPTS = ("train_net", "extract_samples", "convert_weights", "finetune_net", "visualize", "compare")
+SCRIPTS = (
+    "train_net",
+    "extract_samples",
+    "convert_weights",
+    "finetune_net",
+    "visualize",
+    "compare",
+)
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -17,7 +17,14 @@ def coco_files(tmp_path, request):
     content = {
         "images": [{"id": 1, "file_name": "a.jpg", "height": 10, "width": 20}],
         "annotations": [
-            {"id": 1, "image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0}
+            {
+                "id": 1,
+                "image_id": 1,
+                "category_id": 7,
+                "bbox": [1, 2, 3, 4],
+                "area": 12,
+                "iscrowd": 0,
+            }
         ],
         "categories": [{"id": 7, "name": "bolt"}],
     }

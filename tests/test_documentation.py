@@ -23,7 +23,11 @@ MODULES = sorted(m.name for m in pkgutil.walk_packages(jigsaw_d2.__path__, "jigs
 def _public_names(module):
     for name, value in vars(module).items():
         own = getattr(value, "__module__", None) == module.__name__
-        if not name.startswith("_") and own and (inspect.isclass(value) or inspect.isfunction(value)):
+        if (
+            not name.startswith("_")
+            and own
+            and (inspect.isclass(value) or inspect.isfunction(value))
+        ):
             yield name, value
 
 

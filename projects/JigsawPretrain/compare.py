@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compare initialisations at equal budget, over seeds (Tables 1-5, Fig. 7).
 
-The command itself is ``jigsaw_d2.commands.compare``; ``python -m jigsaw_d2 compare`` runs the same.
+The command is ``jigsaw_d2.commands.compare``; ``python -m jigsaw_d2 compare`` runs it too.
 """
 
 import sys

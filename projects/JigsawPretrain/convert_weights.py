@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Turn a pre-training checkpoint into Detectron2 or torchvision backbone weights.
 
-The command itself is ``jigsaw_d2.commands.convert``; ``python -m jigsaw_d2 convert`` runs the same.
+The command is ``jigsaw_d2.commands.convert``; ``python -m jigsaw_d2 convert`` runs it too.
 """
 
 import sys

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Cut positive and negative samples out of a detection set (Sec. 3.1).
 
-The command itself is ``jigsaw_d2.commands.extract``; ``python -m jigsaw_d2 extract`` runs the same.
+The command is ``jigsaw_d2.commands.extract``; ``python -m jigsaw_d2 extract`` runs it too.
 """
 
 import sys

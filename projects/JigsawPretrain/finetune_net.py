@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a model-zoo detector from converted weights (Sec. 4.1).
 
-The command itself is ``jigsaw_d2.commands.finetune``; ``python -m jigsaw_d2 finetune`` runs the same.
+The command is ``jigsaw_d2.commands.finetune``; ``python -m jigsaw_d2 finetune`` runs it too.
 """
 
 import sys

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Pre-train a backbone on Jigsaw images (Sec. 3.2-3.3, 4.1).
 
-The command itself is ``jigsaw_d2.commands.pretrain``; ``python -m jigsaw_d2 pretrain`` runs the same.
+The command is ``jigsaw_d2.commands.pretrain``; ``python -m jigsaw_d2 pretrain`` runs it too.
 """
 
 import sys

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draw the figures: samples, jigsaw, erf, labels.
 
-The command itself is ``jigsaw_d2.commands.visualize``; ``python -m jigsaw_d2 visualize`` runs the same.
+The command is ``jigsaw_d2.commands.visualize``; ``python -m jigsaw_d2 visualize`` runs it too.
 """
 
 import sys
