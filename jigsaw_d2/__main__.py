@@ -1,4 +1,4 @@
-"""``python -m jigsaw_d2 COMMAND ...``: every command of the project, from an installed package too."""
+"""``python -m jigsaw_d2 COMMAND ...``: every command, from an installed package too."""
 
 import importlib
 import sys

@@ -1,4 +1,4 @@
-"""Every configuration key that this project adds to Detectron2's defaults, and where configs are found.
+"""Every configuration key that this project adds to Detectron2's, and where configs are found.
 
 The defaults here are the paper's values ("Cheaper Pre-training Lunch", arXiv 2004.12178) or, where
 the paper is silent, our decision with its reason beside the key (marked "ours").
@@ -44,7 +44,7 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Compile the backbone with torch.compile: slow start, faster steps (ours).
     cfg.MODEL.JIGSAW.COMPILE = False
     # Fine-tuning only. Where a detector's weights must come from: "jigsaw", "imagenet", "scratch",
-    # or "" = anywhere. The config of a table's row names it, so that no row runs from the wrong file.
+    # or "" = anywhere. A table row's config names it, so that no row runs from the wrong file.
     cfg.MODEL.JIGSAW.ORIGIN = ""
     # Fine-tuning only. Start the offsets of deformable stages at zero, where they are a plain
     # convolution, if the weights have none: Fig. 8's ImageNet baseline is pre-trained without them.

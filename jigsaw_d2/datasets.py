@@ -29,7 +29,7 @@ def register_coco_files(cfg: CfgNode) -> list[str]:
     for entry in cfg.DATASETS.COCO_FILES:
         if not isinstance(entry, (list, tuple)) or len(entry) != 3:
             raise DatasetError(
-                f"DATASETS.COCO_FILES holds {entry!r}; each entry is [name, json file, image folder]"
+                f"DATASETS.COCO_FILES holds {entry!r}; each entry is [name, json, image folder]"
             )
         register_coco_file(*(str(part) for part in entry))
         names.append(str(entry[0]))
@@ -52,6 +52,6 @@ def register_coco_file(name: str, json_file: str, image_root: str) -> None:
     same = (known.get("json_file"), known.get("image_root")) == (json_file, image_root)
     if not same:
         raise DatasetError(
-            f"dataset name {name!r} already stands for {known.get('json_file')}; choose another name"
+            f"dataset name {name!r} already stands for {known.get('json_file')}; choose another"
         )
     logger.debug("dataset %s is registered already", name)

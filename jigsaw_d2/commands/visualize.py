@@ -1,4 +1,4 @@
-"""``visualize.py samples|jigsaw|erf|labels``: the figures of the method, for any data and weights."""
+"""``visualize.py samples|jigsaw|erf|labels``: the method's figures, for any data and weights."""
 
 import argparse
 import importlib
