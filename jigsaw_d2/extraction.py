@@ -142,8 +142,10 @@ def cut_images(plans: list[ImagePlan], options: ExtractionOptions) -> Cut:
     """Read, cut and encode the samples of some images."""
     log, builder = ExtractionLog(options.strict), ChunkBuilder(options.class_files)
     shown = shown_sizes(options.template, options.scale_range[0])
+    large = needs_windows(np.concatenate([plan.boxes for plan in plans]), shown).tolist()
+    ends = np.cumsum([len(plan.boxes) for plan in plans]).tolist()
     images = pixels = 0
-    for plan in plans:
+    for plan, end in zip(plans, ends):
         try:
             image = read_pixels(plan.path, plan.plain)
         except ImageReadError as error:
@@ -154,14 +156,14 @@ def cut_images(plans: list[ImagePlan], options: ExtractionOptions) -> Cut:
             continue
         images, pixels = images + 1, pixels + image.shape[0] * image.shape[1]
         boxes, gt_boxes, classes = (a.tolist() for a in (plan.boxes, plan.gt_boxes, plan.classes))
-        windows = needs_windows(plan.boxes, shown)
+        windows = large[end - len(boxes) : end]
         for serial, box in enumerate(boxes):
             x0, y0, x1, y1 = map(int, box)
             encoded, interval, code = encode_sample(
                 image[y0:y1, x0:x1],
                 quality=options.quality,
                 png=options.png,
-                windows=bool(windows[serial]),
+                windows=windows[serial],
             )
             builder.add(
                 encoded,

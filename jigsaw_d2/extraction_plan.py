@@ -103,11 +103,10 @@ def check_boxes(
         "crowd": crowd,
         "box_too_small": small,
     }
-    usable = np.ones(len(boxes), bool)
-    for reason, rejected in rejections.items():
-        for n in np.flatnonzero(usable & rejected):
-            log.add(reason, f"{image.path}: box {boxes_text(image.boxes[n])}")
-        usable &= ~rejected
+    usable = ~np.logical_or.reduce(list(rejections.values()))
+    for n in np.flatnonzero(~usable):
+        reason = next(reason for reason, rejected in rejections.items() if rejected[n])
+        log.add(reason, f"{image.path}: box {boxes_text(image.boxes[n])}")
     # Half a pixel beyond the border is rounding of the annotation tool, not a fault of the box.
     beyond = (boxes < -0.5).any(axis=1) | (boxes[:, 2:] > np.array([width, height]) + 0.5).any(
         axis=1
