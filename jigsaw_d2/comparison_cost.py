@@ -15,8 +15,8 @@ from jigsaw_d2.lr_schedule import scale_to_batch
 from jigsaw_d2.pipeline import DetectionSet
 from jigsaw_d2.report_markdown import table
 
-_TRIAL_IMAGES = 8
-_TRIAL_STEPS = 3
+_TRIAL_IMAGES = 4
+_TRIAL_STEPS = 2
 
 
 @dataclass(frozen=True)
