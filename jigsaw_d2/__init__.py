@@ -1,3 +1,39 @@
-"""Jigsaw pre-training of detector backbones from the detection dataset alone, for Detectron2."""
+"""Jigsaw pre-training of detector backbones from the detection dataset alone, for Detectron2.
 
+Where what lives, along the way of the data (prefixes group the files that belong together):
+
+    samples, extraction*, image_reading        detection images -> positive and negative samples
+    sample_store, store_*, jpeg_windows        shards, their index, windows that decode alone
+    template, assembly, dataset_mapper,
+    jigsaw_sampler, data_loader                samples -> batches of Jigsaw images
+    meta_arch, losses, erf, erf_*,
+    network_state                              backbone + classifier, objectives, region weights
+    trainer, train_step, hooks, lr_schedule,
+    norm, precision, launching, evaluation,
+    checkpointing, run_*, random_state,
+    initial_weights, replay                    pre-training in Detectron2's engine
+    checkpoint, passport, architecture,
+    weight_files, *_weights, backbone_loading  checkpoint -> weights with a passport -> detector
+    finetuning, finetune_config, detect*,
+    plain_config                               training the detector
+    cost, cost_table                           the ledger of compute
+    pipeline, stages, job*, time_budget,
+    demo_*, comparison*, report*, statistics   whole jobs, and comparisons over seeds
+    config, datasets, errors                   what everything shares
+    commands/, visualization/                  command lines; figures
+"""
+
+from jigsaw_d2 import meta_arch as _  # only registration: JigsawPretrainer
+from jigsaw_d2.checkpoint import convert_checkpoint
+from jigsaw_d2.config import add_jigsaw_config, get_jigsaw_cfg
+from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.template import JigsawTemplate
+
+__all__ = [
+    "JigsawTemplate",
+    "SampleStore",
+    "add_jigsaw_config",
+    "convert_checkpoint",
+    "get_jigsaw_cfg",
+]
 __version__ = "0.1.0"
