@@ -12,8 +12,8 @@ from jigsaw_d2.errors import JigsawError
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # CPU flags of units that multiply bfloat16 matrices: x86 (AMX) and ARM. AVX-512's avx512_bf16 is
-# left out: on a Xeon that has it without AMX, a ResNet-18 step in bfloat16 took 1.4 times the CPU
-# time of one in float32. Where it is fast, SOLVER.AMP.DTYPE bfloat16 insists.
+# left out: on a Xeon that has it without AMX, a ResNet-18 step in bfloat16 took 1.5 times as long
+# as one in float32. Where it is fast, SOLVER.AMP.DTYPE bfloat16 insists.
 _BFLOAT16_FLAGS = {"amx_bf16", "bf16"}
 _CPUINFO = Path("/proc/cpuinfo")
 
