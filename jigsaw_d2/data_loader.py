@@ -6,6 +6,7 @@ r, r + R, r + 2R ...: so the images of a step do not depend on R, only who makes
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from jigsaw_d2.dataset_mapper import JigsawDatasetMapper
 from jigsaw_d2.errors import JigsawError
@@ -37,17 +38,16 @@ class JigsawBatches(Dataset):
     def __getitem__(self, positions: range) -> dict:
         """
         Returns:
-            {"image": uint8 (N, 3, H, W), "gt_classes" and "sample_ids": int64 (N, 4) in region
-            order, "position": number of the first image, "damaged": list of (id, reason)}.
+            {"image": uint8 (N, 3, H, W), channels innermost in memory, as images are decoded;
+            "gt_classes" and "sample_ids": int64 (N, 4) in region order, "position": number of the
+            first image, "damaged": list of (id, reason)}.
 
         Raises:
             StoreGoneError: the store was removed or replaced since it was opened.
         """
         self.mapper.store.check_unchanged()
         template = self.mapper.template
-        images = torch.empty(
-            (len(positions), 3, template.height, template.width), dtype=torch.uint8
-        )
+        images = _empty_batch(len(positions), template.height, template.width)
         pixels = images.numpy()
         classes, ids, damaged = [], [], []
         for n, position in enumerate(positions):
@@ -61,12 +61,25 @@ class JigsawBatches(Dataset):
             ids.append(made.sample_ids)
             damaged += made.damaged
         return {
-            "image": images,
+            "image": images.permute(0, 3, 1, 2),
             "gt_classes": torch.tensor(classes),
             "sample_ids": torch.tensor(ids),
             "position": positions[0],
             "damaged": damaged,
         }
+
+
+def _empty_batch(count: int, height: int, width: int) -> torch.Tensor:
+    """uint8 (count, height, width, 3); in a worker in the memory that it shares with the trainer.
+
+    There a tensor is copied into shared memory when it is sent. Made there in the first place, as
+    torch's own collation does, it is not.
+    """
+    size = (count, height, width, 3)
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty(size, np.uint8))
+    storage = torch.UntypedStorage._new_shared(math.prod(size), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, size)
 
 
 class JigsawLoader(DataLoader):

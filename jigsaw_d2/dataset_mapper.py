@@ -1,7 +1,7 @@
 """Four sample numbers -> one Jigsaw image and its four classes."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -30,23 +30,25 @@ class JigsawImage(NamedTuple):
 
 
 class PositionDraws:
-    """One generator that can be put to any image number: its draws follow from (seed, number).
+    """Four draws from [0, 1) for each sample of an image: a function of (seed, image number).
 
-    Philox computes its stream from a key and a counter, so that going to a number is setting the
-    counter: a fifth of the cost of a new generator.
+    Made for ``BLOCK`` images at a time, since starting a generator costs more than drawing from it.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._philox = np.random.Philox(key=seed)
-        self._state = self._philox.state
-        self._generator = np.random.Generator(self._philox)
+    BLOCK = 64
 
-    def at(self, position: int) -> np.random.Generator:
-        """The generator, at the start of the draws of image ``position``; valid until the next."""
-        # The upper half of the 256-bit counter: the lower half counts the draws of one image.
-        self._state["state"]["counter"][:] = (0, 0, position, 0)
-        self._philox.state = self._state
-        return self._generator
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._number = -1
+        self._block: list[list[list[float]]] = []
+
+    def at(self, position: int) -> list[list[float]]:
+        """The draws of image ``position``, (4, 4): samples in region order, then their draws."""
+        number, offset = divmod(position, self.BLOCK)
+        if number != self._number:
+            rng = np.random.default_rng((self.seed, number))
+            self._block, self._number = rng.random((self.BLOCK, 4, 4)).tolist(), number
+        return self._block[offset]
 
 
 class JigsawDatasetMapper:
@@ -100,11 +102,8 @@ class JigsawDatasetMapper:
         self.scale_range, self.flip_prob, self.seed = (float(low), float(high)), flip_prob, seed
         self.classes, self.sizes = store.classes, store.sizes
         self.windows = None if context else annotated_windows(store)
-        # Drawn into again and again, then copied out: allocating it anew costs more than clearing.
-        self._canvas = np.zeros((template.height, template.width, 3), np.uint8)
-        self._regions = [self._canvas[y0:y1, x0:x1] for x0, y0, x1, y1 in template.boxes]
-        self._channels = (0, 1, 2) if image_format == "RGB" else (2, 1, 0)
-        self._draws = PositionDraws(self.seed)
+        self._boxes = template.boxes.tolist()
+        self._draws = PositionDraws(seed)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, store: SampleStore, seed: int | None = None) -> dict:
@@ -135,20 +134,21 @@ class JigsawDatasetMapper:
                 optionally "replacements": slot -> iterator of ids for damaged samples.
 
         Returns:
-            {"image": uint8 (3, H, W) tensor, "gt_classes": int64 (4,), "sample_ids": int64 (4,)
-            both in region order, "damaged": list of (id, reason)}.
+            {"image": uint8 (3, H, W) tensor, channels innermost in memory, "gt_classes": int64
+            (4,), "sample_ids": int64 (4,) both in region order, "damaged": list of (id, reason)}.
 
         Raises:
             DamagedSampleError: a sample cannot be decoded and nothing may replace it.
         """
-        out = torch.empty((3, self.template.height, self.template.width), dtype=torch.uint8)
+        out = np.empty((self.template.height, self.template.width, 3), np.uint8)
         made = self.draw_into(
-            out.numpy(), record["position"], record["sample_ids"], record.get("replacements")
+            out, record["position"], record["sample_ids"], record.get("replacements")
         )
+        # By way of numpy: torch.tensor of a list costs as much as decoding a small sample.
         return {
-            "image": out,
-            "gt_classes": torch.tensor(made.gt_classes),
-            "sample_ids": torch.tensor(made.sample_ids),
+            "image": torch.from_numpy(out).permute(2, 0, 1),
+            "gt_classes": torch.from_numpy(np.array(made.gt_classes)),
+            "sample_ids": torch.from_numpy(np.array(made.sample_ids)),
             "damaged": made.damaged,
         }
 
@@ -159,17 +159,23 @@ class JigsawDatasetMapper:
         sample_ids: np.ndarray,
         replacements: Callable[[int], Iterator[int]] | None = None,
     ) -> JigsawImage:
-        """As ``__call__``, into ``out`` uint8 (3, H, W), all of which is overwritten."""
-        self._canvas.fill(0)
+        """As ``__call__``, into ``out`` uint8 (H, W, 3), all of which is overwritten."""
+        out.fill(0)
         made = JigsawImage([], [], [])
-        ids = [int(i) for i in sample_ids]
-        rows = zip(self.region_slots(ids), self._regions, self.draw_augmentations(position))
-        for slot, region, augmentation in rows:
-            candidates = _candidates(ids[slot], slot, replacements)
-            shown = self._draw_first_whole(candidates, region, augmentation, made.damaged)
+        ids = list(map(int, sample_ids))
+        rows = zip(self.region_slots(ids), self._boxes, self.draw_augmentations(position))
+        for slot, (x0, y0, x1, y1), augmentation in rows:
+            shown, region = ids[slot], out[y0:y1, x0:x1]
+            try:
+                self._draw_sample(shown, region, augmentation)
+            except DamagedSampleError as error:
+                made.damaged.append((shown, str(error)))
+                others = replacements(slot) if replacements else ()
+                shown = self._draw_first_whole(others, region, augmentation, made.damaged)
             made.sample_ids.append(shown)
-            made.gt_classes.append(int(self.classes[shown]))
-        cv2.split(self._canvas, [out[c] for c in self._channels])
+            made.gt_classes.append(self.classes.item(shown))
+        if self.image_format == "BGR":
+            cv2.cvtColor(out, cv2.COLOR_RGB2BGR, out)
         return made
 
     def region_slots(self, sample_ids: Sequence[int]) -> tuple[int, int, int, int]:
@@ -181,8 +187,7 @@ class JigsawDatasetMapper:
         """XYXY sample pixels of the part of sample ``i`` that may be shown."""
         if self.windows is not None:
             return tuple(self.windows[i].tolist())
-        height, width = self.sizes[i].tolist()
-        return 0, 0, width, height
+        return 0, 0, self.sizes.item(i, 1), self.sizes.item(i, 0)
 
     def _area(self, i: int) -> int:
         x0, y0, x1, y1 = self._window(i)
@@ -193,12 +198,12 @@ class JigsawDatasetMapper:
         low, high = self.scale_range
         return [
             Augmentation(low + (high - low) * a, b < self.flip_prob, c, d)
-            for a, b, c, d in self._draws.at(position).random((4, 4)).tolist()
+            for a, b, c, d in self._draws.at(position)
         ]
 
     def _draw_first_whole(
         self,
-        candidates: Iterator[int],
+        candidates: Iterable[int],
         region: np.ndarray,
         augmentation: Augmentation,
         damaged: list[tuple[int, str]],
@@ -231,7 +236,7 @@ class JigsawDatasetMapper:
             sample_ids: what it shows, in region order.
         """
         boxes = []
-        rows = zip(sample_ids, self.template.boxes.tolist(), self.draw_augmentations(position))
+        rows = zip(sample_ids, self._boxes, self.draw_augmentations(position))
         for i, (x0, y0, x1, y1), augmentation in rows:
             left, top, right, bottom = self._window(int(i))
             size = (bottom - top, right - left)
@@ -239,14 +244,6 @@ class JigsawDatasetMapper:
             near = (x0 + x.paste, y0 + y.paste)
             boxes.append((*near, near[0] + x.shown, near[1] + y.shown))
         return np.array(boxes, np.int64)
-
-
-def _candidates(
-    sample_id: int, slot: int, replacements: Callable[[int], Iterator[int]] | None
-) -> Iterator[int]:
-    yield sample_id
-    if replacements is not None:
-        yield from replacements(slot)
 
 
 def annotated_windows(store: SampleStore) -> np.ndarray:

@@ -76,15 +76,15 @@ class ExtractionOptions:
 
 
 def shown_sizes(template: JigsawTemplate, min_scale: float) -> np.ndarray:
-    """int (3, 2): the largest (height, width), sample pixels, that a region shows of each group."""
-    shown = np.zeros((3, 2), int)
+    """int (3, 2): the most (height, width), sample pixels, that a group's smallest region shows."""
+    shown = np.full((3, 2), np.iinfo(np.int64).max)
     for group, size in zip(REGION_GROUPS, template.region_sizes):
         code = GROUPS.index(group)
-        shown[code] = np.maximum(shown[code], np.ceil(np.array(size) / min_scale))
+        shown[code] = np.minimum(shown[code], np.ceil(np.array(size) / min_scale))
     return shown
 
 
 def needs_windows(boxes: np.ndarray, shown: np.ndarray) -> np.ndarray:
-    """Which samples of boxes (n, 4) are larger than any region can show; bool (n,)."""
+    """Which samples of boxes (n, 4) are larger than some region can show; bool (n,)."""
     sizes = (boxes[:, 2:] - boxes[:, :2])[:, ::-1]
     return (sizes > shown[group_codes(sizes[:, 1], sizes[:, 0])]).any(axis=1)

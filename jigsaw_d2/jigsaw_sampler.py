@@ -93,7 +93,7 @@ class JigsawSampler:
     def draw(self, group: int, number: int) -> int:
         """Sample id of draw ``number`` of ``group``."""
         which, offset = divmod(number, self.pass_length(group))
-        return int(self.permutation(group, which)[offset])
+        return self.permutation(group, which).item(offset)
 
     def quadruple(self, position: int) -> np.ndarray:
         """int64 (4,) sample ids of image ``position``, in draw order S, S, T, W."""

@@ -6,7 +6,9 @@ Worker processes share the pages of index and shards: nothing per sample lives i
 import mmap
 import os
 import zlib
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +57,7 @@ class StorePart:
         self.index = index.view(np.ndarray)
         self.offsets, self.lengths = self.index["offset"], self.index["length"]
         self.shard_numbers, self.checksums = self.index["shard"], self.index["crc32"]
-        self.intervals = self.index["interval"]
+        self.intervals, self.sizes = self.index["interval"], self.index["size"]
         self._shards: list[mmap.mmap | None] = [None] * len(self.header["shards"])
 
     def check_unchanged(self) -> None:
@@ -79,8 +81,9 @@ class StorePart:
 
     def read(self, i: int) -> bytes:
         """The encoded sample, not checked."""
-        offset = self.offsets.item(i)
-        return self.shard(self.shard_numbers.item(i))[offset : offset + self.lengths.item(i)]
+        offset, number = self.offsets.item(i), self.shard_numbers.item(i)
+        mapped = self._shards[number] or self.shard(number)
+        return mapped[offset : offset + self.lengths.item(i)]
 
     def read_checked(self, i: int) -> bytes:
         """The encoded sample; raises DamagedSampleError unless its CRC-32 is that of the index."""
@@ -92,10 +95,8 @@ class StorePart:
     def decode(self, i: int, window: tuple[int, int, int, int] | None) -> np.ndarray:
         """See ``SampleStore.decode``."""
         data = self.read_checked(i)
-        height, width = self.index["size"][i].tolist()
-        x0, y0, x1, y1 = window = (
-            (0, 0, width, height) if window is None else tuple(map(int, window))
-        )
+        height, width = self.sizes.item(i, 0), self.sizes.item(i, 1)
+        x0, y0, x1, y1 = window = window or (0, 0, width, height)
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise ValueError(
                 f"window {window} is empty or leaves {self.key(i)}, {width} x {height}"
@@ -108,7 +109,7 @@ class StorePart:
                 image = None if image is None else image[y0:y1, x0:x1]
         except ValueError as error:
             raise self.damaged(i, str(error)) from error
-        if image is None or image.shape[:2] != (y1 - y0, x1 - x0):
+        if image is None or image.shape != (y1 - y0, x1 - x0, 3):
             raise self.damaged(i, "does not decode to the size in the index")
         return image
 
@@ -179,7 +180,7 @@ class SampleStore:
         if not self.paths:
             raise StoreError("no sample store named; give at least one folder")
         self.parts = [StorePart(p) for p in self.paths]
-        self._starts = np.cumsum([0] + [len(p.index) for p in self.parts])
+        self._starts = list(accumulate((len(p.index) for p in self.parts), initial=0))
         self.header = self.parts[0].header
         self.categories: list[str] = self.header["categories"]
         for part in self.parts[1:]:
@@ -208,16 +209,14 @@ class SampleStore:
             part.check_unchanged()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def _locate(self, i: int) -> tuple[StorePart, int]:
         i = int(i)
         if not 0 <= i < self._starts[-1]:
             raise IndexError(f"sample {i} of a store of {len(self)}")
-        if len(self.parts) == 1:
-            return self.parts[0], i
-        number = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return self.parts[number], i - int(self._starts[number])
+        number = bisect_right(self._starts, i) - 1
+        return self.parts[number], i - self._starts[number]
 
     def __getitem__(self, i: int) -> bytes:
         """The encoded sample: a whole ordinary JPEG or PNG, not checked."""

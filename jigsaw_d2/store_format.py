@@ -32,7 +32,7 @@ RECORD = np.dtype(
         ("class", "<i8"),  # index into the categories; background = their number
         ("box", "<f4", (4,)),  # XYXY cut from the source image, source pixels, integral
         ("gt_box", "<f4", (4,)),  # XYXY annotated box clipped to the image; negatives: = box
-        ("size", "<i4", (2,)),  # (height, width) as shown, without padding columns
+        ("size", "<i4", (2,)),  # (height, width)
         ("length", "<u4"),  # bytes of the encoded sample
         ("crc32", "<u4"),  # of the encoded sample
         ("shard", "<u2"),

@@ -194,11 +194,11 @@ def test_impossible_options_are_named(field: str, value: object) -> None:
         ExtractionOptions(**{field: value})
 
 
-def test_windows_are_for_samples_larger_than_any_region_shows() -> None:
+def test_windows_are_for_samples_larger_than_some_region_shows() -> None:
     shown = shown_sizes(JigsawTemplate(), 0.8)
-    # Regions 160x160 (S), 160 high x 64 wide (T), 64 high x 160 wide (W), divided by 0.8.
-    assert shown.tolist() == [[200, 200], [200, 80], [80, 200]]
-    sizes = [(200, 200), (201, 150), (200, 80), (200, 90), (81, 200), (80, 200)]  # (height, width)
+    # Regions 64x64 and 160x160 (S), 160 high x 64 wide (T), 64 high x 160 wide (W), over 0.8.
+    assert shown.tolist() == [[80, 80], [200, 80], [80, 200]]
+    sizes = [(80, 80), (81, 70), (200, 80), (200, 90), (81, 200), (80, 200)]  # (height, width)
     boxes = np.array([[10, 20, 10 + w, 20 + h] for h, w in sizes], np.float32)
     assert needs_windows(boxes, shown).tolist() == [False, True, False, True, True, False]
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jigsaw_d2 import jpeg_windows
+from jigsaw_d2.jpeg_layout import TABLE_MAGIC, parse_jpeg
 from jigsaw_d2.jpeg_windows import (
     choose_interval,
     cut_window,
@@ -19,7 +20,6 @@ from jigsaw_d2.jpeg_windows import (
     decode_window,
     encode_jpeg,
     encode_png,
-    parse_jpeg,
 )
 
 SUBSAMPLINGS = {
@@ -85,12 +85,24 @@ def test_window_of_any_subsampling_without_table(
 def test_cut_is_smaller_and_an_ordinary_jpeg() -> None:
     image = draw_image(600, 640, 1, np.random.default_rng(0))
     data, interval = encode_jpeg(image, 95, windows=True)
-    assert interval == 4  # 640 pixels are 40 MCUs of 16, which 4 divides
+    assert interval == 1
     cut, x, y = cut_window(data, (300, 280, 420, 400))
-    # Columns of pieces are 64 pixels wide: 256..448; rows 16 high: 272..416 (margin 2 pixels).
-    assert (x, y) == (44, 8)
-    assert Image.open(io.BytesIO(cut)).size == (192, 144)
-    assert len(cut) < len(data) * 0.12
+    # Pieces are 16 x 16 pixels: with a margin of one pixel they begin at column 288 and row 272.
+    # The image ends one pixel behind the window, at row 401 and column 421.
+    assert (x, y) == (12, 8)
+    assert Image.open(io.BytesIO(cut)).size == (133, 129)
+    assert len(cut) < len(data) * 0.07
+
+
+def test_rows_of_a_cut_have_an_odd_number_of_pixels_unless_pieces_or_image_end() -> None:
+    data, _ = encode_jpeg(draw_image(60, 330, 1, np.random.default_rng(0)), 95, windows=True)
+    widths = {}
+    for end in range(20, 331):
+        cut, x, _ = cut_window(data, (10, 5, end, 50))
+        widths[end] = x + Image.open(io.BytesIO(cut)).width - 10
+    # One pixel of margin, made odd, 5 pixels into a piece at least; pieces end at 320 and 336, the
+    # image at 330.
+    assert [widths[end] for end in (20, 21, 319, 320, 329, 330)] == [21, 23, 320, 325, 330, 330]
 
 
 def test_whole_file_is_an_ordinary_jpeg() -> None:
@@ -103,16 +115,26 @@ def test_whole_file_is_an_ordinary_jpeg() -> None:
     assert np.array_equal(other[:, :320], full_decode(plain)[:, :320])
 
 
-@pytest.mark.parametrize("mcu", [8, 16])
-def test_at_most_one_mcu_of_padding(mcu: int) -> None:
+def test_interval_divides_the_row() -> None:
     for width in range(1, 2000):
-        interval, columns = choose_interval(width, mcu)
-        assert columns % interval == 0
-        assert 0 <= columns - -(-width // mcu) <= 1
+        assert choose_interval(width, grey=False) == 1
+        assert -(-width // 8) % choose_interval(width, grey=True) == 0
+    # 8, 15, 25 and 7 blocks of 8 pixels
+    assert [choose_interval(width, grey=True) for width in (64, 120, 200, 56)] == [2, 3, 5, 1]
+
+
+def test_pieces_are_found_without_the_table_too() -> None:
+    """A comment holds the pieces of 8 Mpx at most: a larger sample is written without one."""
+    large = np.full((4000, 2608, 3), 128, np.uint8)  # 250 x 163 MCUs
+    data, _ = encode_jpeg(large, 90, windows=True)
+    assert TABLE_MAGIC not in data
+    assert np.array_equal(decode_window(data, (900, 2, 960, 9)), large[:7, :60])
+    small, _ = encode_jpeg(large[:640], 90, windows=True)
+    assert TABLE_MAGIC in small
 
 
 def test_window_that_spares_little_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jpeg_windows, "MIN_SPARED_PIXELS", 4000)
+    monkeypatch.setattr(jpeg_windows, "MIN_SPARED_PIXELS", 3000)
     data, _ = encode_jpeg(draw_image(256, 256, 0, np.random.default_rng(0)), 90, windows=True)
     assert cut_window(data, (0, 0, 256, 250)) is None
     assert cut_window(data, (0, 0, 100, 100)) is not None
