@@ -131,7 +131,7 @@ class Comparison:
         else:
             weights = run.arm.weights
         cfg = self.detector_cfg()
-        extra = self.extra_iterations() if run.arm.kind == "scratch" else 0
+        extra = self.extra_iterations(run.index) if run.arm.kind == "scratch" else 0
         iterations = (self.plan.detection_iterations or cfg.SOLVER.MAX_ITER) + extra
         run.iterations["detection"] = iterations
         stage = finetuning_stage(
@@ -146,7 +146,7 @@ class Comparison:
         self._do(run, stage)
         for name in ("finetuning", "evaluation"):
             run.costs[name] = stage_cost(stage.folder, name)
-        run.metrics, run.curve = read_results(stage.folder), read_curve(stage.folder)
+        run.metrics, run.curve = read_results(stage.folder), read_curve(stage.folder, iterations)
 
     def folder(self, run: Run) -> Path:
         """Of one run."""
@@ -206,30 +206,32 @@ class Comparison:
         if iterations != cfg.SOLVER.MAX_ITER:
             overrides += length_overrides(cfg, iterations)
         if self.plan.evaluations > 1:
-            overrides += ["TEST.EVAL_PERIOD", str(max(1, iterations // self.plan.evaluations))]
+            # Rounded up: the last one is the end itself, not one step before it.
+            period = -(-iterations // self.plan.evaluations)
+            overrides += ["TEST.EVAL_PERIOD", str(period)]
         return overrides
 
-    def extra_iterations(self) -> int:
+    def extra_iterations(self, index: int) -> int:
         """Detection iterations that arms from scratch get for what pre-training cost.
 
-        The dearest Jigsaw arm counts, each as the mean over its finished seeds, divided by the mean
-        cost of a detection iteration in those same runs: if in doubt, scratch gets more.
+        The dearest Jigsaw run with the same seed index counts, so that each pair has equal cost and
+        further seeds do not change runs that are done. Where none of them finished, all finished
+        ones stand in. A run's price is divided by its own cost of a detection iteration.
         """
         paid = [run for run in self.runs if run.arm.kind == "jigsaw" and run.status == DONE]
         if self.plan.budget != "total" or not paid:
             return 0
-        unit = self.plan.cost
-        by_arm: dict[str, list[float]] = {}
-        for run in paid:
-            by_arm.setdefault(run.arm.name, []).append(run.cost_before_detection(unit))
-        dearest = max(sum(costs) / len(costs) for costs in by_arm.values())
-        steps = [run.detection_cost_per_iteration(unit) for run in paid]
-        step = sum(steps) / len(steps)
+        same = [run for run in paid if run.index == index] or paid
+        return max(map(self._price_in_iterations, same))
+
+    def _price_in_iterations(self, run: Run) -> int:
+        """Detection iterations that cost what a run spent before detection, rounded up."""
+        step = run.detection_cost_per_iteration(self.plan.cost)
         if step <= 0:
             raise ComparisonError(
-                f"the ledger counts no {unit} for detection; choose another --cost"
+                f"the ledger counts no {self.plan.cost} for detection; choose another --cost"
             )
-        return -int(-dearest // step)
+        return -int(-run.cost_before_detection(self.plan.cost) // step)
 
 
 def _costly_first(arms: Sequence[Arm]) -> list[Arm]:

@@ -164,7 +164,8 @@ class JobRunner:
             if known["question"] == question:
                 return Lengths(**known["answer"])
         trial = self.trial()
-        answer = plan_lengths(seconds, self.result.seconds, trial, self.data_size())
+        detectors = 2 if job.with_scratch else 1
+        answer = plan_lengths(seconds, self.result.seconds, trial, self.data_size(), detectors)
         content = {"question": question, "trial": vars(trial), "answer": answer.to_dict()}
         path.write_text(json.dumps(content, indent=1) + "\n")
         return answer

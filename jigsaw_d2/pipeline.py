@@ -230,13 +230,18 @@ def read_results(folder: Path) -> dict[str, float | None]:
         raise PipelineError(f"{path} holds no box results ({error})") from error
 
 
-def read_curve(folder: Path) -> list[tuple[int, float]]:
-    """(iterations done, AP in percent) of every evaluation during a fine-tuning, in order."""
+def read_curve(folder: Path, iterations: int) -> list[tuple[int, float]]:
+    """(iterations done, AP in percent) of every evaluation of a fine-tuning, in order.
+
+    Args:
+        iterations: of the whole fine-tuning. Detectron2 writes the last evaluation under this very
+            number, the earlier ones under that of the step before them.
+    """
     points = {}
     for line in (folder / "metrics.json").read_text().splitlines():
         metrics = json.loads(line)
         if "bbox/AP" in metrics:
-            points[metrics["iteration"] + 1] = metrics["bbox/AP"]
+            points[min(metrics["iteration"] + 1, iterations)] = metrics["bbox/AP"]
     return sorted(points.items())
 
 

@@ -3,7 +3,7 @@
 The rule, in the order in which it is applied:
 
 1. from the budget go what was spent already, one evaluation, start-ups, and a reserve;
-2. the rest is halved between pre-training and fine-tuning;
+2. the rest is halved between pre-training and fine-tuning (of both detectors, if there are two);
 3. neither gets more passes over its data than the caps below, and what one leaves the other takes;
 4. the ERF is refreshed as often as in the paper (64k iterations / 5k), or as often as a tenth of
    the pre-training's time allows, but at least once.
@@ -61,31 +61,39 @@ class BudgetError(JigsawError, ValueError):
     """The time does not suffice for a single step of each training."""
 
 
-def plan_lengths(seconds: float, spent: float, trial: Trial, data: DataSize) -> Lengths:
+def plan_lengths(
+    seconds: float, spent: float, trial: Trial, data: DataSize, detectors: int = 1
+) -> Lengths:
     """Lengths that fill ``seconds`` of wall-clock time, of which ``spent`` are gone.
+
+    Args:
+        detectors: how many are fine-tuned, one after another, each for the length returned.
 
     Raises:
         BudgetError: nothing is left, or not enough for one step of each training.
     """
-    fixed = trial.evaluation + 2 * START_UP_SECONDS + RESERVE * seconds
+    fixed = detectors * trial.evaluation + (1 + detectors) * START_UP_SECONDS + RESERVE * seconds
+    detection_step = detectors * trial.detection_step
     left = seconds - spent - fixed
     pretrain_cap = max(1, math.ceil(MAX_SAMPLE_PASSES * data.samples / (4 * data.pretrain_batch)))
     detection_cap = max(1, math.ceil(MAX_DETECTION_EPOCHS * data.images / data.detection_batch))
     refreshes = _refreshes(left / 2, trial.erf_refresh)
     pretrain = _steps(left / 2 - refreshes * trial.erf_refresh, trial.pretrain_step, pretrain_cap)
     pretrain_seconds = pretrain * trial.pretrain_step + refreshes * trial.erf_refresh
-    detection = _steps(left - pretrain_seconds, trial.detection_step, detection_cap)
+    detection = _steps(left - pretrain_seconds, detection_step, detection_cap)
     if detection == detection_cap:
-        rest = left - detection * trial.detection_step
+        rest = left - detection * detection_step
         refreshes = _refreshes(rest, trial.erf_refresh)
         pretrain = _steps(rest - refreshes * trial.erf_refresh, trial.pretrain_step, pretrain_cap)
     if pretrain < 1 or detection < 1:
         raise BudgetError(
             f"{seconds / 3600:.2f} hours leave {left:.0f} s for training, where one step takes "
-            f"{trial.pretrain_step:.2f} and {trial.detection_step:.2f} s; allow more --hours"
+            f"{trial.pretrain_step:.2f} and {detection_step:.2f} s; allow more --hours"
         )
     period = math.ceil(pretrain / refreshes)
     text = _explain(seconds, spent, fixed, left, trial, data, (pretrain, detection, period))
+    if detectors > 1:
+        text += f", for each of {detectors} detectors"
     return Lengths(pretrain, detection, period, text)
 
 

@@ -15,6 +15,7 @@ from jigsaw_d2.comparison_plan import (
     parse_arm,
     preset,
 )
+from jigsaw_d2.cost import record_stage
 from jigsaw_d2.report import build_report
 from jigsaw_d2.report_figures import cost_curve, write_figures
 from jigsaw_d2.report_markdown import render, verdict
@@ -76,8 +77,8 @@ def test_steps_of_the_schedule_keep_their_fractions(data, tmp_path):
     compare_with(runner, data, tmp_path)
     finetunings = [argv for argv in runner.calls if argv[0] == "finetune"]
     steps = {flag(argv, "SOLVER.MAX_ITER"): flag(argv, "SOLVER.STEPS") for argv in finetunings}
-    # The config has steps (120, 145) of 160.
-    assert steps == {"20": "(15, 18)", "50": "(38, 45)"}
+    # The config has steps (640, 750) of 800.
+    assert steps == {"20": "(16, 19)", "50": "(40, 47)"}
 
 
 def test_aa_arm_has_other_seeds_and_the_report_tells_chance(data, tmp_path):
@@ -108,6 +109,37 @@ def test_more_seeds_run_only_what_is_new(data, tmp_path):
     runner = FakeRunner(score)
     compare_with(runner, data, tmp_path)
     assert sorted(argv[0] for argv in runner.calls) == ["convert"] + 3 * ["finetune"] + ["pretrain"]
+
+
+def test_pairs_cost_the_same_however_much_the_machine_sways(data, tmp_path):
+    class Swaying(FakeRunner):
+        """Pre-training with seed s costs 10 s seconds more."""
+
+        def _pretrain(self, stage, folder, argv):
+            super()._pretrain(stage, folder, argv)
+            record_stage(folder, "pretraining", seconds=10.0 * int(flag(argv, "SEED")))
+
+    plan = dataclasses.replace(PLAN, seeds=(0, 1))
+    compare_with(Swaying(score), data, tmp_path, plan)
+    runner = Swaying(score)
+    comparison = compare_with(runner, data, tmp_path)
+    # 60 s, 70 s, 80 s before detection, 2 s a step: 30, 35, 40 steps beside the 20 of all.
+    lengths = {(r.arm.name, r.index): r.iterations["detection"] for r in comparison.runs}
+    for name in ("scratch", "scratch again"):
+        assert [lengths[name, index] for index in range(3)] == [50, 55, 60]
+    # The third seed changed none of the runs of the first two.
+    assert [flag(argv, "SEED") for argv in runner.calls if argv[0] == "finetune"] == [
+        "2", "2", "1002",
+    ]  # fmt: skip
+
+
+def test_evaluations_divide_a_run_and_the_last_is_its_end(data, tmp_path):
+    runner = FakeRunner(score)
+    plan = dataclasses.replace(PLAN, evaluations=3, budget="detection")
+    compare_with(runner, data, tmp_path, plan)
+    # After 7 and 14 of 20 steps; the third is the one at the end. Every 6 would make a fourth.
+    periods = {flag(argv, "TEST.EVAL_PERIOD") for argv in runner.calls if argv[0] == "finetune"}
+    assert periods == {"7"}
 
 
 def test_a_failed_run_stays_in_the_report(data, tmp_path):

@@ -74,6 +74,7 @@ def test_time_budget_measures_sets_lengths_and_keeps_them(job):
         ["out", "pretrain"],
     ]
     assert "budget 2000 s" in first.explanation
+    assert "for each of 2 detectors" in first.explanation  # scratch is trained too
     assert "budget 2000 s" in job_report(job, first, [])
     again = FakeRunner()
     second = JobRunner(job, quiet, again).run(seconds=2000)
@@ -92,7 +93,7 @@ def test_lengths_reach_both_schedules_in_steps_of_their_own_batch():
     assert cfg.MODEL.JIGSAW.ERF.PERIOD == 90 and cfg.SOLVER.WARMUP_ITERS == 100
     detector = load_detection_config(job.detector_config, list(changed.detector))
     assert detector.SOLVER.MAX_ITER == 320
-    assert tuple(detector.SOLVER.STEPS) == (240, 290)  # (120, 145) of 160
+    assert tuple(detector.SOLVER.STEPS) == (256, 300)  # (640, 750) of 800
 
 
 def test_tables_name_every_stage_and_both_detectors(job):

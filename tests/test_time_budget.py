@@ -17,6 +17,14 @@ def test_halves_what_is_left():
     assert "712 steps" in lengths.explanation and "110 s spent" in lengths.explanation
 
 
+def test_two_detectors_share_their_half():
+    # 1000 s - 110 spent - 2 evaluations, 20 - three start-ups, 60 - 80 reserve = 730 s; 365 s each.
+    # (365 - 24) / 0.5 = 682 steps of pre-training; 365 s / (2 detectors * 1 s) = 182.
+    lengths = plan_lengths(1000, 110, TRIAL, LARGE, detectors=2)
+    assert (lengths.pretrain_iterations, lengths.detection_iterations) == (682, 182)
+    assert "for each of 2 detectors" in lengths.explanation
+
+
 def test_capped_pre_training_leaves_its_time_to_detection():
     # 139 passes over 46 samples at 64 a step: ceil(6394 / 64) = 100 steps, 50 s + 24 s of ERF.
     data = DataSize(samples=46, images=10**5, pretrain_batch=16, detection_batch=8)

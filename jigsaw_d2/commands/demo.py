@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jigsaw_d2.commands.dataset_arguments import demo_dataset
 from jigsaw_d2.commands.run import finish
+from jigsaw_d2.comparison_plan import SMALL_IMAGES
 from jigsaw_d2.job import Job, default_configs
 from jigsaw_d2.pipeline import DetectionSet
 
@@ -14,7 +15,10 @@ PRETRAIN = (
     *("SOLVER.MAX_ITER", "150", "SOLVER.WARMUP_ITERS", "15", "INPUT.JIGSAW.EVAL_IMAGES", "64"),
     *("MODEL.JIGSAW.ERF.PERIOD", "75", "MODEL.JIGSAW.ERF.NUM_IMAGES", "4"),
 )
-DETECTOR = ("SOLVER.MAX_ITER", "120", "SOLVER.STEPS", "(90, 109)", "SOLVER.WARMUP_ITERS", "12")
+DETECTOR = (
+    *SMALL_IMAGES,
+    *("SOLVER.MAX_ITER", "370", "SOLVER.STEPS", "(296, 348)", "SOLVER.WARMUP_ITERS", "37"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
