@@ -76,10 +76,10 @@ def extract_samples(
     output = Path(output) / part_name(number, parts) if parts > 1 else Path(output)
     check_free(output, options.overwrite)
     log = ExtractionLog(options.strict)
-    data = source.load(log)
-    _check_categories(source, data, categories)
     count = default_workers() if options.workers is None else options.workers
     with Workers(count) as workers:
+        data = source.load(log)
+        _check_categories(source, data, categories)
         plans, wanted = make_plan(data, options, workers, log)
         mine = take_part(plans, options.part)
         header = _header(source, data, plans, options)
@@ -138,9 +138,11 @@ def _plan_chunk(
     return plans, log
 
 
-def cut_images(plans: list[ImagePlan], options: ExtractionOptions) -> Cut:
-    """Read, cut and encode the samples of some images."""
-    log, builder = ExtractionLog(options.strict), ChunkBuilder(options.class_files)
+def cut_images(
+    plans: list[ImagePlan], options: ExtractionOptions, buffer: int | None = None
+) -> Cut:
+    """Read, cut and encode the samples of some images; their bytes go to ``Workers.buffer``."""
+    log, builder = ExtractionLog(options.strict), ChunkBuilder(options.class_files, buffer)
     shown = shown_sizes(options.template, options.scale_range[0])
     large = needs_windows(np.concatenate([plan.boxes for plan in plans]), shown).tolist()
     ends = np.cumsum([len(plan.boxes) for plan in plans]).tolist()
@@ -196,7 +198,7 @@ def _cut_all(
         unit="img",
         disable=not options.progress,
     )
-    tasks = ((chunk, options) for chunk in chunks[done:])
+    tasks = ((c, options, workers.buffer(n)) for n, c in enumerate(chunks[done:]))
     for number, cut in enumerate(workers.map(cut_images, tasks), done):
         log.merge(cut.log)
         writer.append(cut.chunk, {"chunks": number + 1, "log": log.to_dict()})

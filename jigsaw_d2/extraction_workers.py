@@ -19,6 +19,10 @@ from jigsaw_d2.errors import JigsawError
 AHEAD = 4
 
 
+# Bytes of the largest image that a worker keeps the memory of.
+LARGEST_BLOCK = 16 << 20
+
+
 class WorkerLostError(JigsawError, RuntimeError):
     """A worker process died, most often for want of memory."""
 
@@ -35,14 +39,21 @@ def _start_worker(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
+    # glibc gives freed memory back to the system unless it has seen larger blocks come and go; each
+    # decoded image would then be faulted in anew, page by page.
+    bytearray(LARGEST_BLOCK)
 
 
 class Workers:
-    """A pool of ``count`` processes as a context manager; 0 = work in this process."""
+    """A pool of ``count`` processes as a context manager; 0 = work in this process.
+
+    Large results travel through ``buffer``, at a third of what the pool's pipe takes for them.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool: ProcessPoolExecutor | None = None
+        self._buffers: list[int] = []
 
     def __enter__(self) -> "Workers":
         if self.count:
@@ -54,6 +65,7 @@ class Workers:
             # over it, which would copy the shared pages, too.
             gc.freeze()
             # fork: a worker starts in milliseconds and shares what is loaded already.
+            self._buffers = [os.memfd_create("result") for _ in range(AHEAD * self.count + 1)]
             self._pool = ProcessPoolExecutor(
                 self.count, get_context("fork"), _start_worker, (os.getpid(),)
             )
@@ -64,6 +76,16 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
             cv2.setNumThreads(self._threads)
             gc.unfreeze()
+            for descriptor in self._buffers:
+                os.close(descriptor)
+
+    def buffer(self, number: int) -> int | None:
+        """A file in memory, for the bytes of result ``number`` (from 0) of a ``map``.
+
+        The file's descriptor, the same in all processes; it is used again once the result after
+        this one is asked for. None where there are no other processes.
+        """
+        return self._buffers[number % len(self._buffers)] if self._buffers else None
 
     def map(self, function: Callable, tasks: Iterable[tuple]) -> Iterator:
         """``function(*task)`` of every task, in order.

@@ -1,5 +1,6 @@
 """Samples on their way to the disk: encoded, with tar members and index records around them."""
 
+import os
 import zlib
 from typing import NamedTuple
 
@@ -19,13 +20,42 @@ from jigsaw_d2.store_format import (
 )
 
 DEFAULT_QUALITY = 95
+# Bytes gathered before they are parked: less than what malloc gives back to the system and then has
+# to fault in anew, page by page, for every chunk.
+PARKED_AT_ONCE = 64 << 10
+
+
+class Parked(NamedTuple):
+    """The first ``size`` bytes of an open file, where another process left them."""
+
+    descriptor: int
+    size: int
 
 
 class Chunk(NamedTuple):
     """Samples ready to be appended: tar members, and their records with offsets from 0."""
 
-    members: bytes
+    members: bytes | Parked
     records: np.ndarray  # RECORD (n,); "shard" not yet filled
+
+    @property
+    def size(self) -> int:
+        """Bytes of the members."""
+        return self.members.size if isinstance(self.members, Parked) else len(self.members)
+
+    def write(self, descriptor: int) -> None:
+        """Write the members at the file's position."""
+        if not isinstance(self.members, Parked):
+            return _write_all(descriptor, self.members)
+        done, (source, size) = 0, self.members
+        while done < size:
+            done += os.sendfile(descriptor, source, done, size - done)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
 
 
 class ChunkBuilder:
@@ -35,13 +65,19 @@ class ChunkBuilder:
         class_files: follow each sample by a ``.cls`` member, for WebDataset readers that want one.
             Off by default: a tar member of one digit takes 1,024 bytes, and the class is in the
             key (and the index) anyway.
+        descriptor: a file to park the members in, from its beginning on; None = keep them. A parked
+            chunk is light to hand to a process that has the file open, too, and needs fresh memory
+            for a few samples only.
     """
 
-    def __init__(self, class_files: bool = False) -> None:
+    def __init__(self, class_files: bool = False, descriptor: int | None = None) -> None:
         self.class_files = class_files
+        self._descriptor = descriptor
         self._parts: list[bytes] = []
         self._rows: list[tuple] = []
-        self._size = 0
+        self._size = self._parked = 0
+        if descriptor is not None:
+            os.lseek(descriptor, 0, os.SEEK_SET)
 
     def add(
         self,
@@ -64,17 +100,27 @@ class ChunkBuilder:
         self._add_member(f"{key}.{SUFFIXES[code]}", encoded)
         if self.class_files:
             self._add_member(f"{key}.cls", str(class_index).encode())
+        if self._descriptor is not None and self._size - self._parked >= PARKED_AT_ONCE:
+            self._park()
 
     def _add_member(self, name: str, content: bytes) -> None:
-        parts = (tar_header(name, len(content)), content, tar_padding(len(content)))
-        self._parts += parts
-        self._size += sum(map(len, parts))
+        length = len(content)
+        padding = tar_padding(length)
+        self._parts += (tar_header(name, length), content, padding)
+        self._size += BLOCK + length + len(padding)
+
+    def _park(self) -> None:
+        _write_all(self._descriptor, b"".join(self._parts))
+        self._parts, self._parked = [], self._size
 
     def build(self) -> Chunk:
-        """All that was added so far."""
+        """All that was added so far; the last call."""
         records = np.array(self._rows, RECORD)
         records["group"] = group_codes(records["size"][:, 1], records["size"][:, 0])
-        return Chunk(b"".join(self._parts), records)
+        if self._descriptor is None:
+            return Chunk(b"".join(self._parts), records)
+        self._park()
+        return Chunk(Parked(self._descriptor, self._size), records)
 
 
 def encode_sample(

@@ -175,18 +175,24 @@ class StoreWriter:
             mark: where the work stands after this chunk; comes back as ``mark`` after a kill.
         """
         with _disk_errors(self.partial):
-            needed = len(chunk.members) + len(END_OF_ARCHIVE)
+            needed = chunk.size + len(END_OF_ARCHIVE)
             if self._file is not None and self._file.tell() + needed > self.shard_size:
                 self._close_shard()
             if self._file is None and len(chunk.records):
-                self._file = open(self.folder / shard_name(len(self.shards)), "wb")
+                name = shard_name(len(self.shards))
+                self._file = open(self.folder / name, "wb", buffering=0)
             if len(chunk.records):
-                records = chunk.records.copy()
-                records["offset"] += self._file.tell()
-                records["shard"] = len(self.shards)
-                self._file.write(chunk.members)
-                self._open_records.append(records)
+                self._write(chunk)
         self._next_mark = mark
+
+    def _write(self, chunk: Chunk) -> None:
+        start, records = self._file.tell(), chunk.records.copy()
+        records["offset"] += start
+        records["shard"] = len(self.shards)
+        chunk.write(self._file.fileno())
+        self._open_records.append(records)
+        # The kernel begins to write at once, so that the shard's end need not wait for all of it.
+        os.posix_fadvise(self._file.fileno(), start, chunk.size, os.POSIX_FADV_DONTNEED)
 
     def _close_shard(self) -> None:
         self._file.write(END_OF_ARCHIVE)
