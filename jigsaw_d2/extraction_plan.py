@@ -4,14 +4,15 @@ Every image has its own random streams, derived from the seed and the image id, 
 depend on how the images are shared out between processes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jigsaw_d2.extraction_log import ExtractionLog
 from jigsaw_d2.extraction_sources import UNKNOWN_CLASS, SourceImage
-from jigsaw_d2.image_reading import ImageReadError, probe_image
-from jigsaw_d2.samples import clip_boxes, enlarge_boxes
+from jigsaw_d2.image_reading import ImageInfo, ImageReadError, probe_image
+from jigsaw_d2.samples import enlarge_boxes
 
 POSITIVES_STREAM = 0
 
@@ -52,67 +53,86 @@ def plan_positives(
     images: list[SourceImage], *, seed: int, max_scale: float, min_side: float, log: ExtractionLog
 ) -> list[ImagePlan]:
     """One plan for every usable image, with its positives; unusable images and boxes are logged."""
+    found = [(image, info) for image in images if (info := _probe(image, log)) is not None]
+    if not found:
+        return []
+    images, infos = zip(*found)
+    usable, clipped = check_boxes(images, [info.size for info in infos], min_side, log)
+    has_area = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+    ends = np.cumsum([len(image.boxes) for image in images]).tolist()
     plans = []
-    for image in images:
-        try:
-            info = probe_image(image.path)
-        except ImageReadError as error:
-            log.add(error.reason, image.path)
-            continue
-        if image.size is not None and tuple(image.size) != info.size:
-            log.add("image_size_differs", f"{image.path}: json {image.size}, file {info.size}")
-            continue
-        for note in info.notes:
-            log.add(note, image.path)
-        usable, forbidden = check_boxes(image, info.size, min_side, log)
-        gt_boxes = forbidden[usable]
+    for image, info, end in zip(images, infos, ends):
+        mine = slice(end - len(image.boxes), end)
+        gt_boxes = clipped[mine][usable[mine]]
         rng = image_rng(seed, image.image_id, POSITIVES_STREAM)
         boxes = enlarge_boxes(gt_boxes, info.size, rng, max_scale)
-        classes = np.array(image.classes, np.int64)[usable]
+        classes = np.array(image.classes, np.int64)[usable[mine]]
         if not len(boxes):
             log.add("image_without_positives", image.path)
-        forbidden = np.concatenate([boxes, forbidden[(forbidden[:, 2:] > forbidden[:, :2]).all(1)]])
+        forbidden = np.concatenate([boxes, clipped[mine][has_area[mine]]])
         where = (image.image_id, image.path, info.size)
         plans.append(ImagePlan(*where, boxes, gt_boxes, classes, forbidden, info.plain))
     return plans
 
 
+def _probe(image: SourceImage, log: ExtractionLog) -> ImageInfo | None:
+    """What the file's header says; None where the image cannot be used."""
+    try:
+        info = probe_image(image.path)
+    except ImageReadError as error:
+        log.add(error.reason, image.path)
+        return None
+    if image.size is not None and tuple(image.size) != info.size:
+        log.add("image_size_differs", f"{image.path}: json {image.size}, file {info.size}")
+        return None
+    for note in info.notes:
+        log.add(note, image.path)
+    return info
+
+
 def check_boxes(
-    image: SourceImage, size: tuple[int, int], min_side: float, log: ExtractionLog
+    images: Sequence[SourceImage],
+    sizes: Sequence[tuple[int, int]],
+    min_side: float,
+    log: ExtractionLog,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(usable, clipped): which annotations become positives, bool (m,), and all boxes (m, 4)
-    clipped to the image, those without any area in it as zeros."""
-    boxes = np.array(image.boxes, np.float32).reshape(-1, 4)
-    height, width = size
+    """Which annotations become positives; those of all images at once, because it is much faster.
+
+    Args:
+        sizes: (height, width) of each image.
+
+    Returns:
+        (usable, clipped): bool (m,), and the boxes (m, 4) clipped to their images, those without
+        any area in them as zeros; image after image.
+    """
+    counts = [len(image.boxes) for image in images]
+    raw = [box for image in images for box in image.boxes]
+    limits = np.array(sizes, np.float32).reshape(-1, 2)[:, [1, 0, 1, 0]].repeat(counts, axis=0)
+    boxes = np.array(raw, np.float32).reshape(-1, 4)
     finite = np.isfinite(boxes).all(axis=1)
-    boxes = np.where(finite[:, None], boxes, 0)
+    boxes = np.where(finite[:, None], boxes, np.float32(0))
     has_area = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    clipped = clip_boxes(boxes, size)
+    clipped = np.clip(boxes, 0, limits)
     sides = clipped[:, 2:] - clipped[:, :2]
     inside = (sides > 0).all(axis=1)
     clipped[~(has_area & inside)] = 0
-    crowd = np.array(image.crowds, bool)
-    known = np.array(image.classes, np.int64) != UNKNOWN_CLASS
-    small = (sides < min_side).any(axis=1)
+    classes = np.array([index for image in images for index in image.classes], np.int64)
     # The first that holds names the annotation's reason.
     rejections = {
         "box_not_finite": ~finite,
         "box_without_area": ~has_area,
         "box_outside_image": ~inside,
-        "annotation_of_unknown_category": ~known,
-        "crowd": crowd,
-        "box_too_small": small,
+        "annotation_of_unknown_category": classes == UNKNOWN_CLASS,
+        "crowd": np.array([crowd for image in images for crowd in image.crowds], bool),
+        "box_too_small": (sides < min_side).any(axis=1),
     }
     usable = ~np.logical_or.reduce(list(rejections.values()))
-    for n in np.flatnonzero(~usable):
-        reason = next(reason for reason, rejected in rejections.items() if rejected[n])
-        log.add(reason, f"{image.path}: box {boxes_text(image.boxes[n])}")
     # Half a pixel beyond the border is rounding of the annotation tool, not a fault of the box.
-    beyond = (boxes < -0.5).any(axis=1) | (boxes[:, 2:] > np.array([width, height]) + 0.5).any(
-        axis=1
-    )
-    for n in np.flatnonzero(usable & beyond):
-        log.add("box_clipped", f"{image.path}: box {boxes_text(image.boxes[n])}")
+    beyond = ((boxes < -0.5) | (boxes > limits + 0.5)).any(axis=1)
+    owners = np.arange(len(images)).repeat(counts)
+    for n in np.flatnonzero(~usable | beyond):
+        reason = next((name for name, rejected in rejections.items() if rejected[n]), "box_clipped")
+        log.add(reason, f"{images[owners[n]].path}: box {boxes_text(raw[n])}")
     return usable, clipped
 
 

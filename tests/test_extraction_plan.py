@@ -52,7 +52,7 @@ def source(
 )
 def test_unusable_boxes_have_one_reason(box: list, reason: str) -> None:
     log = ExtractionLog()
-    usable, clipped = check_boxes(source("a", [box, [10, 10, 30, 30]]), (50, 80), 2.0, log)
+    usable, clipped = check_boxes([source("a", [box, [10, 10, 30, 30]])], [(50, 80)], 2.0, log)
     assert usable.tolist() == [False, True]
     assert log.counts == {reason: 1}
     assert np.isfinite(clipped).all() and (clipped[:, 2:] >= clipped[:, :2]).all()
@@ -79,13 +79,29 @@ def test_crowds_and_unknown_classes_are_no_positives_but_forbid_negatives(tmp_pa
 def test_box_over_the_border_is_clipped_and_noted() -> None:
     log = ExtractionLog()
     boxes = [[-5, 10, 20, 99], [0, 0, 80.4, 50.4]]
-    usable, clipped = check_boxes(source("a", boxes), (50, 80), 2.0, log)
+    usable, clipped = check_boxes([source("a", boxes)], [(50, 80)], 2.0, log)
     assert usable.all() and clipped.tolist() == [[0, 10, 20, 50], [0, 0, 80, 50]]
     assert log.counts == {"box_clipped": 1}  # four tenths of a pixel are rounding
 
 
+def test_boxes_are_checked_against_the_image_that_they_are_on() -> None:
+    """The same box lies inside one image, over the border of another, outside a third."""
+    log = ExtractionLog()
+    images = [source(name, [[10, 20, 40, 60]]) for name in "abc"] + [source("d", [])]
+    sizes = [(60, 40), (30, 80), (20, 80), (50, 80)]
+    usable, clipped = check_boxes(images, sizes, 2.0, log)
+    assert usable.tolist() == [True, True, False]
+    assert clipped.tolist() == [[10, 20, 40, 60], [10, 20, 40, 30], [0, 0, 0, 0]]
+    assert {k: e[0][0] for k, e in log.examples.items()} == {
+        "box_clipped": "b",
+        "box_outside_image": "c",
+    }
+    usable, clipped = check_boxes(images[3:], sizes[3:], 2.0, log)
+    assert usable.shape == (0,) and clipped.shape == (0, 4)
+
+
 def test_one_pixel_objects_are_kept_where_asked_for() -> None:
-    usable, _ = check_boxes(source("a", [[5, 5, 6, 6]]), (50, 80), 1.0, ExtractionLog())
+    usable, _ = check_boxes([source("a", [[5, 5, 6, 6]])], [(50, 80)], 1.0, ExtractionLog())
     assert usable.all()
 
 
