@@ -1,11 +1,15 @@
 """What a comparison will cost, before it runs: FLOPs by counting, seconds by timing a few steps."""
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 from jigsaw_d2.comparison_plan import Arm, Plan
 from jigsaw_d2.config import get_jigsaw_cfg
@@ -13,102 +17,197 @@ from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops
 from jigsaw_d2.finetune_config import load_detection_config
 from jigsaw_d2.lr_schedule import scale_to_batch
 from jigsaw_d2.pipeline import DetectionSet
+from jigsaw_d2.precision import Precision
 from jigsaw_d2.report_markdown import table
 
-_TRIAL_IMAGES = 4
-_TRIAL_STEPS = 2
+_TRIAL_STEPS = 4  # the fastest counts: the first one still allocates
+_TRIAL_SECONDS = 10.0  # begin no further step after as many
+_TRIAL_PIXELS = 400_000  # of a trial batch, at most, beyond its first image
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Wall-clock seconds of one optimiser step of each training, without data loading."""
+
+    pretrain_step: float
+    detection_step: float
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run: optimiser steps and backbone FLOPs of both trainings."""
+    """Of one run: optimiser steps and backbone FLOPs of both trainings, and their seconds."""
 
     pretrain_iterations: int
     detection_iterations: int
-    pretrain_flops: float
-    detection_flops: float
+    flops: float
+    seconds: float
 
 
-def estimate(plan: Plan, arm: Arm) -> Estimate:
-    """What one run of ``arm`` computes; for arms from scratch under "total", by FLOPs alone.
-
-    The comparison itself sets their length by the ledger, so it will differ somewhat.
-    """
+def estimate(plan: Plan, arm: Arm, speed: Speed) -> Estimate:
+    """What one run of ``arm`` takes; the ledger will set the true length of those from scratch."""
     detector = load_detection_config(plan.detector_config, list(plan.detector))
-    iterations = plan.detection_iterations or detector.SOLVER.MAX_ITER
+    detection = plan.detection_iterations or detector.SOLVER.MAX_ITER
     step = detection_step_flops(detector)
-    if arm.kind == "jigsaw":
-        length, flops = pretraining_flops(plan, arm)
-        return Estimate(length, iterations, flops, iterations * step)
+    pretrain, flops = pretraining_flops(plan, arm) if arm.kind == "jigsaw" else (0, 0.0)
     if arm.kind == "scratch" and plan.budget == "total":
-        paid = [pretraining_flops(plan, other)[1] for other in plan.arms if other.kind == "jigsaw"]
-        iterations += round(max(paid, default=0.0) / step)
-    return Estimate(0, iterations, 0.0, iterations * step)
+        paid = [pretraining_flops(plan, other) for other in plan.arms if other.kind == "jigsaw"]
+        steps, paid_flops = max(paid, default=(0, 0.0))
+        detection += math.ceil(
+            paid_flops / step
+            if plan.cost == "flops"
+            else steps * speed.pretrain_step / speed.detection_step
+        )
+    return Estimate(
+        pretrain,
+        detection,
+        flops + detection * step,
+        pretrain * speed.pretrain_step + detection * speed.detection_step,
+    )
 
 
 def pretraining_flops(plan: Plan, arm: Arm) -> tuple[int, float]:
     """Optimiser steps of an arm's pre-training, and the backbone's FLOPs."""
-    cfg = scale_to_batch(get_jigsaw_cfg(plan.pretrain_config, [*plan.pretrain, *arm.pretrain]))
+    cfg = pretraining_cfg(plan, arm)
     iterations = max(1, round((plan.pretrain_iterations or cfg.SOLVER.MAX_ITER) * arm.length))
-    height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
-    image = backbone_flops(cfg, height, width) * TRAIN_FORWARDS
+    image = backbone_flops(cfg, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE) * TRAIN_FORWARDS
     return iterations, float(iterations * cfg.SOLVER.IMS_PER_BATCH * image)
 
 
+def pretraining_cfg(plan: Plan, arm: Arm | None = None) -> CfgNode:
+    """The pre-training's config, scaled to its batch; of an arm, or of what all arms share."""
+    own = () if arm is None else arm.pretrain
+    return scale_to_batch(get_jigsaw_cfg(plan.pretrain_config, [*plan.pretrain, *own]))
+
+
 def detection_step_flops(cfg: CfgNode) -> float:
-    """Backbone FLOPs of one detection step, on images of the least training size and aspect 4:3."""
-    side = int(min(cfg.INPUT.MIN_SIZE_TRAIN))
-    height, width = (max(32, round(length / 32) * 32) for length in (side, side * 4 / 3))
+    """Backbone FLOPs of one detection step, on images of ``detection_size``."""
     cfg = cfg.clone()
     cfg.MODEL.RESNETS.NORM = "BN"
-    return float(cfg.SOLVER.IMS_PER_BATCH * TRAIN_FORWARDS * backbone_flops(cfg, height, width))
+    images = cfg.SOLVER.IMS_PER_BATCH * TRAIN_FORWARDS
+    return float(images * backbone_flops(cfg, *detection_size(cfg)))
 
 
-def measured_flops_per_second(cfg: CfgNode) -> float:
-    """FLOPs per second of training steps of a pre-training config's backbone on its device."""
+def detection_size(cfg: CfgNode) -> tuple[int, int]:
+    """(height, width) in pixels, multiples of 32, of an image of aspect 4:3 as training sees it."""
+    short, limit = float(min(cfg.INPUT.MIN_SIZE_TRAIN)), cfg.INPUT.MAX_SIZE_TRAIN
+    short = min(short, limit * 3 / 4)
+    return tuple(max(32, math.ceil(side / 32) * 32) for side in (short, short * 4 / 3))
+
+
+def measured_speed(plan: Plan) -> Speed:
+    """Time trial steps of both trainings, on noise of the sizes and batches to come.
+
+    One device is timed; several are taken to share a batch evenly.
+    """
+    detector = load_detection_config(plan.detector_config, list(plan.detector))
+    return Speed(
+        pretrain_step_seconds(pretraining_cfg(plan)) / plan.num_gpus,
+        detection_step_seconds(detector) / plan.num_gpus,
+    )
+
+
+def pretrain_step_seconds(cfg: CfgNode) -> float:
+    """Seconds of a forward and backward pass of the backbone on one batch of Jigsaw images."""
+    cfg = _trial_cfg(cfg)
+    form = torch.channels_last if cfg.MODEL.JIGSAW.CHANNELS_LAST else torch.contiguous_format
+    backbone = build_backbone(cfg).to(cfg.MODEL.DEVICE, memory_format=form).train()
+    height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
+    batch = _trial_batch(cfg.SOLVER.IMS_PER_BATCH, height * width)
+    # Noise: on blank images batch norm makes subnormal numbers, with which a CPU crawls.
+    images = torch.randn(batch, 3, height, width).to(cfg.MODEL.DEVICE, memory_format=form)
+    precision = Precision.from_config(cfg)
+
+    def step() -> None:
+        with precision.autocast():
+            loss = backbone(images)[cfg.MODEL.JIGSAW.IN_FEATURE].float().sum()
+        loss.backward()
+
+    return _fastest(step, cfg.MODEL.DEVICE) * cfg.SOLVER.IMS_PER_BATCH / batch
+
+
+def detection_step_seconds(cfg: CfgNode) -> float:
+    """Seconds of a forward and backward pass of the detector, and its update, on one batch."""
+    cfg = _trial_cfg(cfg)
+    cfg.MODEL.WEIGHTS = ""
+    detector = build_model(cfg).train()
+    optimizer = torch.optim.SGD(detector.parameters(), lr=0.0, momentum=0.9)
+    height, width = detection_size(cfg)
+    batch = _trial_batch(cfg.SOLVER.IMS_PER_BATCH, height * width)
+    inputs = [_noise_image(height, width) for _ in range(batch)]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.stack(list(detector(inputs).values())).sum().backward()
+        optimizer.step()
+
+    with EventStorage():
+        return _fastest(step, cfg.MODEL.DEVICE) * cfg.SOLVER.IMS_PER_BATCH / batch
+
+
+def _trial_cfg(cfg: CfgNode) -> CfgNode:
+    """A copy for this process alone: its device exists here, its norm needs no other process."""
     cfg = cfg.clone()
     cfg.MODEL.RESNETS.NORM = "BN"
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    backbone = build_backbone(cfg).to(cfg.MODEL.DEVICE).train()
-    height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
-    images = torch.zeros(_TRIAL_IMAGES, 3, height, width, device=cfg.MODEL.DEVICE)
-    times = []
-    for _ in range(_TRIAL_STEPS):
+    return cfg
+
+
+def _trial_batch(batch: int, pixels: int) -> int:
+    """Images of a trial batch: as many as the real one's, as far as _TRIAL_PIXELS go."""
+    return min(batch, max(1, _TRIAL_PIXELS // pixels))
+
+
+def _noise_image(height: int, width: int) -> dict:
+    """Input of a detector: noise, one object of class 0 over its inner half."""
+    box = [[width / 4, height / 4, width * 3 / 4, height * 3 / 4]]
+    instances = Instances((height, width), gt_boxes=Boxes(torch.tensor(box)))
+    instances.gt_classes = torch.zeros(1, dtype=torch.int64)
+    return {"image": 255 * torch.rand(3, height, width), "instances": instances}
+
+
+def _fastest(step: Callable[[], None], device: str) -> float:
+    """Seconds of the fastest of _TRIAL_STEPS calls, or of those that _TRIAL_SECONDS allow."""
+    times: list[float] = []
+    while len(times) < _TRIAL_STEPS and sum(times) < _TRIAL_SECONDS:
         start = time.perf_counter()
-        backbone(images)[cfg.MODEL.JIGSAW.IN_FEATURE].sum().backward()
-        if images.is_cuda:
+        step()
+        if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    flops = TRAIN_FORWARDS * backbone_flops(backbone, height, width) * _TRIAL_IMAGES
-    return flops / min(times)
+    return min(times)
 
 
-def dry_run_table(plan: Plan, data: DetectionSet) -> str:
-    """Every arm with its runs, lengths and estimated cost, as a Markdown table."""
-    speed = measured_flops_per_second(get_jigsaw_cfg(plan.pretrain_config, list(plan.pretrain)))
+def dry_run_table(plan: Plan, data: DetectionSet, speed: Speed | None = None) -> str:
+    """Every arm with its runs, lengths and estimated cost, as a Markdown table.
+
+    Args:
+        speed: of this machine; None = measure it.
+    """
+    speed = speed or measured_speed(plan)
     rows = [
         ["arm", "seeds", "pre-training steps", "detection steps", "PFLOPs a run", "minutes a run"]
     ]
-    total = 0.0
+    flops = seconds = 0.0
     for arm in plan.arms:
-        cost = estimate(plan, arm)
-        flops = cost.pretrain_flops + cost.detection_flops
-        total += flops * len(plan.seeds)
+        cost = estimate(plan, arm, speed)
+        flops += cost.flops * len(plan.seeds)
+        seconds += cost.seconds * len(plan.seeds)
         rows.append(
             [
                 arm.name,
                 " ".join(str(seed + arm.seed_offset) for seed in plan.seeds),
                 str(cost.pretrain_iterations or "-"),
                 str(cost.detection_iterations),
-                f"{flops / 1e15:.3f}",
-                f"{flops / speed / 60:.1f}",
+                f"{cost.flops / 1e15:.3f}",
+                f"{cost.seconds / 60:.1f}",
             ]
         )
     runs = len(plan.arms) * len(plan.seeds)
     return (
-        f"{table(rows)}\n\n{runs} runs on {data.name}: {total / 1e15:.2f} PFLOPs of the backbone, "
-        f"about {total / speed / 60:.0f} minutes at the {speed / 1e9:.0f} GFLOP/s that a trial of "
-        "its training step reached in float32 here; start-up, RoI heads and evaluation come on "
-        "top. Arms from scratch get their true length from the ledger when the others are done."
+        f"{table(rows)}\n\n{runs} runs on {data.name}: {flops / 1e15:.2f} PFLOPs of the backbone, "
+        f"about {seconds / 60:.0f} minutes of training. A trial here took "
+        f"{speed.pretrain_step:.3f} s a step of pre-training and {speed.detection_step:.3f} s of "
+        "the detector; start-up, data, ERF refreshes and evaluation come on top. Arms from scratch "
+        "get their true length from the ledger when the others are done."
     )
