@@ -134,8 +134,9 @@ class JigsawDatasetMapper:
                 optionally "replacements": slot -> iterator of ids for damaged samples.
 
         Returns:
-            {"image": uint8 (3, H, W) tensor, channels innermost in memory, "gt_classes": int64
-            (4,), "sample_ids": int64 (4,) both in region order, "damaged": list of (id, reason)}.
+            {"image": uint8 (3, H, W) tensor, channels innermost in memory; "gt_classes": int64
+            (4,) tensor and "sample_ids": int64 (4,) array in region order; "damaged": list of
+            (id, reason)}.
 
         Raises:
             DamagedSampleError: a sample cannot be decoded and nothing may replace it.
@@ -144,11 +145,10 @@ class JigsawDatasetMapper:
         made = self.draw_into(
             out, record["position"], record["sample_ids"], record.get("replacements")
         )
-        # By way of numpy: torch.tensor of a list costs as much as decoding a small sample.
         return {
-            "image": torch.from_numpy(out).permute(2, 0, 1),
+            "image": torch.from_numpy(out.transpose(2, 0, 1)),
             "gt_classes": torch.from_numpy(np.array(made.gt_classes)),
-            "sample_ids": torch.from_numpy(np.array(made.sample_ids)),
+            "sample_ids": np.array(made.sample_ids),
             "damaged": made.damaged,
         }
 

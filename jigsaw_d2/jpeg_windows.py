@@ -118,10 +118,10 @@ def _join_pieces(data: bytes, sof: int, comment: int, grid: PieceGrid, size: byt
     body = [data[a:b] for a, b in zip(starts, stops)]
     jpeg = np.frombuffer(bytearray().join((*head, *body)), np.uint8)
     lengths = table[1:].reshape(rows, across)[top:bottom, left:right].ravel()
-    # The second byte of the marker that ends each piece.
-    ends = np.add.accumulate(lengths, dtype=np.int64) + (scan - comment - 1)
+    # The second byte of the marker that ends each piece, counted from the last of the header.
+    ends = np.add.accumulate(lengths, dtype=np.int64)
     turns = _RESTARTS if len(ends) <= len(_RESTARTS) else np.resize(_RESTARTS, len(ends))
-    jpeg[ends] = turns[: len(ends)]
+    jpeg[scan - comment - 1 :][ends] = turns[: len(ends)]
     jpeg[-1] = EOI
     return jpeg
 
