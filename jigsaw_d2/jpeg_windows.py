@@ -68,7 +68,7 @@ def cut_window(
     """A JPEG of the pieces that cover ``window``.
 
     Args:
-        data: a baseline JPEG.
+        data: a baseline JPEG, bytes or a view of some.
         window: XYXY pixels, half-open, inside the image, not empty.
 
     Returns:

@@ -79,22 +79,22 @@ class StorePart:
             self._shards[number] = mapped
         return mapped
 
-    def read(self, i: int) -> bytes:
-        """The encoded sample, not checked."""
+    def view(self, i: int) -> memoryview:
+        """The encoded sample where it is mapped, not checked."""
         offset, number = self.offsets.item(i), self.shard_numbers.item(i)
         mapped = self._shards[number] or self.shard(number)
-        return mapped[offset : offset + self.lengths.item(i)]
+        return memoryview(mapped)[offset : offset + self.lengths.item(i)]
 
-    def read_checked(self, i: int) -> bytes:
-        """The encoded sample; raises DamagedSampleError unless its CRC-32 is that of the index."""
-        data = self.read(i)
+    def view_checked(self, i: int) -> memoryview:
+        """``view``; raises DamagedSampleError unless its CRC-32 is that of the index."""
+        data = self.view(i)
         if zlib.crc32(data) != self.checksums.item(i):
             raise self.damaged(i, "its CRC-32 differs from the index")
         return data
 
     def decode(self, i: int, window: tuple[int, int, int, int] | None) -> np.ndarray:
         """See ``SampleStore.decode``."""
-        data = self.read_checked(i)
+        data = self.view_checked(i)
         height, width = self.sizes.item(i, 0), self.sizes.item(i, 1)
         x0, y0, x1, y1 = window = window or (0, 0, width, height)
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
@@ -221,7 +221,7 @@ class SampleStore:
     def __getitem__(self, i: int) -> bytes:
         """The encoded sample: a whole ordinary JPEG or PNG, not checked."""
         part, i = self._locate(i)
-        return part.read(i)
+        return bytes(part.view(i))
 
     def key(self, i: int) -> str:
         """Name of sample ``i`` within its shard, without suffix."""
@@ -235,7 +235,7 @@ class SampleStore:
             DamagedSampleError: naming shard, key and reason.
         """
         part, i = self._locate(i)
-        return part.read_checked(i)
+        return bytes(part.view_checked(i))
 
     def decode(self, i: int, window: tuple[int, int, int, int] | None = None) -> np.ndarray:
         """uint8 RGB (h, w, 3) of sample ``i``, or of ``window`` (XYXY ints, sample pixels).
