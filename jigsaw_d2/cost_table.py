@@ -21,10 +21,12 @@ class Reference:
 
     @property
     def pixels(self) -> float:
+        """Of all images."""
         return self.images * 224 * 224
 
     @property
     def flops(self) -> float:
+        """Of a ResNet-50 on these images, forward and backward, two per multiply-accumulate."""
         return 2 * R50_MACS * TRAIN_FORWARDS * self.images
 
 

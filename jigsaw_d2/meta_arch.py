@@ -110,6 +110,7 @@ class JigsawPretrainer(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are and the images go."""
         return self.pixel_mean.device
 
     def forward(self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

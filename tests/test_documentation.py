@@ -1,16 +1,21 @@
 """What is written for readers agrees with the code: docstrings, shapes, the table of keys."""
 
+import argparse
 import importlib
 import inspect
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from detectron2.config import CfgNode, get_cfg
 
 import jigsaw_d2
+from jigsaw_d2.__main__ import COMMANDS
+from jigsaw_d2.config import add_jigsaw_config
 
 ROOT = Path(__file__).parents[1]
 SHAPE = re.compile(r"\([A-Za-z0-9_*+\- .]+, ?[A-Za-z0-9_*+\- .,]*\)|scalar|shape")
@@ -39,6 +44,22 @@ def test_every_public_name_has_a_docstring(name):
     assert not missing, f"{name}: no docstring on {missing}"
 
 
+@pytest.mark.parametrize("name", [m for m in MODULES if not m.endswith("__main__")])
+def test_every_public_method_is_explained(name):
+    """By itself, by the class's docstring, or by the base class or contract that it follows."""
+    missing = []
+    for class_name, value in _public_names(importlib.import_module(name)):
+        for method in vars(value) if inspect.isclass(value) else ():
+            member = inspect.getattr_static(value, method)
+            member = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            follows = any(hasattr(base, method) for base in value.__mro__[1:])
+            follows = follows or method == "from_config"  # of Detectron2's configurable
+            said = inspect.getdoc(member) or re.search(rf"\b{method}\b", value.__doc__ or "")
+            if inspect.isfunction(member) and not (method.startswith("_") or follows or said):
+                missing.append(f"{class_name}.{method}")
+    assert not missing, f"{name}: no docstring on {missing}"
+
+
 @pytest.mark.parametrize("name", [m for m in MODULES if ".commands" not in m])
 def test_functions_on_arrays_state_shapes(name):
     module = importlib.import_module(name)
@@ -55,6 +76,73 @@ def test_functions_on_arrays_state_shapes(name):
 def test_table_of_configuration_keys_is_current():
     result = subprocess.run([sys.executable, str(ROOT / "dev" / "config_table.py"), "--check"])
     assert result.returncode == 0, "run: python dev/config_table.py"
+
+
+def _flat_keys(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def test_every_configuration_key_is_in_the_table_with_a_meaning():
+    plain, ours = get_cfg(), get_cfg()
+    add_jigsaw_config(ours)
+    keys = set(_flat_keys(ours)) - set(_flat_keys(plain))
+    text = (ROOT / "projects" / "JigsawPretrain" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `([A-Z_0-9.]+)` \| `.*?` \| (.*?) \|$", text, flags=re.MULTILINE))
+    assert len(keys) > 20 and keys - set(rows) == set()
+    assert [key for key in keys if len(rows[key]) < 10] == []
+
+
+SCRIPTS = {
+    "train_net.py": "pretrain",
+    "extract_samples.py": "extract",
+    "convert_weights.py": "convert",
+    "finetune_net.py": "finetune",
+    "compare.py": "compare",
+    "visualize.py": "visualize",
+}
+READMES = [
+    "README.md",
+    "projects/JigsawPretrain/README.md",
+    "projects/JigsawPretrain/results/README.md",
+]
+
+
+def _commands_in(text):
+    """(command, its words) of every line in a shell block that calls one of our commands."""
+    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            for script, name in SCRIPTS.items():
+                if script in words:
+                    yield name, words[words.index(script) + 1 :]
+            if "jigsaw_d2" in words:
+                start = words.index("jigsaw_d2")
+                yield words[start + 1], words[start + 2 :]
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_commands_in_a_readme_have_the_flags_they_use(readme):
+    found = list(_commands_in((ROOT / readme).read_text()))
+    assert found
+    for name, words in found:
+        assert name in COMMANDS, f"{readme}: {name} is no command"
+        parser = importlib.import_module(f"jigsaw_d2.commands.{name}").build_parser()
+        flags = [word for word in words if word.startswith("--")]
+        known = {
+            flag for parser in _with_subparsers(parser) for flag in parser._option_string_actions
+        }
+        assert set(flags) <= known, f"{readme}: {name} knows no {set(flags) - known}"
+
+
+def _with_subparsers(parser):
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.values()
 
 
 @pytest.mark.parametrize("readme", ["README.md", "projects/JigsawPretrain/README.md"])
