@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 # Images per task. Small, so that the processes finish together; about 2 MB of encoded samples.
 CUT_CHUNK = 16
-PLAN_CHUNK = 256
+PLAN_CHUNK = 64
 
 
 class Cut(NamedTuple):

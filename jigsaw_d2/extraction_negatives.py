@@ -15,7 +15,7 @@ MAX_SIZES = 16384
 # Sizes tried for one negative before an image counts as full; each at 50 places.
 SIZES_PER_NEGATIVE = 4
 MAX_ROUNDS = 20
-CHUNK = 256  # images a task
+CHUNK = 128  # images a task
 
 
 def add_negatives(

@@ -124,14 +124,16 @@ def template_fill(
         if not len(mine):
             fill[region] = None
             continue
-        larger = (np.argsort(np.argsort(mine.prod(axis=1), kind="stable")) + 0.5) / len(mine)
+        heights, widths = mine.T.copy()
+        larger = (np.argsort(np.argsort(heights * widths, kind="stable")) + 0.5) / len(mine)
         weight = {"R1": 1 - larger, "R4": larger}.get(region, np.ones(len(mine)))
         weight = weight / weight.sum() / SCALES
         used = kept = 0.0
         for scale in scales:
-            shown = np.minimum(mine * scale, size).prod(axis=1)
+            high, wide = heights * scale, widths * scale
+            shown = np.minimum(high, size[0]) * np.minimum(wide, size[1])
             used += weight @ shown / (size[0] * size[1])
-            kept += weight @ (shown / (mine * scale).prod(axis=1))
+            kept += weight @ (shown / (high * wide))
         fill[region] = {
             "used": round(float(used), 4),
             "padded": round(float(1 - used), 4),

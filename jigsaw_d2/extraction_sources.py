@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -43,7 +44,7 @@ class SourceData:
         """SHA-256 over categories, image ids, file names and annotations."""
         digest = hashlib.sha256(json.dumps([self.categories, self.category_ids]).encode())
         for image in self.images:
-            digest.update(f"{image.image_id} {Path(image.path).name} {image.size}".encode())
+            digest.update(f"{image.image_id} {os.path.basename(image.path)} {image.size}".encode())
             digest.update(np.array(image.boxes, np.float64).tobytes())
             digest.update(np.array(image.classes, np.int64).tobytes())
             digest.update(np.array(image.crowds, bool).tobytes())
@@ -73,10 +74,10 @@ def image_number(image_id: object) -> int:
 def box_or_nan(values: object) -> list[float]:
     """Four floats, NaN where ``values`` is anything else."""
     try:
-        box = [float(v) for v in values]
+        x0, y0, x1, y1 = values
+        return [float(x0), float(y0), float(x1), float(y1)]
     except (TypeError, ValueError):
-        box = []
-    return box if len(box) == 4 else [float("nan")] * 4
+        return [float("nan")] * 4
 
 
 class _ImageTable:
@@ -197,22 +198,24 @@ class CocoSource:
     ) -> None:
         classes = {category: n for n, category in enumerate(category_ids)}
         known: dict[object, tuple] = {}
+        name = self.json_file.name
         for n, entry in enumerate(entries):
-            image_id, category, bbox = (
-                self._get(entry, key, "annotations", n)
-                for key in ("image_id", "category_id", "bbox")
-            )
-            where = f"{self.json_file.name}: annotation {entry.get('id', n)}"
+            try:
+                image_id, category, bbox = entry["image_id"], entry["category_id"], entry["bbox"]
+            except (KeyError, TypeError):
+                for key in ("image_id", "category_id", "bbox"):
+                    self._get(entry, key, "annotations", n)
+                raise
             image = table.by_id.get(image_id)
             if image is None:
-                log.add("annotation_of_unknown_image", where)
+                log.add("annotation_of_unknown_image", f"{name}: annotation {entry.get('id', n)}")
                 continue
             x, y, width, height = box_or_nan(bbox)
             box = [x, y, x + width, y + height]
             image.add(box, classes.get(category, UNKNOWN_CLASS), bool(entry.get("iscrowd", 0)))
             content = (image.path, category, *box)
             if "id" in entry and known.setdefault(entry["id"], content) != content:
-                log.add("annotation_id_repeated", where)
+                log.add("annotation_id_repeated", f"{name}: annotation {entry['id']}")
 
 
 class RegisteredSource:

@@ -39,6 +39,8 @@ def _start_worker(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
+    gc.freeze()
+    gc.enable()
     # glibc gives freed memory back to the system unless it has seen larger blocks come and go; each
     # decoded image would then be faulted in anew, page by page.
     bytearray(LARGEST_BLOCK)
@@ -61,9 +63,11 @@ class Workers:
             # a child that inherits them half would wait for them for ever.
             self._threads = cv2.getNumThreads()
             cv2.setNumThreads(1)
-            # What is loaded already, torch above all, is no garbage: spare each process the walk
-            # over it, which would copy the shared pages, too.
+            # What is loaded already, torch above all, and what will be, a whole dataset, is no
+            # garbage: spare each process the walks over it, which would copy the shared pages, too.
             gc.freeze()
+            self._collecting = gc.isenabled()
+            gc.disable()
             # fork: a worker starts in milliseconds and shares what is loaded already.
             self._buffers = [os.memfd_create("result") for _ in range(AHEAD * self.count + 1)]
             self._pool = ProcessPoolExecutor(
@@ -76,6 +80,8 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
             cv2.setNumThreads(self._threads)
             gc.unfreeze()
+            if self._collecting:
+                gc.enable()
             for descriptor in self._buffers:
                 os.close(descriptor)
 

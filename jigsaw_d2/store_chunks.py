@@ -95,7 +95,7 @@ class ChunkBuilder:
         """Add one sample; the fields are those of ``store_format.RECORD``."""
         key = sample_key(class_index, image_id, serial)
         offset, length, crc = self._size + BLOCK, len(encoded), zlib.crc32(encoded)
-        row = (offset, image_id, class_index, tuple(box), tuple(gt_box), size)
+        row = (offset, image_id, class_index, box, gt_box, size)
         self._rows.append((*row, length, crc, 0, serial, interval, 0, code))
         self._add_member(f"{key}.{SUFFIXES[code]}", encoded)
         if self.class_files:
@@ -115,7 +115,9 @@ class ChunkBuilder:
 
     def build(self) -> Chunk:
         """All that was added so far; the last call."""
-        records = np.array(self._rows, RECORD)
+        records = np.zeros(len(self._rows), RECORD)
+        for field, column in zip(RECORD.names, zip(*self._rows)):
+            records[field] = column
         records["group"] = group_codes(records["size"][:, 1], records["size"][:, 0])
         if self._descriptor is None:
             return Chunk(b"".join(self._parts), records)
