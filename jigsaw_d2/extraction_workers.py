@@ -82,8 +82,8 @@ class Workers:
             gc.unfreeze()
             if self._collecting:
                 gc.enable()
-            for descriptor in self._buffers:
-                os.close(descriptor)
+            while self._buffers:
+                os.close(self._buffers.pop())
 
     def buffer(self, number: int) -> int | None:
         """A file in memory, for the bytes of result ``number`` (from 0) of a ``map``.

@@ -166,6 +166,52 @@ def test_killed_run_is_completed_by_the_same_call(
     assert kept == written and 0 < len(read) < 12
 
 
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from jigsaw_d2 import extraction
+from jigsaw_d2.commands import run_command
+from test_extraction import dataclasses, small_shards, source
+extraction.CUT_CHUNK = 1
+options = dataclasses.replace(small_shards({workers}), shard_size=10**9)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # as a disk that is full
+work = lambda argv: extraction.extract_samples(source(Path({data!r})), {path!r}, options)
+sys.exit(run_command(work))
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_full_disk_is_named_and_the_same_call_goes_on(
+    tiny_coco: Path, store: SampleStore, tmp_path: Path, workers: int
+) -> None:
+    script = FULL_DISK.format(
+        tests=str(Path(__file__).parent),
+        data=str(tiny_coco),
+        path=str(tmp_path / "s"),
+        workers=workers,
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot write" in done.stderr and "make room" in done.stderr
+    assert not (tmp_path / "s").exists()
+    extract_samples(source(tiny_coco), tmp_path / "s", dataclasses.replace(ALONE, workers=workers))
+    assert content(tmp_path / "s") == content(store.paths[0])
+
+
+def test_each_image_is_decoded_once(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, decoded = cv2.imdecode, []
+
+    def decode(data: np.ndarray, flags: int) -> np.ndarray:
+        decoded.append(hash(data.tobytes()))
+        return real(data, flags)
+
+    monkeypatch.setattr(cv2, "imdecode", decode)
+    report = extract_samples(source(tiny_coco), tmp_path / "s", ALONE)
+    assert len(decoded) == len(set(decoded)) == report["images_read"] > 10
+
+
 def test_held_out_set_must_have_the_same_categories(tiny_coco: Path, tmp_path: Path) -> None:
     with pytest.raises(ExtractionError, match="val has other categories.*'kind2'"):
         extract_samples(source(tiny_coco, "val"), tmp_path / "s", ALONE, ["kind0", "kind1"])

@@ -1,5 +1,6 @@
 """Order, errors and death of worker processes."""
 
+import gc
 import os
 
 import cv2
@@ -28,6 +29,30 @@ def test_results_come_in_order(count: int) -> None:
 def test_errors_come_through(count: int) -> None:
     with Workers(count) as workers, pytest.raises(KeyError, match="ninety-nine"):
         list(workers.map(square, ((n,) for n in (1, 99, 2))))
+
+
+def leave(number: int, descriptor: int) -> int:
+    return os.pwrite(descriptor, bytes([number]) * 1000, 0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_buffer_is_not_used_again_before_its_result_was_taken(count: int) -> None:
+    with Workers(count) as workers:
+        results = workers.map(leave, ((n, workers.buffer(n)) for n in range(60)))
+        for number, size in enumerate(results):
+            assert os.pread(workers.buffer(number), 2000, 0) == bytes([number]) * size
+    assert workers.buffer(0) is None and Workers(0).buffer(3) is None
+
+
+def collects(_: int) -> bool:
+    return gc.isenabled()
+
+
+def test_garbage_is_collected_again_afterwards() -> None:
+    frozen = gc.get_freeze_count()
+    with Workers(1) as workers:
+        assert list(workers.map(collects, [(0,)])) == [True] and not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() <= frozen
 
 
 def shrink(size: int) -> int:

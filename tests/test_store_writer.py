@@ -6,6 +6,7 @@ import multiprocessing
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,29 @@ def test_full_disk_leaves_nothing_that_looks_whole(tmp_path: Path, shard: int) -
     assert not (tmp_path / "store").exists()
     write(tmp_path / "store", count, resume_key="x", shard_size=shard)
     assert len(SampleStore(tmp_path / "store")) == count
+
+
+def test_chunks_parked_in_another_file_give_the_same_store(tmp_path: Path) -> None:
+    """Of different sizes, through one file: what an earlier chunk left behind is not written."""
+
+    def write_chunks(path: Path, descriptor: int | None) -> None:
+        box = np.float32([0, 0, 6, 4])
+        with StoreWriter(path, ["a"], shard_size=300_000) as writer:
+            for n, size in enumerate((200_000, 70_000, 1, 90_000)):
+                builder = ChunkBuilder(class_files=True, descriptor=descriptor)
+                fields = {"class_index": 0, "size": (4, 6), "box": box, "gt_box": box}
+                for serial in (0, 1):
+                    sample = bytes([n + serial]) * (size // 2)
+                    builder.add(sample, image_id=n, serial=serial, **fields)
+                writer.append(builder.build())
+            writer.append(ChunkBuilder(descriptor=descriptor).build())
+            writer.finish()
+
+    write_chunks(tmp_path / "kept", None)
+    with tempfile.TemporaryFile() as file:
+        write_chunks(tmp_path / "parked", file.fileno())
+    assert content(tmp_path / "parked") == content(tmp_path / "kept")
+    assert len(SampleStore(tmp_path / "parked").header["shards"]) == 2
 
 
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
