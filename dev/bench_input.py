@@ -3,8 +3,8 @@
 All rows show the same crops, on one core, in turns within one run. Rates are medians over turns,
 by the processor time that the work took, so that other work on the machine disturbs little; those
 of worker processes are by the clock. "Ordinary JPEG" bytes are the crops as any dataset stores
-them; "store" bytes are those of the sample store, in which large crops have restart intervals so
-that a window decodes alone.
+them. Those of the "store" are JPEGs with restart intervals, of which a window decodes alone; the
+"uncompressed store" is written by ``extract_samples.py --encoding ppm``.
 """
 
 import argparse
@@ -50,17 +50,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_stores(args: argparse.Namespace, folder: Path) -> tuple[SampleStore, SampleStore]:
-    """The same samples twice: for the pipeline, and as ordinary JPEGs without restart intervals."""
+def make_stores(args: argparse.Namespace, folder: Path) -> dict[str, SampleStore]:
+    """The same samples as "store", "uncompressed store", and "plain": ordinary JPEGs."""
     huge = JigsawTemplate(1 << 14, 1 << 14, 1 << 13, 1 << 13)  # shows every sample whole
-    stores = []
-    for name, template in (("store", JigsawTemplate()), ("plain", huge)):
-        options = ExtractionOptions(template=template, min_side=args.min_side, workers=0)
+    stores = {}
+    for name, template, encoding in (
+        ("store", JigsawTemplate(), "jpeg"),
+        ("uncompressed store", JigsawTemplate(), "ppm"),
+        ("plain", huge, "jpeg"),
+    ):
+        options = ExtractionOptions(
+            template=template, encoding=encoding, min_side=args.min_side, workers=0
+        )
         extract_samples(CocoSource(args.json, args.images), str(folder / name), options)
-        stores.append(SampleStore(folder / name))
-    if not np.array_equal(stores[0].boxes, stores[1].boxes):
-        raise AssertionError("the two stores hold different crops")
-    return stores[0], stores[1]
+        stores[name] = SampleStore(folder / name)
+        if not np.array_equal(stores[name].boxes, stores["store"].boxes):
+            raise AssertionError("the stores hold different crops")
+    return stores
 
 
 def decode_four(crops: list[np.ndarray]) -> None:
@@ -111,14 +117,31 @@ def jigsaw_cfg(store: SampleStore, workers: int) -> CfgNode:
     )
 
 
+def our_rows(
+    store: SampleStore, turn: Callable, batches: int, label: str
+) -> dict[str, Callable[[int], None]]:
+    """The mapper and the whole path over one store, as in ``make_rows``."""
+    loader = build_jigsaw_train_loader(jigsaw_cfg(store, 0), store=store)
+    mapper, sampler, stream = loader.dataset.mapper, loader.dataset.sampler, iter(loader)
+
+    def loaded(_: int) -> None:
+        for batch in itertools.islice(stream, batches):
+            batch["image"]
+
+    return {
+        f"our mapper ({label})": turn(
+            lambda p: mapper({"position": p, "sample_ids": sampler.quadruple(p)})
+        ),
+        f"our DataLoader path to the collated batch ({label})": loaded,
+    }
+
+
 def make_rows(
-    store: SampleStore, plain: SampleStore, turns: int, batches: int
+    stores: dict[str, SampleStore], turns: int, batches: int
 ) -> dict[str, Callable[[int], None]]:
     """Row name -> function that makes the images of turn ``t``, 0 <= t <= turns."""
-    count = batches * BATCH
-    loader = build_jigsaw_train_loader(jigsaw_cfg(store, 0), store=store)
-    mapper, sampler = loader.dataset.mapper, loader.dataset.sampler
-    stream = iter(loader)
+    count, plain = batches * BATCH, stores["plain"]
+    sampler = build_jigsaw_train_loader(jigsaw_cfg(plain, 0), store=plain).dataset.sampler
     recipe = imagenet_recipe()
     rng = np.random.default_rng(0)
     # Rows that are not ours pay neither for choosing nor for reading their crops.
@@ -132,10 +155,6 @@ def make_rows(
 
         return run
 
-    def loaded(_: int) -> None:
-        for batch in itertools.islice(stream, batches):
-            batch["image"]
-
     return {
         "decode four crops, OpenCV, nothing else (ordinary JPEG)": turn(
             lambda p: decode_four([encoded[i] for i in quads[p]])
@@ -143,8 +162,8 @@ def make_rows(
         "plain OpenCV jigsaw loop (ordinary JPEG)": turn(
             lambda p: plain_jigsaw([encoded[i] for i in quads[p]], rng)
         ),
-        "our mapper (store)": turn(lambda p: mapper({"position": p, "sample_ids": quads[p]})),
-        "our DataLoader path to the collated batch (store)": loaded,
+        **our_rows(stores["store"], turn, batches, "store"),
+        **our_rows(stores["uncompressed store"], turn, batches, "uncompressed store"),
         "torchvision ImageNet recipe, one crop an image (ordinary JPEG)": turn(
             lambda p: recipe(encoded[quads[p][p % 4]].tobytes())
         ),
@@ -198,11 +217,12 @@ def main() -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        store, plain = make_stores(args, Path(folder))
+        stores = make_stores(args, Path(folder))
+        store = stores["store"]
         sizes, groups = store.sizes.prod(axis=1) / 1e3, store.groups
         drawn = np.mean([sizes[groups == g].mean() for g in (0, 0, 1, 2)])
         print(f"{len(store)} crops, mean {sizes.mean():.1f} kpx (as drawn: {drawn:.1f} kpx)")
-        rows = make_rows(store, plain, args.turns, args.batches)
+        rows = make_rows(stores, args.turns, args.batches)
         rates = measure(rows, args.turns, args.batches * BATCH)
         for name, rate in zip(rows, rates):
             ratio = np.median(rate / rates[0])

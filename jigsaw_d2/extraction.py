@@ -164,7 +164,7 @@ def cut_images(
             encoded, interval, code = encode_sample(
                 image[y0:y1, x0:x1],
                 quality=options.quality,
-                png=options.png,
+                encoding=options.encoding,
                 windows=windows[serial],
             )
             builder.add(

@@ -6,7 +6,7 @@ import numpy as np
 
 from jigsaw_d2.extraction_log import ExtractionError
 from jigsaw_d2.samples import GROUPS, group_codes
-from jigsaw_d2.store_chunks import DEFAULT_QUALITY
+from jigsaw_d2.store_chunks import DEFAULT_QUALITY, ENCODINGS
 from jigsaw_d2.store_writer import DEFAULT_SHARD_SIZE
 from jigsaw_d2.template import REGION_GROUPS, JigsawTemplate
 
@@ -19,7 +19,8 @@ class ExtractionOptions:
         max_scale: a positive's sides grow to at most this times the box (Sec. 3.1); 1 = no context.
         negative_ratio: negatives per positive over the dataset (Sec. 3.1: 1 to 10).
         quality: of the JPEGs, 1 to 100. Ours: 95, as near to the source as JPEG sensibly gets.
-        png: store PNG instead, without loss.
+        encoding: "jpeg"; "png", small but slow to read; or "ppm", uncompressed: about ten times the
+            bytes and nothing to decode. The latter two are without loss.
         class_files: add a ``.cls`` member with the class beside each sample.
         min_side: pixels; a box with a shorter side is skipped. Ours: 2, one-pixel boxes show
             nothing.
@@ -38,7 +39,7 @@ class ExtractionOptions:
     max_scale: float = 2.0
     negative_ratio: float = 0.1
     quality: int = DEFAULT_QUALITY
-    png: bool = False
+    encoding: str = "jpeg"
     class_files: bool = False
     min_side: float = 2.0
     shard_size: int = DEFAULT_SHARD_SIZE
@@ -60,6 +61,7 @@ class ExtractionOptions:
                 "0 or more, e.g. 0.1 for one to ten positives",
             ),
             "quality": (1 <= self.quality <= 100, "from 1 to 100"),
+            "encoding": (self.encoding in ENCODINGS, f"one of {', '.join(ENCODINGS)}"),
             "shard_size": (self.shard_size > 0, "positive"),
             "scale_range": (0 < self.scale_range[0] <= self.scale_range[1], "0 < low <= high"),
             "part": (1 <= self.part[0] <= self.part[1], "i/n with 1 <= i <= n"),

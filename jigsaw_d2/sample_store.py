@@ -14,9 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from jigsaw_d2 import jpeg_windows
+from jigsaw_d2.netpbm import decode_netpbm
 from jigsaw_d2.store_format import (
     HEADER_NAME,
     INDEX_NAME,
+    PGM,
+    PPM,
     RECORD,
     DamagedSampleError,
     StoreError,
@@ -58,6 +61,7 @@ class StorePart:
         self.offsets, self.lengths = self.index["offset"], self.index["length"]
         self.shard_numbers, self.checksums = self.index["shard"], self.index["crc32"]
         self.intervals, self.sizes = self.index["interval"], self.index["size"]
+        self.formats = self.index["format"]
         self._shards: list[mmap.mmap | None] = [None] * len(self.header["shards"])
 
     def check_unchanged(self) -> None:
@@ -102,7 +106,9 @@ class StorePart:
                 f"window {window} is empty or leaves {self.key(i)}, {width} x {height}"
             )
         try:
-            if self.intervals.item(i):
+            if self.formats.item(i) in (PPM, PGM):
+                image = decode_netpbm(data, window)
+            elif self.intervals.item(i):
                 image = jpeg_windows.decode_window(data, window)
             else:
                 image = jpeg_windows.decode_rgb(np.frombuffer(data, np.uint8))
@@ -241,7 +247,8 @@ class SampleStore:
         """uint8 RGB (h, w, 3) of sample ``i``, or of ``window`` (XYXY ints, sample pixels).
 
         Of a sample written with restart intervals only the pieces under the window are decoded;
-        the pixels are those of the full decode. May be a view of a larger array.
+        the pixels are those of the full decode. May be a view of a larger array, or, read-only, of
+        the mapped shard.
 
         Raises:
             DamagedSampleError: naming shard, key and reason.

@@ -7,11 +7,14 @@ from typing import NamedTuple
 import numpy as np
 
 from jigsaw_d2 import jpeg_windows
+from jigsaw_d2.netpbm import encode_netpbm
 from jigsaw_d2.samples import group_codes
 from jigsaw_d2.store_format import (
     BLOCK,
     JPEG,
+    PGM,
     PNG,
+    PPM,
     RECORD,
     SUFFIXES,
     sample_key,
@@ -20,6 +23,7 @@ from jigsaw_d2.store_format import (
 )
 
 DEFAULT_QUALITY = 95
+ENCODINGS = ("jpeg", "png", "ppm")
 # Bytes gathered before they are parked: less than what malloc gives back to the system and then has
 # to fault in anew, page by page, for every chunk.
 PARKED_AT_ONCE = 64 << 10
@@ -126,10 +130,22 @@ class ChunkBuilder:
 
 
 def encode_sample(
-    image: np.ndarray, *, quality: int = DEFAULT_QUALITY, png: bool = False, windows: bool = False
+    image: np.ndarray,
+    *,
+    quality: int = DEFAULT_QUALITY,
+    encoding: str = "jpeg",
+    windows: bool = False,
 ) -> tuple[bytes, int, int]:
-    """(bytes, restart interval, format code) of uint8 BGR (h, w, 3) or grey (h, w)."""
-    if png:
+    """(bytes, restart interval, format code) of uint8 BGR (h, w, 3) or grey (h, w).
+
+    Args:
+        quality: of a JPEG.
+        encoding: one of ``ENCODINGS``.
+        windows: write a JPEG of which windows decode alone; those of the others do anyway.
+    """
+    if encoding == "png":
         return jpeg_windows.encode_png(image), 0, PNG
+    if encoding == "ppm":
+        return encode_netpbm(image), 0, PGM if image.ndim == 2 else PPM
     encoded, interval = jpeg_windows.encode_jpeg(image, quality, windows)
     return encoded, interval, JPEG

@@ -21,8 +21,9 @@ VERSION = 1
 HEADER_NAME = "header.json"
 INDEX_NAME = "index.npy"
 BLOCK = 512  # bytes; tar headers and contents are multiples of it
-JPEG, PNG = 0, 1
-SUFFIXES = ("jpg", "png")
+# How a sample is encoded: ``format`` of its record, and the suffix of its member.
+JPEG, PNG, PPM, PGM = 0, 1, 2, 3
+SUFFIXES = ("jpg", "png", "ppm", "pgm")
 
 # 80 bytes a sample, every field aligned to its size. Multi-byte fields are little-endian.
 RECORD = np.dtype(

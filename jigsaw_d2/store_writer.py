@@ -145,15 +145,20 @@ class StoreWriter:
         box: np.ndarray | None = None,
         gt_box: np.ndarray | None = None,
         quality: int = DEFAULT_QUALITY,
-        png: bool = False,
+        encoding: str = "jpeg",
         windows: bool = False,
     ) -> None:
-        """Encode and append one sample, uint8 RGB (h, w, 3); boxes default to the whole of it."""
+        """Encode and append one sample, uint8 RGB (h, w, 3) or grey (h, w).
+
+        Boxes default to the whole of it; the rest is as for ``store_chunks.encode_sample``.
+        """
         size = image.shape[:2]
         box = np.array([0, 0, size[1], size[0]], np.float32) if box is None else box
         gt_box = box if gt_box is None else gt_box
-        bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-        encoded, interval, code = encode_sample(bgr, quality=quality, png=png, windows=windows)
+        bgr = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        encoded, interval, code = encode_sample(
+            bgr, quality=quality, encoding=encoding, windows=windows
+        )
         builder = ChunkBuilder()
         builder.add(
             encoded,

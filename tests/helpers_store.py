@@ -23,6 +23,7 @@ def make_store(
     classes: int = 3,
     seed: int = 0,
     size_range: tuple[int, int] = (20, 300),
+    encoding: str = "jpeg",
 ) -> SampleStore:
     """Write and open a store of ``n_per_group`` samples in each of S, T and W.
 
@@ -45,7 +46,8 @@ def make_store(
                 image_id=1000 + number,
                 box=box,
                 gt_box=box if label == classes else box + inset,
-                windows=max(height, width) > 200,
+                windows=max(height, width) > 80,
+                encoding=encoding,
             )
         writer.finish()
     return SampleStore(path)

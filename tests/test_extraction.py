@@ -39,9 +39,13 @@ def store(tiny_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> SampleSt
     return SampleStore(path)
 
 
-def test_samples_are_the_pixels_of_their_boxes(tiny_coco: Path, tmp_path: Path) -> None:
-    """PNG keeps every pixel, so a sample equals the box cut from what Detectron2 reads."""
-    extract_samples(source(tiny_coco), tmp_path / "s", dataclasses.replace(ALONE, png=True))
+@pytest.mark.parametrize("encoding", ["png", "ppm"])
+def test_samples_are_the_pixels_of_their_boxes(
+    tiny_coco: Path, tmp_path: Path, encoding: str
+) -> None:
+    """Both keep every pixel, so a sample equals the box cut from what Detectron2 reads."""
+    options = dataclasses.replace(ALONE, encoding=encoding)
+    extract_samples(source(tiny_coco), tmp_path / "s", options)
     store = SampleStore(tmp_path / "s")
     files = {10 * n + 5: f"train_{n:03d}.jpg" for n in range(12)}
     for i in range(len(store)):

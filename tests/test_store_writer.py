@@ -94,13 +94,17 @@ def test_numpy_alone_opens_the_index(tmp_path: Path) -> None:
         assert shard[record["offset"] :][: record["length"]] == store[i]
 
 
-def test_png_store_is_lossless(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["png", "ppm"])
+def test_lossless_stores(tmp_path: Path, encoding: str) -> None:
+    grey = np.dstack([IMAGE[..., 0]] * 3)
     with StoreWriter(tmp_path / "store", ["a"]) as writer:
-        writer.add(IMAGE, 0, image_id=1, png=True)
+        writer.add(IMAGE, 0, image_id=1, encoding=encoding)
+        writer.add(IMAGE[..., 0].copy(), 0, image_id=2, encoding=encoding)
         writer.finish()
     store = SampleStore(tmp_path / "store")
-    assert np.array_equal(store.decode(0), IMAGE)
-    assert np.array_equal(store.decode(0, (3, 4, 20, 30)), IMAGE[4:30, 3:20])
+    for i, image in enumerate((IMAGE, grey)):
+        assert np.array_equal(store.decode(i), image)
+        assert np.array_equal(store.decode(i, (3, 4, 20, 30)), image[4:30, 3:20])
 
 
 def test_shards_stay_below_their_size(tmp_path: Path) -> None:

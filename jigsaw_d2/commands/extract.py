@@ -13,6 +13,7 @@ from jigsaw_d2.extraction_report import format_report
 from jigsaw_d2.extraction_sources import CocoSource, RegisteredSource, Source
 from jigsaw_d2.extraction_workers import default_workers
 from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.store_chunks import ENCODINGS
 from jigsaw_d2.template import JigsawTemplate
 from jigsaw_d2.visualization.extraction_report import report_figure
 
@@ -102,7 +103,12 @@ def _add_sample_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--quality", type=int, default=default.quality, help="of the JPEGs, 1 to 100"
     )
-    group.add_argument("--png", action="store_true", help="store PNG, without loss")
+    group.add_argument(
+        "--encoding",
+        choices=ENCODINGS,
+        default=default.encoding,
+        help="png is without loss; ppm, too, and need not be decoded, at ten times the bytes",
+    )
     group.add_argument(
         "--class-files", action="store_true", help="a .cls beside each sample: 1 KiB more of each"
     )
@@ -149,7 +155,7 @@ def options_from(args: argparse.Namespace) -> ExtractionOptions:
         max_scale=args.enlarge,
         negative_ratio=args.negative_ratio,
         quality=args.quality,
-        png=args.png,
+        encoding=args.encoding,
         class_files=args.class_files,
         min_side=args.min_side,
         shard_size=args.shard_size,
