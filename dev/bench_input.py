@@ -118,20 +118,18 @@ def jigsaw_cfg(store: SampleStore, workers: int) -> CfgNode:
 
 
 def our_rows(
-    store: SampleStore, turn: Callable, batches: int, label: str
+    store: SampleStore, quads: list[np.ndarray], turn: Callable, batches: int, label: str
 ) -> dict[str, Callable[[int], None]]:
-    """The mapper and the whole path over one store, as in ``make_rows``."""
+    """The mapper, given its crops ``quads``, and the whole path over one store."""
     loader = build_jigsaw_train_loader(jigsaw_cfg(store, 0), store=store)
-    mapper, sampler, stream = loader.dataset.mapper, loader.dataset.sampler, iter(loader)
+    mapper, stream = loader.dataset.mapper, iter(loader)
 
     def loaded(_: int) -> None:
         for batch in itertools.islice(stream, batches):
             batch["image"]
 
     return {
-        f"our mapper ({label})": turn(
-            lambda p: mapper({"position": p, "sample_ids": sampler.quadruple(p)})
-        ),
+        f"our mapper ({label})": turn(lambda p: mapper({"position": p, "sample_ids": quads[p]})),
         f"our DataLoader path to the collated batch ({label})": loaded,
     }
 
@@ -162,8 +160,8 @@ def make_rows(
         "plain OpenCV jigsaw loop (ordinary JPEG)": turn(
             lambda p: plain_jigsaw([encoded[i] for i in quads[p]], rng)
         ),
-        **our_rows(stores["store"], turn, batches, "store"),
-        **our_rows(stores["uncompressed store"], turn, batches, "uncompressed store"),
+        **our_rows(stores["store"], quads, turn, batches, "store"),
+        **our_rows(stores["uncompressed store"], quads, turn, batches, "uncompressed store"),
         "torchvision ImageNet recipe, one crop an image (ordinary JPEG)": turn(
             lambda p: recipe(encoded[quads[p][p % 4]].tobytes())
         ),

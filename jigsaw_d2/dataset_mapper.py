@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, configurable
 
 from jigsaw_d2.assembly import METHODS, Augmentation, paint, place_sample
 from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.jpeg_decoding import PixelMemory
 from jigsaw_d2.sample_store import DamagedSampleError, SampleStore
 from jigsaw_d2.template import JigsawTemplate
 
@@ -103,7 +104,7 @@ class JigsawDatasetMapper:
         self.classes, self.sizes = store.classes, store.sizes
         self.windows = None if context else annotated_windows(store)
         self._boxes = template.boxes.tolist()
-        self._draws = PositionDraws(seed)
+        self._draws, self._memory = PositionDraws(seed), PixelMemory()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, store: SampleStore, seed: int | None = None) -> dict:
@@ -225,7 +226,8 @@ class JigsawDatasetMapper:
         size = (bottom - top, right - left)
         placement = place_sample(size, region.shape[:2], self.method, augmentation)
         x0, y0, x1, y1 = placement.window
-        source = self.store.decode(i, (left + x0, top + y0, left + x1, top + y1))
+        window = (left + x0, top + y0, left + x1, top + y1)
+        source = self.store.decode(i, window, self._memory)
         paint(source, placement, region)
 
     def used_boxes(self, position: int, sample_ids: Sequence[int]) -> np.ndarray:

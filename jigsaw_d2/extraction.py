@@ -25,6 +25,7 @@ from jigsaw_d2.extraction_report import build_report
 from jigsaw_d2.extraction_sources import CocoSource, RegisteredSource, Source, SourceData
 from jigsaw_d2.extraction_workers import Workers, default_workers
 from jigsaw_d2.image_reading import ImageReadError, read_pixels
+from jigsaw_d2.jpeg_decoding import PixelMemory
 from jigsaw_d2.store_chunks import Chunk, ChunkBuilder, encode_sample
 from jigsaw_d2.store_format import VERSION, hash_image_ids, part_name
 from jigsaw_d2.store_writer import StoreWriter, check_free
@@ -143,13 +144,14 @@ def cut_images(
 ) -> Cut:
     """Read, cut and encode the samples of some images; their bytes go to ``Workers.buffer``."""
     log, builder = ExtractionLog(options.strict), ChunkBuilder(options.class_files, buffer)
-    shown = shown_sizes(options.template, options.scale_range[0])
+    memory, shown = PixelMemory(), shown_sizes(options.template, options.scale_range[0])
     large = needs_windows(np.concatenate([plan.boxes for plan in plans]), shown).tolist()
     ends = np.cumsum([len(plan.boxes) for plan in plans]).tolist()
     images = pixels = 0
     for plan, end in zip(plans, ends):
         try:
-            image = read_pixels(plan.path, plan.plain)
+            room = memory.room(3 * plan.size[0] * plan.size[1])
+            image = read_pixels(plan.path, plan.plain, room)
         except ImageReadError as error:
             log.add(error.reason, plan.path)
             continue

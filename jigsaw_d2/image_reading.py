@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.jpeg_decoding import decode_jpeg
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
@@ -116,18 +117,19 @@ def _load(image: Image.Image) -> None:
         raise ImageReadError("image_truncated") from error
 
 
-def read_pixels(path: str, plain: str = "") -> np.ndarray:
+def read_pixels(path: str, plain: str = "", memory: np.ndarray | None = None) -> np.ndarray:
     """uint8 BGR (h, w, 3), or (h, w) where the image is grey: upright, as Detectron2 reads it.
 
     BGR, because OpenCV encodes from it.
 
     Args:
         plain: of ``probe_image``.
+        memory: as for ``jpeg_decoding.decode_jpeg``.
 
     Raises:
         ImageReadError: with the reason.
     """
-    pixels = _decode_plain_jpeg(path, plain) if plain else None
+    pixels = _decode_plain_jpeg(path, plain, memory) if plain else None
     if pixels is not None:
         return pixels
     with _open(path) as image:
@@ -141,16 +143,10 @@ def read_pixels(path: str, plain: str = "") -> np.ndarray:
     return pixels if mode == "L" else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
 
 
-def _decode_plain_jpeg(path: str, mode: str) -> np.ndarray | None:
-    """OpenCV's decode, whose pixels are Pillow's (both are libjpeg-turbo), without its copies.
-
-    None where it is whole no longer, which OpenCV would fill up in silence, or does not decode.
-    """
+def _decode_plain_jpeg(path: str, mode: str, memory: np.ndarray | None) -> np.ndarray | None:
+    """The pixels that Pillow gives, without its copies; None where the file is whole no longer."""
     try:
         data = np.fromfile(path, np.uint8)
-    except OSError:
+        return decode_jpeg(data, "GRAY" if mode == "L" else "BGR", memory)
+    except (OSError, ValueError):
         return None
-    if data[-2:].tobytes() != ENDINGS["JPEG"]:
-        return None
-    flag = cv2.IMREAD_GRAYSCALE if mode == "L" else cv2.IMREAD_COLOR
-    return cv2.imdecode(data, flag | cv2.IMREAD_IGNORE_ORIENTATION)

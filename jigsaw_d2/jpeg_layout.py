@@ -110,18 +110,19 @@ def find_piece_ends(data: bytes, scan: int) -> np.ndarray:
     return np.flatnonzero((array[:-1] == 0xFF) & (array[1:] != 0)) + (scan + 2)
 
 
-def list_pieces(data: bytes) -> bytes:
+def list_pieces(data: bytes, layout: JpegLayout, scan: int) -> bytes:
     """The JPEG with the comment that lists its pieces; as it is where a comment cannot hold them.
 
     Without it a window still decodes, at the cost of a search.
+
+    Args:
+        layout, scan: of ``data``, as ``parse_jpeg`` gives them.
     """
-    layout, scan = parse_jpeg(data)
     ends = find_piece_ends(data, scan)
     length = TABLE_HEAD.size + 2 * (len(ends) + 1)
-    table = np.diff(ends, prepend=(0, scan))
-    table[0] += length
-    if data[2:6] != APP0_START or length > 0xFFFF or table.max() > 0xFFFF:
+    if data[2:6] != APP0_START or scan + length > 0xFFFF:
         return data
-    layout = layout._replace(sof=layout.sof + length)
-    head = TABLE_HEAD.pack(0xFF00 | COM, length - 2, TABLE_MAGIC, *layout)
+    table = np.empty(len(ends) + 1, np.int64)
+    table[0], table[1], table[2:] = scan + length, ends[0] - scan, ends[1:] - ends[:-1]
+    head = TABLE_HEAD.pack(0xFF00 | COM, length - 2, TABLE_MAGIC, layout.sof + length, *layout[1:])
     return b"".join((data[:COMMENT_AT], head, table.astype(">u2").tobytes(), data[COMMENT_AT:]))

@@ -11,19 +11,27 @@ the bytes, and a window then decodes a fifth fewer pixels than on a grid of 4.
 """
 
 import struct
+from functools import lru_cache
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from jigsaw_d2.jpeg_layout import COMMENT_AT, JpegLayout, list_pieces, read_layout, read_pieces
+from jigsaw_d2.jpeg_decoding import decode_jpeg
+from jigsaw_d2.jpeg_layout import (
+    COMMENT_AT,
+    JpegLayout,
+    list_pieces,
+    parse_jpeg,
+    read_layout,
+    read_pieces,
+)
 
 RST0, EOI = 0xD0, 0xD9
 # MCUs between restart markers of grey samples, whose MCUs are 8 pixels wide; best first.
 GREY_INTERVALS = (2, 3, 5)
 # Pixels that a window must spare for cutting it out to pay: what decodes in the time of a cut.
 MIN_SPARED_PIXELS = 3000
-_RGB_FLAG = getattr(cv2, "IMREAD_COLOR_RGB", None)  # OpenCV 4.11 and later
 # The markers that end pieces, in turn; as many as the windows of the usual templates need.
 _RESTARTS = np.tile(np.arange(RST0, RST0 + 8, dtype=np.uint8), 64)
 
@@ -85,23 +93,12 @@ def cut_window(
         return None
     x, y = grid.left * wide, grid.top * high
     height = min(window[3] + grid.margin_y, layout.height) - y
-    end = _fast_end(window[2] + grid.margin_x, layout.width, grid.right * wide, layout.mcu_width)
-    jpeg = _join_pieces(data, layout.sof, comment, grid, struct.pack(">HH", height, end - x))
+    # To the last MCU of each row, and 5 pixels of it at least: chroma of less than 3 samples would
+    # not be interpolated.
+    width = max(window[2] + grid.margin_x, grid.right * wide - layout.mcu_width + 5) - x
+    size = struct.pack(">HH", height, min(width, layout.width - x))
+    jpeg = _join_pieces(data, layout.sof, comment, grid, size)
     return jpeg, window[0] - x, window[1] - y
-
-
-def _fast_end(wanted: int, width: int, pieces: int, mcu: int) -> int:
-    """Where the decoded image ends, at ``wanted`` or a little behind; pixels of the whole.
-
-    Odd where it can be: rows of an even number of pixels often begin at an aligned address, and
-    libjpeg-turbo then writes them past the cache, which takes up to a third more time.
-
-    Args:
-        width: of the whole image, where it ends in any case.
-        pieces: where the last piece ends, whose last MCU (``mcu`` wide) must be reached.
-    """
-    # At least 5 pixels of it: chroma of less than 3 samples would not be interpolated.
-    return min(max(wanted, pieces - mcu + 5) | 1, pieces, width)
 
 
 def _join_pieces(data: bytes, sof: int, comment: int, grid: PieceGrid, size: bytes) -> np.ndarray:
@@ -126,27 +123,25 @@ def _join_pieces(data: bytes, sof: int, comment: int, grid: PieceGrid, size: byt
     return jpeg
 
 
-def decode_rgb(data: np.ndarray) -> np.ndarray | None:
-    """uint8 RGB (h, w, 3) of an encoded image in ``data`` uint8 (n,); None where it is none."""
-    if _RGB_FLAG is not None:
-        return cv2.imdecode(data, _RGB_FLAG)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR)
-    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+def decode_window(
+    data: bytes | memoryview,
+    window: tuple[int, int, int, int],
+    memory: np.ndarray | None = None,
+) -> np.ndarray:
+    """``decode_jpeg(data)[y0:y1, x0:x1]``, reading only the pieces of the JPEG that it needs.
 
-
-def decode_window(data: bytes, window: tuple[int, int, int, int]) -> np.ndarray | None:
-    """``decode_rgb(data)[y0:y1, x0:x1]``, reading only the pieces of the JPEG that it needs.
+    Args:
+        memory: as for ``decode_jpeg``, for the whole image.
 
     Returns:
-        uint8 RGB (y1 - y0, x1 - x0, 3); None where OpenCV cannot decode the data.
+        uint8 RGB (y1 - y0, x1 - x0, 3), a view of what was decoded.
 
     Raises:
-        ValueError: as ``cut_window``.
+        ValueError: as ``cut_window`` and ``decode_jpeg``.
     """
     x0, y0, x1, y1 = window
-    jpeg, x, y = cut_window(data, window) or (np.frombuffer(data, np.uint8), x0, y0)
-    image = decode_rgb(jpeg)
-    return None if image is None else image[y : y + y1 - y0, x : x + x1 - x0]
+    jpeg, x, y = cut_window(data, window) or (data, x0, y0)
+    return decode_jpeg(jpeg, "RGB", memory)[y : y + y1 - y0, x : x + x1 - x0]
 
 
 def choose_interval(width: int, grey: bool) -> int:
@@ -166,15 +161,28 @@ def encode_jpeg(image: np.ndarray, quality: int, windows: bool = False) -> tuple
     Returns:
         (JPEG, restart interval in MCUs or 0).
     """
-    options = [cv2.IMWRITE_JPEG_QUALITY, quality]
-    interval = choose_interval(image.shape[1], image.ndim == 2) if windows else 0
+    grey = image.ndim == 2
+    interval = choose_interval(image.shape[1], grey) if windows else 0
+    data = _encode(image, quality, interval)
     if interval:
-        options += [cv2.IMWRITE_JPEG_RST_INTERVAL, interval]
+        layout, scan = _usual_layout(grey, interval)
+        data = list_pieces(data, layout._replace(height=image.shape[0], width=image.shape[1]), scan)
+    return data, interval
+
+
+def _encode(image: np.ndarray, quality: int, interval: int) -> bytes:
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_RST_INTERVAL, interval]
     done, encoded = cv2.imencode(".jpg", image, options)
     if not done:
         raise ValueError(f"OpenCV cannot encode an image of shape {image.shape} as JPEG")
-    data = encoded.tobytes()
-    return (list_pieces(data) if interval else data), interval
+    return encoded.tobytes()
+
+
+@lru_cache
+def _usual_layout(grey: bool, interval: int) -> tuple[JpegLayout, int]:
+    """As ``parse_jpeg``, of what OpenCV writes: its headers differ in the size alone."""
+    image = np.zeros((8, 8) if grey else (8, 8, 3), np.uint8)
+    return parse_jpeg(_encode(image, 95, interval))
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -183,3 +191,15 @@ def encode_png(image: np.ndarray) -> bytes:
     if not done:
         raise ValueError(f"OpenCV cannot encode an image of shape {image.shape} as PNG")
     return encoded.tobytes()
+
+
+def decode_png(data: bytes | memoryview) -> np.ndarray:
+    """uint8 RGB (h, w, 3).
+
+    Raises:
+        ValueError: OpenCV cannot decode it.
+    """
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise ValueError("not an image that OpenCV decodes")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from jigsaw_d2 import jpeg_windows
+from jigsaw_d2.jpeg_decoding import PixelMemory
 from jigsaw_d2.netpbm import decode_netpbm
 from jigsaw_d2.store_format import (
     HEADER_NAME,
     INDEX_NAME,
-    PGM,
-    PPM,
+    JPEG,
+    PNG,
     RECORD,
     DamagedSampleError,
     StoreError,
@@ -60,8 +61,7 @@ class StorePart:
         self.index = index.view(np.ndarray)
         self.offsets, self.lengths = self.index["offset"], self.index["length"]
         self.shard_numbers, self.checksums = self.index["shard"], self.index["crc32"]
-        self.intervals, self.sizes = self.index["interval"], self.index["size"]
-        self.formats = self.index["format"]
+        self.sizes, self.formats = self.index["size"], self.index["format"]
         self._shards: list[mmap.mmap | None] = [None] * len(self.header["shards"])
 
     def check_unchanged(self) -> None:
@@ -96,8 +96,10 @@ class StorePart:
             raise self.damaged(i, "its CRC-32 differs from the index")
         return data
 
-    def decode(self, i: int, window: tuple[int, int, int, int] | None) -> np.ndarray:
-        """See ``SampleStore.decode``."""
+    def decode(
+        self, i: int, window: tuple[int, int, int, int] | None, memory: PixelMemory | None
+    ) -> np.ndarray:
+        """uint8 RGB (h, w, 3); see ``SampleStore.decode``."""
         data = self.view_checked(i)
         height, width = self.sizes.item(i, 0), self.sizes.item(i, 1)
         x0, y0, x1, y1 = window = window or (0, 0, width, height)
@@ -105,19 +107,25 @@ class StorePart:
             raise ValueError(
                 f"window {window} is empty or leaves {self.key(i)}, {width} x {height}"
             )
+        room = None if memory is None else memory.room(3 * height * width)
         try:
-            if self.formats.item(i) in (PPM, PGM):
-                image = decode_netpbm(data, window)
-            elif self.intervals.item(i):
-                image = jpeg_windows.decode_window(data, window)
-            else:
-                image = jpeg_windows.decode_rgb(np.frombuffer(data, np.uint8))
-                image = None if image is None else image[y0:y1, x0:x1]
+            image = self._decode_format(self.formats.item(i), data, window, room)
         except ValueError as error:
             raise self.damaged(i, str(error)) from error
-        if image is None or image.shape != (y1 - y0, x1 - x0, 3):
+        if image.shape != (y1 - y0, x1 - x0, 3):
             raise self.damaged(i, "does not decode to the size in the index")
         return image
+
+    @staticmethod
+    def _decode_format(
+        code: int, data: memoryview, window: tuple[int, int, int, int], room: np.ndarray | None
+    ) -> np.ndarray:
+        if code == JPEG:
+            return jpeg_windows.decode_window(data, window, room)
+        if code == PNG:
+            x0, y0, x1, y1 = window
+            return jpeg_windows.decode_png(data)[y0:y1, x0:x1]
+        return decode_netpbm(data, window)
 
     def key(self, i: int) -> str:
         """Name of the sample, without suffix."""
@@ -243,16 +251,25 @@ class SampleStore:
         part, i = self._locate(i)
         return bytes(part.view_checked(i))
 
-    def decode(self, i: int, window: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    def decode(
+        self,
+        i: int,
+        window: tuple[int, int, int, int] | None = None,
+        memory: PixelMemory | None = None,
+    ) -> np.ndarray:
         """uint8 RGB (h, w, 3) of sample ``i``, or of ``window`` (XYXY ints, sample pixels).
 
         Of a sample written with restart intervals only the pieces under the window are decoded;
         the pixels are those of the full decode. May be a view of a larger array, or, read-only, of
         the mapped shard.
 
+        Args:
+            memory: may hold the result, which is then valid until its next use; faster than fresh
+                memory for each sample.
+
         Raises:
             DamagedSampleError: naming shard, key and reason.
             ValueError: an empty window or one that leaves the sample.
         """
         part, i = self._locate(i)
-        return part.decode(i, window)
+        return part.decode(i, window, memory)

@@ -12,7 +12,7 @@ import pytest
 from detectron2.data.detection_utils import read_image
 from helpers_coco import CATEGORY_IDS, annotation, make_bad_coco, write_json
 
-from jigsaw_d2 import extraction
+from jigsaw_d2 import extraction, image_reading
 from jigsaw_d2.extraction import CocoSource, ExtractionOptions, extract_samples
 from jigsaw_d2.extraction_log import ExtractionError
 from jigsaw_d2.extraction_options import needs_windows, shown_sizes
@@ -205,13 +205,13 @@ def test_full_disk_is_named_and_the_same_call_goes_on(
 def test_each_image_is_decoded_once(
     tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, decoded = cv2.imdecode, []
+    real, decoded = image_reading.decode_jpeg, []
 
-    def decode(data: np.ndarray, flags: int) -> np.ndarray:
+    def decode(data: np.ndarray, *args: object) -> np.ndarray:
         decoded.append(hash(data.tobytes()))
-        return real(data, flags)
+        return real(data, *args)
 
-    monkeypatch.setattr(cv2, "imdecode", decode)
+    monkeypatch.setattr(image_reading, "decode_jpeg", decode)
     report = extract_samples(source(tiny_coco), tmp_path / "s", ALONE)
     assert len(decoded) == len(set(decoded)) == report["images_read"] > 10
 
@@ -261,7 +261,7 @@ def test_large_samples_are_written_for_window_decoding(tmp_path: Path) -> None:
     write_json(tmp_path / "set.json", [entry], [annotation(1, box) for box in boxes])
     extract_samples(CocoSource(tmp_path / "set.json", tmp_path), tmp_path / "s", ALONE)
     store = SampleStore(tmp_path / "s")
-    intervals = store.parts[0].intervals
+    intervals = store.parts[0].index["interval"]
     assert intervals[0] > 0 and intervals[1] == 0
     assert store.decode(0).shape[:2] == tuple(store.sizes[0])
     assert np.array_equal(store.decode(0, (30, 40, 130, 110)), store.decode(0)[40:110, 30:130])
@@ -328,10 +328,10 @@ def test_image_that_breaks_while_extraction_runs(
     """What probing cannot see is counted when the image is decoded."""
     real = extraction.read_pixels
 
-    def read(path: str, plain: str) -> np.ndarray:
+    def read(path: str, *args: object) -> np.ndarray:
         if path.endswith("train_003.jpg"):
             raise extraction.ImageReadError("image_truncated")
-        image = real(path, plain)
+        image = real(path, *args)
         return image[:-1] if path.endswith("train_004.jpg") else image
 
     monkeypatch.setattr(extraction, "read_pixels", read)
