@@ -65,7 +65,7 @@ setup(
         "torchvision>=0.21",
         "numpy>=1.24",
         opencv_requirement(),
-        "simplejpeg>=1.6",
+        "simplejpeg>=1.8",
         "pillow>=9.1",
         "pycocotools>=2.0.6",
         "matplotlib>=3.6",
