@@ -3,7 +3,7 @@
 Where what lives, along the way of the data (prefixes group the files that belong together):
 
     samples, extraction*, image_reading        detection images -> positive and negative samples
-    sample_store, store_*, jpeg_windows        shards, their index, windows that decode alone
+    sample_store, store_*, jpeg_*, netpbm      shards, their index, windows that decode alone
     template, assembly, dataset_mapper,
     jigsaw_sampler, data_loader                samples -> batches of Jigsaw images
     meta_arch, losses, erf, erf_*,
