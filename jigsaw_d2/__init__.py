@@ -1,24 +1,17 @@
 """Jigsaw pre-training of detector backbones from the detection dataset alone, for Detectron2.
 
-Where what lives, along the way of the data (prefixes group the files that belong together):
+Where what lives, along the way of the data:
 
     samples, extraction*, image_reading        detection images -> positive and negative samples
     sample_store, store_*, jpeg_*, netpbm      shards, their index, windows that decode alone
     template, assembly, dataset_mapper,
     jigsaw_sampler, data_loader                samples -> batches of Jigsaw images
-    meta_arch, losses, erf, erf_*,
-    network_state                              backbone + classifier, objectives, region weights
-    trainer, train_step, hooks, lr_schedule,
-    norm, precision, launching, evaluation,
-    checkpointing, run_*, random_state,
-    initial_weights, replay                    pre-training in Detectron2's engine
-    checkpoint, passport, architecture,
-    weight_files, *_weights, backbone_loading  checkpoint -> weights with a passport -> detector
-    finetuning, finetune_config, detect*,
-    plain_config                               training the detector
+    meta_arch, losses, erf, erf_weights        backbone + classifier, objectives, region weights
+    trainer, evaluation, training/             pre-training in Detectron2's engine
+    checkpoint, weights/                       checkpoint -> weights with a passport -> detector
+    detection/                                 training the detector
     cost, cost_table                           the ledger of compute
-    pipeline, stages, job*, time_budget,
-    demo_*, comparison*, report*, statistics   whole jobs, and comparisons over seeds
+    jobs/, comparison/                         whole jobs, and comparisons over seeds
     config, datasets, errors                   what everything shares
     commands/, visualization/                  command lines; figures
 """

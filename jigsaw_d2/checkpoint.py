@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from jigsaw_d2.architecture import check_architecture
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.imagenet_weights import (
+from jigsaw_d2.weights.architecture import check_architecture
+from jigsaw_d2.weights.imagenet_weights import (
     from_msra,
     from_torchvision,
     is_msra,
@@ -25,9 +25,9 @@ from jigsaw_d2.imagenet_weights import (
     to_array,
     to_torchvision,
 )
-from jigsaw_d2.passport import PASSPORT_KEY, Passport, compare_passports
-from jigsaw_d2.training_weights import from_training
-from jigsaw_d2.weight_files import (
+from jigsaw_d2.weights.passport import PASSPORT_KEY, Passport, compare_passports
+from jigsaw_d2.weights.training_weights import from_training
+from jigsaw_d2.weights.weight_files import (
     WeightFileError,
     check_free,
     read_weights,

@@ -26,12 +26,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from jigsaw_d2.checkpointing import CheckpointError, JigsawCheckpointer, truncate_metrics
 from jigsaw_d2.cost import Ledger, backbone_macs, device_name
 from jigsaw_d2.data_loader import build_jigsaw_eval_loader, build_jigsaw_train_loader
-from jigsaw_d2.erf_refresh import build_erf_refresh_hook
 from jigsaw_d2.evaluation import JigsawEvaluator
-from jigsaw_d2.hooks import (
+from jigsaw_d2.meta_arch import JigsawPretrainer
+from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.training.checkpointing import CheckpointError, JigsawCheckpointer, truncate_metrics
+from jigsaw_d2.training.erf_refresh import build_erf_refresh_hook
+from jigsaw_d2.training.hooks import (
     CheckpointHook,
     ContinueHook,
     MeterHook,
@@ -39,16 +41,14 @@ from jigsaw_d2.hooks import (
     StatisticsHook,
     WriterHook,
 )
-from jigsaw_d2.initial_weights import load_initial_weights
-from jigsaw_d2.lr_schedule import build_lr_scheduler
-from jigsaw_d2.meta_arch import JigsawPretrainer
-from jigsaw_d2.norm import check_trainable
-from jigsaw_d2.precision import Precision, set_tf32
-from jigsaw_d2.replay import sample_ids, save_step
-from jigsaw_d2.run_config import open_store, resolve_config, warn_of_changes
-from jigsaw_d2.run_state import collect_state, restore_state
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.train_step import Batch, NonFiniteLossError, TrainStep
+from jigsaw_d2.training.initial_weights import load_initial_weights
+from jigsaw_d2.training.lr_schedule import build_lr_scheduler
+from jigsaw_d2.training.norm import check_trainable
+from jigsaw_d2.training.precision import Precision, set_tf32
+from jigsaw_d2.training.replay import sample_ids, save_step
+from jigsaw_d2.training.run_config import open_store, resolve_config, warn_of_changes
+from jigsaw_d2.training.run_state import collect_state, restore_state
+from jigsaw_d2.training.train_step import Batch, NonFiniteLossError, TrainStep
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from helpers_store import make_store
 
 from jigsaw_d2.cost import record_stage
-from jigsaw_d2.demo_data import DemoOptions, make_demo_set
-from jigsaw_d2.pipeline import DetectionSet
-from jigsaw_d2.stages import StageError
+from jigsaw_d2.jobs.demo_data import DemoOptions, make_demo_set
+from jigsaw_d2.jobs.pipeline import DetectionSet
+from jigsaw_d2.jobs.stages import StageError
 
 
 def tiny_set(folder: Path, train_images: int = 4, val_images: int = 2) -> DetectionSet:
@@ -24,7 +24,7 @@ def fake_passports(monkeypatch) -> None:
     def read(weights):
         return SimpleNamespace(digest="" if weights == "none" else Path(weights).read_text())
 
-    monkeypatch.setattr("jigsaw_d2.pipeline.read_passport", read)
+    monkeypatch.setattr("jigsaw_d2.jobs.pipeline.read_passport", read)
 
 
 def flag(argv: list[str], name: str) -> str:

@@ -20,8 +20,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from helpers_store import make_store
 from torch import nn
 
-import jigsaw_d2.checkpointing
 import jigsaw_d2.commands.pretrain
+import jigsaw_d2.training.checkpointing
 from jigsaw_d2.commands import run_command
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.trainer import JigsawTrainer
@@ -139,7 +139,10 @@ def _command(argv: list[str], environment: dict[str, str]) -> None:
         if point == "rename" and name in str(target):
             die()
 
-    jigsaw_d2.checkpointing.torch.save, jigsaw_d2.checkpointing.os.replace = half_save, late_replace
+    jigsaw_d2.training.checkpointing.torch.save, jigsaw_d2.training.checkpointing.os.replace = (
+        half_save,
+        late_replace,
+    )
     code = 1
     try:
         if "STDERR" in environment:

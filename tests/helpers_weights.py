@@ -15,9 +15,9 @@ from torch import nn
 import jigsaw_d2.meta_arch  # noqa: F401  (registers JigsawPretrainer)
 from jigsaw_d2.checkpoint import convert_checkpoint, passport_path
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.detection_config import load_detection_config
-from jigsaw_d2.passport import PASSPORT_KEY, Passport
-from jigsaw_d2.weight_files import read_weights
+from jigsaw_d2.detection.detection_config import load_detection_config
+from jigsaw_d2.weights.passport import PASSPORT_KEY, Passport
+from jigsaw_d2.weights.weight_files import read_weights
 
 # A ResNet-50 (or 101) in form with an eighth of its channels.
 THIN = [

@@ -4,7 +4,7 @@ import pytest
 from detectron2.modeling import build_backbone
 from helpers_weights import RESNET_18, pretrain_config
 
-from jigsaw_d2.architecture import (
+from jigsaw_d2.weights.architecture import (
     Architecture,
     ArchitectureError,
     check_architecture,

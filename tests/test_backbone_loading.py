@@ -28,9 +28,9 @@ from helpers_weights import (
 )
 from torch import nn
 
-from jigsaw_d2.backbone_loading import BackboneMismatchError, load_backbone
 from jigsaw_d2.checkpoint import convert_checkpoint, read_converted
-from jigsaw_d2.finetune_config import SCRATCH_PASSPORT, apply_passport
+from jigsaw_d2.detection.finetune_config import SCRATCH_PASSPORT, apply_passport
+from jigsaw_d2.weights.backbone_loading import BackboneMismatchError, load_backbone
 
 DCN = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, True, True, True]"]
 X101 = ["MODEL.RESNETS.DEPTH", "101", "MODEL.RESNETS.NUM_GROUPS", "32"]

@@ -22,7 +22,6 @@ from helpers_weights import (
 )
 from torch import nn
 
-from jigsaw_d2.architecture import ArchitectureError
 from jigsaw_d2.checkpoint import (
     ConversionError,
     convert_checkpoint,
@@ -31,8 +30,9 @@ from jigsaw_d2.checkpoint import (
     read_converted,
 )
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.passport import PASSPORT_KEY, Passport, PassportError
-from jigsaw_d2.weight_files import WeightFileError, read_weights
+from jigsaw_d2.weights.architecture import ArchitectureError
+from jigsaw_d2.weights.passport import PASSPORT_KEY, Passport, PassportError
+from jigsaw_d2.weights.weight_files import WeightFileError, read_weights
 
 
 @pytest.fixture()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from jigsaw_d2.checkpointing import (
+from jigsaw_d2.training.checkpointing import (
     CheckpointError,
     JigsawCheckpointer,
     read_checkpoint,

@@ -5,8 +5,7 @@ import pytest
 from helpers_jobs import FakeRunner, fake_passports, flag, tiny_set
 
 from jigsaw_d2.commands import compare
-from jigsaw_d2.comparison import DONE, FAILED, PENDING, Comparison
-from jigsaw_d2.comparison_plan import (
+from jigsaw_d2.comparison.plan import (
     ABLATIONS,
     PRESETS,
     Arm,
@@ -15,10 +14,11 @@ from jigsaw_d2.comparison_plan import (
     parse_arm,
     preset,
 )
+from jigsaw_d2.comparison.report import build_report
+from jigsaw_d2.comparison.report_figures import cost_curve, write_figures
+from jigsaw_d2.comparison.report_markdown import render, verdict
+from jigsaw_d2.comparison.runner import DONE, FAILED, PENDING, Comparison
 from jigsaw_d2.cost import record_stage
-from jigsaw_d2.report import build_report
-from jigsaw_d2.report_figures import cost_curve, write_figures
-from jigsaw_d2.report_markdown import render, verdict
 
 PLAN = dataclasses.replace(PRESETS["smoke"], pretrain_iterations=45, detection_iterations=20)
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jigsaw_d2.comparison_cost import (
+from jigsaw_d2.comparison.dry_run import (
     Speed,
     detection_size,
     detection_step_flops,
@@ -12,8 +12,8 @@ from jigsaw_d2.comparison_cost import (
     measured_speed,
     pretraining_flops,
 )
-from jigsaw_d2.comparison_plan import PRESETS, SCRATCH, jigsaw_arm
-from jigsaw_d2.finetune_config import load_detection_config
+from jigsaw_d2.comparison.plan import PRESETS, SCRATCH, jigsaw_arm
+from jigsaw_d2.detection.finetune_config import load_detection_config
 
 SPEED = Speed(pretrain_step=0.5, detection_step=2.0)
 PLAN = dataclasses.replace(PRESETS["smoke"], pretrain_iterations=41, detection_iterations=10)

@@ -6,8 +6,8 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from jigsaw_d2.demo_data import DemoOptions, draw_demo_image, make_demo_set
-from jigsaw_d2.demo_shapes import SHAPE_CLASSES
+from jigsaw_d2.jobs.demo_data import DemoOptions, draw_demo_image, make_demo_set
+from jigsaw_d2.jobs.demo_shapes import SHAPE_CLASSES
 
 OPTIONS = DemoOptions(seed=3, train_images=40, val_images=4)
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from helpers_weights import C4, FPN
 
-from jigsaw_d2.detection_config import (
+from jigsaw_d2.detection.detection_config import (
     DetectionConfigError,
     changes_yaml,
     config_changes,

@@ -6,7 +6,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from helpers_weights import FPN, THIN, build_detector, small_detection_config
 
 from jigsaw_d2.cost import backbone_flops
-from jigsaw_d2.detector_compute import counted_images, record_compute, unwrapped
+from jigsaw_d2.detection.detector_compute import counted_images, record_compute, unwrapped
 
 # Padded to one size and to a multiple of 32: two of 64 x 64.
 IMAGES = [{"image": torch.zeros(3, 40, 60)}, {"image": torch.zeros(3, 64, 33)}]

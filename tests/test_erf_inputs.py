@@ -10,9 +10,9 @@ import torch
 from helpers_networks import TINY_RESNET, tiny_backbone, tiny_fpn
 from helpers_store import make_store
 
-from jigsaw_d2 import erf_inputs
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.erf_weights import ErfError
+from jigsaw_d2.training import erf_inputs
 
 ZOO_FPN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 ZOO_C4 = "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"

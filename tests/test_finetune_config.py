@@ -17,9 +17,8 @@ from helpers_weights import (
     pretrain_config,
 )
 
-from jigsaw_d2.architecture import Architecture
-from jigsaw_d2.detection_config import get_key, load_detection_config
-from jigsaw_d2.finetune_config import (
+from jigsaw_d2.detection.detection_config import get_key, load_detection_config
+from jigsaw_d2.detection.finetune_config import (
     SCRATCH_PASSPORT,
     FinetuneConfigError,
     apply_classes,
@@ -28,7 +27,8 @@ from jigsaw_d2.finetune_config import (
     read_passport,
     setup_finetune,
 )
-from jigsaw_d2.passport import Passport
+from jigsaw_d2.weights.architecture import Architecture
+from jigsaw_d2.weights.passport import Passport
 
 
 def passport(*overrides: str, **changes: object) -> Passport:

@@ -9,12 +9,12 @@ import torch
 from detectron2.utils.events import EventStorage
 from helpers_weights import SMALL, THIN, THIN_GN, convert, make_coco, rewrite
 
-from jigsaw_d2.architecture import Architecture
 from jigsaw_d2.config import config_dir, get_jigsaw_cfg
-from jigsaw_d2.detection_config import get_key, load_detection_config
-from jigsaw_d2.finetune_config import FinetuneConfigError, setup_finetune
-from jigsaw_d2.finetuning import FinetuneTrainer
-from jigsaw_d2.passport import PASSPORT_KEY
+from jigsaw_d2.detection.detection_config import get_key, load_detection_config
+from jigsaw_d2.detection.finetune_config import FinetuneConfigError, setup_finetune
+from jigsaw_d2.detection.finetuning import FinetuneTrainer
+from jigsaw_d2.weights.architecture import Architecture
+from jigsaw_d2.weights.passport import PASSPORT_KEY
 
 ROWS = sorted(
     path.stem

@@ -16,12 +16,12 @@ from helpers_weights import (
     make_coco,
 )
 
-from jigsaw_d2.backbone_loading import BackboneMismatchError
 from jigsaw_d2.commands.finetune import main
 from jigsaw_d2.cost import read_ledger
 from jigsaw_d2.datasets import DatasetError
-from jigsaw_d2.finetune_config import FinetuneConfigError, setup_finetune
-from jigsaw_d2.finetuning import FinetuneError, finetune
+from jigsaw_d2.detection.finetune_config import FinetuneConfigError, setup_finetune
+from jigsaw_d2.detection.finetuning import FinetuneError, finetune
+from jigsaw_d2.weights.backbone_loading import BackboneMismatchError
 
 
 @pytest.fixture()

@@ -22,11 +22,11 @@ from helpers_weights import (
 )
 from torch import nn
 
-from jigsaw_d2.architecture import Architecture, ArchitectureError
-from jigsaw_d2.backbone_loading import load_backbone
 from jigsaw_d2.checkpoint import convert_checkpoint, read_backbone, read_converted
-from jigsaw_d2.finetune_config import apply_passport
-from jigsaw_d2.imagenet_weights import (
+from jigsaw_d2.detection.finetune_config import apply_passport
+from jigsaw_d2.weights.architecture import Architecture, ArchitectureError
+from jigsaw_d2.weights.backbone_loading import load_backbone
+from jigsaw_d2.weights.imagenet_weights import (
     from_torchvision,
     name_from_torchvision,
     name_to_torchvision,

@@ -6,8 +6,8 @@ from helpers_run import tiny_cfg
 
 from jigsaw_d2.checkpoint import convert_checkpoint
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.initial_weights import InitialWeightsError
 from jigsaw_d2.trainer import JigsawTrainer
+from jigsaw_d2.training.initial_weights import InitialWeightsError
 
 RESNET = ("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 18)
 RESNET += ("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "SOLVER.MAX_ITER", 1)

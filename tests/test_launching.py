@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from helpers_run import read_losses, start, tiny_options, torchrun_variables, train
 from torch.multiprocessing import ProcessRaisedException
 
-from jigsaw_d2.launching import PeerLostError, RankError, as_peer_lost, launch_job
+from jigsaw_d2.training.launching import PeerLostError, RankError, as_peer_lost, launch_job
 
 CONFIG = ["--config-file", "Base-JigsawPretrain.yaml"]
 # Its loss is a mean over images, none of which sees another: the same however they are shared out.
@@ -140,7 +140,7 @@ def test_an_error_of_ours_in_a_rank_is_told_in_one_line(monkeypatch, name, expec
         )
         raise ProcessRaisedException(text, 1, 4242)
 
-    monkeypatch.setattr("jigsaw_d2.launching.launch", fail)
+    monkeypatch.setattr("jigsaw_d2.training.launching.launch", fail)
     with pytest.raises(expected, match="^process 1: what is wrong$"):
         launch_job(print, 2)
 
@@ -149,7 +149,7 @@ def test_any_other_error_in_a_rank_keeps_its_traceback(monkeypatch):
     def fail(*args: object) -> None:
         raise ProcessRaisedException("Traceback ...\nKeyError: 'x'\n", 1, 4242)
 
-    monkeypatch.setattr("jigsaw_d2.launching.launch", fail)
+    monkeypatch.setattr("jigsaw_d2.training.launching.launch", fail)
     with pytest.raises(ProcessRaisedException, match="KeyError"):
         launch_job(print, 2)
 

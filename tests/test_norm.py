@@ -8,7 +8,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.norm import (
+from jigsaw_d2.training.norm import (
     FrozenError,
     average_statistics,
     check_trainable,
@@ -42,7 +42,7 @@ def test_norm_for_the_machine(device, world_size, batch, norm, expected):
 
 
 def test_the_choice_is_said(caplog):
-    with caplog.at_level(logging.INFO, "jigsaw_d2.norm"):
+    with caplog.at_level(logging.INFO, "jigsaw_d2.training.norm"):
         resolve_norm(cfg_with("MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "8"), 2)
     assert "MODEL.RESNETS.NORM auto -> BN (2 process(es) on CPU, 4 images each)" in caplog.text
 

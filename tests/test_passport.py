@@ -7,8 +7,8 @@ import pytest
 import yaml
 from helpers_weights import pretrain_config
 
-from jigsaw_d2.architecture import Architecture
-from jigsaw_d2.passport import Passport, PassportError, compare_passports
+from jigsaw_d2.weights.architecture import Architecture
+from jigsaw_d2.weights.passport import Passport, PassportError, compare_passports
 
 ARRAYS = {"stem.conv1.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
 

@@ -5,8 +5,8 @@ from helpers_jobs import FakeRunner, fake_passports, flag, tiny_set
 
 from jigsaw_d2.commands import demo, run
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.finetune_config import load_detection_config
-from jigsaw_d2.pipeline import (
+from jigsaw_d2.detection.finetune_config import load_detection_config
+from jigsaw_d2.jobs.pipeline import (
     DetectionSet,
     PipelineError,
     finetuning_stage,
@@ -96,7 +96,7 @@ def test_missing_results_are_an_error_and_missing_costs_are_zero(tmp_path):
 def computing_nothing(monkeypatch):
     fake_passports(monkeypatch)
     runner = FakeRunner(lambda weights, seed: 1.5 if weights == "none" else 2.5)
-    monkeypatch.setattr("jigsaw_d2.stages.run_subprocess", runner)
+    monkeypatch.setattr("jigsaw_d2.jobs.stages.run_subprocess", runner)
     monkeypatch.setattr("jigsaw_d2.commands.run.draw_figures", lambda job, say: [])
     return runner
 

@@ -10,8 +10,8 @@ from detectron2.config import get_cfg
 from helpers_weights import C4, CATEGORIES, FPN, RESNET_18, SMALL, THIN, convert, make_coco
 
 from jigsaw_d2.commands.convert import main
+from jigsaw_d2.detection.plain_config import nest, only_known, plain_config, write_plain_config
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.plain_config import nest, only_known, plain_config, write_plain_config
 
 # What tools/train_net.py does with --config-file, in a process that never imports our package.
 TRAIN_NET = """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.precision import (
+from jigsaw_d2.training.precision import (
     Precision,
     PrecisionError,
     has_bfloat16,
@@ -36,9 +36,9 @@ def test_named_types_are_taken_and_only_float16_is_scaled(name, scales):
 
 
 def test_auto_follows_the_hardware(monkeypatch):
-    monkeypatch.setattr("jigsaw_d2.precision.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("jigsaw_d2.training.precision.has_bfloat16", lambda device: True)
     assert resolve_amp_dtype("auto", "cpu") == resolve_amp_dtype("auto", "cuda") == torch.bfloat16
-    monkeypatch.setattr("jigsaw_d2.precision.has_bfloat16", lambda device: False)
+    monkeypatch.setattr("jigsaw_d2.training.precision.has_bfloat16", lambda device: False)
     assert resolve_amp_dtype("auto", "cpu") is None
     assert resolve_amp_dtype("auto", "cuda") == torch.float16
 
@@ -55,7 +55,7 @@ def test_auto_follows_the_hardware(monkeypatch):
 )
 def test_bfloat16_is_read_off_the_cpus_flags(text, expected, monkeypatch, tmp_path):
     (tmp_path / "cpuinfo").write_text(text)
-    monkeypatch.setattr("jigsaw_d2.precision._CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("jigsaw_d2.training.precision._CPUINFO", tmp_path / "cpuinfo")
     assert has_bfloat16("cpu") == expected
 
 

@@ -7,9 +7,14 @@ import yaml
 from helpers_run import tiny_cfg
 from helpers_store import make_store
 
-from jigsaw_d2.checkpointing import save_atomically
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.run_config import RunConfigError, open_store, resolve_config, warn_of_changes
+from jigsaw_d2.training.checkpointing import save_atomically
+from jigsaw_d2.training.run_config import (
+    RunConfigError,
+    open_store,
+    resolve_config,
+    warn_of_changes,
+)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jigsaw_d2.stages import Stage, StageError, progress_text, read_marker, run_stage
+from jigsaw_d2.jobs.stages import Stage, StageError, progress_text, read_marker, run_stage
 
 
 def make_stage(folder, argv=("work", "--fast"), inputs=None, resumable=True):
@@ -99,7 +99,7 @@ def test_failing_command_shows_its_last_words(tmp_path):
 
 def test_sigterm_leaves_no_orphan(tmp_path, monkeypatch):
     """A stage's process ends with the job, and the job can go on afterwards."""
-    monkeypatch.setattr("jigsaw_d2.stages.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("jigsaw_d2.jobs.stages.PROGRESS_SECONDS", 0.0)
     children = []
     started = subprocess.Popen
 
@@ -108,7 +108,7 @@ def test_sigterm_leaves_no_orphan(tmp_path, monkeypatch):
         children.append(started(sleeper, **options))
         return children[-1]
 
-    monkeypatch.setattr("jigsaw_d2.stages.subprocess.Popen", popen)
+    monkeypatch.setattr("jigsaw_d2.jobs.stages.subprocess.Popen", popen)
 
     def terminate_when_at_work(text):
         if "at work" in text:

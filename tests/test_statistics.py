@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from jigsaw_d2.statistics import (
+from jigsaw_d2.comparison.statistics import (
     mean_interval,
     paired_difference,
     student_t_cdf,

@@ -1,6 +1,6 @@
 import pytest
 
-from jigsaw_d2.time_budget import BudgetError, DataSize, Trial, plan_lengths
+from jigsaw_d2.jobs.time_budget import BudgetError, DataSize, Trial, plan_lengths
 
 TRIAL = Trial(pretrain_step=0.5, erf_refresh=2.0, detection_step=1.0, evaluation=10.0)
 LARGE = DataSize(samples=10**6, images=10**5, pretrain_batch=16, detection_batch=8)

@@ -8,8 +8,8 @@ from detectron2.solver import build_optimizer
 from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.precision import Precision
-from jigsaw_d2.train_step import LossReport, TrainStep
+from jigsaw_d2.training.precision import Precision
+from jigsaw_d2.training.train_step import LossReport, TrainStep
 
 
 class Toy(nn.Module):

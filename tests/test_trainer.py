@@ -11,13 +11,13 @@ from detectron2.engine import HookBase
 from helpers_run import tiny_cfg, tiny_options
 from torch import nn
 
-from jigsaw_d2.checkpointing import CheckpointError, read_checkpoint
 from jigsaw_d2.commands import run_command
 from jigsaw_d2.commands.pretrain import main
-from jigsaw_d2.norm import FrozenError
-from jigsaw_d2.random_state import get_random_state, set_random_state
-from jigsaw_d2.train_step import NonFiniteLossError
 from jigsaw_d2.trainer import JigsawTrainer
+from jigsaw_d2.training.checkpointing import CheckpointError, read_checkpoint
+from jigsaw_d2.training.norm import FrozenError
+from jigsaw_d2.training.random_state import get_random_state, set_random_state
+from jigsaw_d2.training.train_step import NonFiniteLossError
 
 
 @pytest.fixture(autouse=True)

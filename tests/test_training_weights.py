@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers_weights import THIN, pretrain_config, pretrained, save_checkpoint
 
-from jigsaw_d2.training_weights import TrainingWeightsError, from_training
+from jigsaw_d2.weights.training_weights import TrainingWeightsError, from_training
 
 
 @pytest.fixture()

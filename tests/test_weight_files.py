@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from jigsaw_d2.weight_files import (
+from jigsaw_d2.weights.weight_files import (
     WeightFileError,
     read_weights,
     write_atomically,

@@ -15,9 +15,8 @@ from jigsaw_d2.commands.dataset_arguments import (
     files_dataset,
     say,
 )
-from jigsaw_d2.comparison import DONE, Comparison
-from jigsaw_d2.comparison_cost import dry_run_table
-from jigsaw_d2.comparison_plan import (
+from jigsaw_d2.comparison.dry_run import dry_run_table
+from jigsaw_d2.comparison.plan import (
     ABLATIONS,
     BUDGETS,
     COSTS,
@@ -27,10 +26,11 @@ from jigsaw_d2.comparison_plan import (
     parse_arm,
     preset,
 )
-from jigsaw_d2.pipeline import DetectionSet
-from jigsaw_d2.report import build_report, collect_configs, setting_differences
-from jigsaw_d2.report_figures import write_figures
-from jigsaw_d2.report_markdown import render
+from jigsaw_d2.comparison.report import build_report, collect_configs, setting_differences
+from jigsaw_d2.comparison.report_figures import write_figures
+from jigsaw_d2.comparison.report_markdown import render
+from jigsaw_d2.comparison.runner import DONE, Comparison
+from jigsaw_d2.jobs.pipeline import DetectionSet
 
 EPILOG = """\
 examples:

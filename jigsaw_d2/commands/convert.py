@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from jigsaw_d2.checkpoint import FORMATS, convert_checkpoint
-from jigsaw_d2.detection_config import changes_yaml, config_changes, load_detection_config
-from jigsaw_d2.plain_config import nest, plain_config, write_plain_config
+from jigsaw_d2.detection.detection_config import changes_yaml, config_changes, load_detection_config
+from jigsaw_d2.detection.plain_config import nest, plain_config, write_plain_config
 
 EPILOG = """\
 examples:

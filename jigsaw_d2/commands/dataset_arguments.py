@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from jigsaw_d2.demo_data import DemoOptions, make_demo_set
-from jigsaw_d2.pipeline import DetectionSet, PipelineError
+from jigsaw_d2.jobs.demo_data import DemoOptions, make_demo_set
+from jigsaw_d2.jobs.pipeline import DetectionSet, PipelineError
 
 
 def say(text: str) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from jigsaw_d2.commands.dataset_arguments import demo_dataset
 from jigsaw_d2.commands.run import finish
-from jigsaw_d2.comparison_plan import SMALL_IMAGES
-from jigsaw_d2.job import Job, default_configs
-from jigsaw_d2.pipeline import DetectionSet
+from jigsaw_d2.comparison.plan import SMALL_IMAGES
+from jigsaw_d2.jobs.job import Job, default_configs
+from jigsaw_d2.jobs.pipeline import DetectionSet
 
 # Shorter than the configs' own, so that both trainings and evaluations fit into minutes of a slow
 # machine; few ERF images for the same reason: their mean is noisier, the labels hardly differ.

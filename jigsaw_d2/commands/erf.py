@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from jigsaw_d2.erf import DEFINITION, GRAD_WORDS, GRADS, erf_maps
-from jigsaw_d2.erf_inputs import (
+from jigsaw_d2.erf_weights import ErfError
+from jigsaw_d2.training.erf_inputs import (
     RANDOM,
     default_device,
     load_network,
@@ -20,8 +21,7 @@ from jigsaw_d2.erf_inputs import (
     random_images,
     read_images,
 )
-from jigsaw_d2.erf_weights import ErfError
-from jigsaw_d2.network_state import measuring
+from jigsaw_d2.training.network_state import measuring
 from jigsaw_d2.visualization.erf import cell_figure, map_size, save_figure
 
 CELLS = ("grid", "centre")

@@ -7,10 +7,10 @@ from functools import partial
 
 from detectron2.config import CfgNode
 
-from jigsaw_d2.detection_config import changes_yaml, config_changes, load_detection_config
-from jigsaw_d2.finetune_config import setup_finetune
-from jigsaw_d2.finetuning import finetune
-from jigsaw_d2.launching import launch_job
+from jigsaw_d2.detection.detection_config import changes_yaml, config_changes, load_detection_config
+from jigsaw_d2.detection.finetune_config import setup_finetune
+from jigsaw_d2.detection.finetuning import finetune
+from jigsaw_d2.training.launching import launch_job
 
 EPILOG = """\
 examples:

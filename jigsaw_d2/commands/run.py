@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from jigsaw_d2.commands.dataset_arguments import add_file_arguments, files_dataset, say
-from jigsaw_d2.job import Job, JobRunner, default_configs
-from jigsaw_d2.job_figures import draw_figures
-from jigsaw_d2.job_report import job_report, result_tables
+from jigsaw_d2.jobs.job import Job, JobRunner, default_configs
+from jigsaw_d2.jobs.job_figures import draw_figures
+from jigsaw_d2.jobs.job_report import job_report, result_tables
 
 EPILOG = """\
 examples:

@@ -14,8 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from jigsaw_d2.detection.finetune_config import load_detection_config
 from jigsaw_d2.erf import DEFINITION, GRAD_WORDS, GRADS, measure_erf
-from jigsaw_d2.erf_inputs import (
+from jigsaw_d2.erf_weights import ErfError, outside_shares, region_shares
+from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.training.erf_inputs import (
     RANDOM,
     default_device,
     load_network,
@@ -24,9 +27,6 @@ from jigsaw_d2.erf_inputs import (
     read_images,
     rgb_stream,
 )
-from jigsaw_d2.erf_weights import ErfError, outside_shares, region_shares
-from jigsaw_d2.finetune_config import load_detection_config
-from jigsaw_d2.template import JigsawTemplate
 
 COLOUR_MAP = "inferno"
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from jigsaw_d2.checkpoint import read_converted
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.passport import Passport
+from jigsaw_d2.weights.passport import Passport
 
 logger = logging.getLogger(__name__)
 

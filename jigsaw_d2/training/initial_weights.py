@@ -7,10 +7,10 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from jigsaw_d2.backbone_loading import backbone_names
 from jigsaw_d2.checkpoint import read_backbone
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.passport import Passport
+from jigsaw_d2.weights.backbone_loading import backbone_names
+from jigsaw_d2.weights.passport import Passport
 
 logger = logging.getLogger(__name__)
 

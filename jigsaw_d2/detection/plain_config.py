@@ -9,9 +9,9 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 
 from jigsaw_d2.checkpoint import read_converted
-from jigsaw_d2.detection_config import config_changes, load_detection_config
-from jigsaw_d2.finetune_config import NUM_CLASSES_KEYS, apply_classes, apply_passport
-from jigsaw_d2.weight_files import write_text
+from jigsaw_d2.detection.detection_config import config_changes, load_detection_config
+from jigsaw_d2.detection.finetune_config import NUM_CLASSES_KEYS, apply_classes, apply_passport
+from jigsaw_d2.weights.weight_files import write_text
 
 
 def plain_config(

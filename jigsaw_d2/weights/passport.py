@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from jigsaw_d2.architecture import Architecture, ArchitectureError
 from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.weights.architecture import Architecture, ArchitectureError
 
 FORMAT_VERSION = 1
 PASSPORT_KEY = "jigsaw_passport"

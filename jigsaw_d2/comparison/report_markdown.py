@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jigsaw_d2.comparison import DONE
+from jigsaw_d2.comparison.runner import DONE
 
 HEADER_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 BUDGET_TEXT = {

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from jigsaw_d2.cost import backbone_flops
 from jigsaw_d2.erf import ErfMeasurement, check_grad, measure_erf
-from jigsaw_d2.erf_inputs import jigsaw_stream
 from jigsaw_d2.erf_weights import (
     ErfError,
     format_summary,
@@ -20,9 +19,10 @@ from jigsaw_d2.erf_weights import (
     region_shares,
     region_weights,
 )
-from jigsaw_d2.network_state import measuring, unwrap
-from jigsaw_d2.precision import Precision
 from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.training.erf_inputs import jigsaw_stream
+from jigsaw_d2.training.network_state import measuring, unwrap
+from jigsaw_d2.training.precision import Precision
 from jigsaw_d2.visualization.erf import erf_figure, figure_pixels
 
 logger = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ import torch
 import yaml
 
 from jigsaw_d2 import __version__
-from jigsaw_d2.comparison import DONE, Comparison, Run
-from jigsaw_d2.comparison_plan import Plan
+from jigsaw_d2.comparison.plan import Plan
+from jigsaw_d2.comparison.runner import DONE, Comparison, Run
+from jigsaw_d2.comparison.statistics import Interval, mean_interval, paired_difference
 from jigsaw_d2.cost import device_name
-from jigsaw_d2.pipeline import DetectionSet
-from jigsaw_d2.statistics import Interval, mean_interval, paired_difference
+from jigsaw_d2.jobs.pipeline import DetectionSet
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "opencv-python-headless", "pycocotools")

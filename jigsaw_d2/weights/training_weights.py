@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from jigsaw_d2.architecture import Architecture, read_architecture
 from jigsaw_d2.config import AUTO_NORM
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.imagenet_weights import RESNET_NAME, to_array
-from jigsaw_d2.passport import Passport
+from jigsaw_d2.weights.architecture import Architecture, read_architecture
+from jigsaw_d2.weights.imagenet_weights import RESNET_NAME, to_array
+from jigsaw_d2.weights.passport import Passport
 
 _BACKBONE = "backbone."
 

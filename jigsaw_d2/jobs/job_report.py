@@ -1,7 +1,7 @@
 """What a job did and found, as Markdown: one table of stages, one of metrics, the commands."""
 
-from jigsaw_d2.job import Job, JobResult
-from jigsaw_d2.report_markdown import table
+from jigsaw_d2.comparison.report_markdown import table
+from jigsaw_d2.jobs.job import Job, JobResult
 
 SHOWN = ("AP", "AP50", "AP75")
 NAMES = {"jigsaw": "Jigsaw pre-training", "scratch": "scratch"}

@@ -19,14 +19,19 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from jigsaw_d2.backbone_loading import load_backbone
 from jigsaw_d2.datasets import register_coco_files
-from jigsaw_d2.detection_data import check_annotations
-from jigsaw_d2.detector_compute import LedgerHook, counted_images, record_compute, unwrapped
+from jigsaw_d2.detection.detection_data import check_annotations
+from jigsaw_d2.detection.detector_compute import (
+    LedgerHook,
+    counted_images,
+    record_compute,
+    unwrapped,
+)
+from jigsaw_d2.detection.finetune_config import read_passport
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.finetune_config import read_passport
-from jigsaw_d2.passport import Passport
-from jigsaw_d2.weight_files import write_text
+from jigsaw_d2.weights.backbone_loading import load_backbone
+from jigsaw_d2.weights.passport import Passport
+from jigsaw_d2.weights.weight_files import write_text
 
 logger = logging.getLogger(__name__)
 

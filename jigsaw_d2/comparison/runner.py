@@ -12,12 +12,11 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from jigsaw_d2.comparison_plan import Arm, ComparisonError, Plan
+from jigsaw_d2.comparison.plan import Arm, ComparisonError, Plan
 from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.detection.finetune_config import load_detection_config
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.finetune_config import load_detection_config
-from jigsaw_d2.lr_schedule import scale_to_batch
-from jigsaw_d2.pipeline import (
+from jigsaw_d2.jobs.pipeline import (
     DetectionSet,
     conversion_stage,
     extraction_stage,
@@ -28,7 +27,8 @@ from jigsaw_d2.pipeline import (
     read_results,
     stage_cost,
 )
-from jigsaw_d2.stages import Runner, Say, Stage, is_done, run_stage
+from jigsaw_d2.jobs.stages import Runner, Say, Stage, is_done, run_stage
+from jigsaw_d2.training.lr_schedule import scale_to_batch
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.precision import Precision
-from jigsaw_d2.random_state import get_random_state
+from jigsaw_d2.training.precision import Precision
+from jigsaw_d2.training.random_state import get_random_state
 
 Batch = dict[str, Any]
 

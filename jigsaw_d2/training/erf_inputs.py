@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from jigsaw_d2.checkpoint import read_backbone
 from jigsaw_d2.data_loader import JigsawBatches, build_jigsaw_sampler
 from jigsaw_d2.dataset_mapper import JigsawDatasetMapper
+from jigsaw_d2.detection.finetune_config import load_detection_config
 from jigsaw_d2.erf_weights import ErfError
-from jigsaw_d2.finetune_config import load_detection_config
-from jigsaw_d2.norm import resolve_norm
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.weight_files import read_weights
+from jigsaw_d2.training.norm import resolve_norm
+from jigsaw_d2.weights.weight_files import read_weights
 
 logger = logging.getLogger(__name__)
 

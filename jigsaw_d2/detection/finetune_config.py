@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
-from jigsaw_d2.architecture import BATCH_NORMS, Architecture, norm_family
 from jigsaw_d2.checkpoint import read_converted
-from jigsaw_d2.detection_config import get_key, load_detection_config, set_key
-from jigsaw_d2.detection_data import dataset_classes
+from jigsaw_d2.detection.detection_config import get_key, load_detection_config, set_key
+from jigsaw_d2.detection.detection_data import dataset_classes
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.passport import Passport
+from jigsaw_d2.weights.architecture import BATCH_NORMS, Architecture, norm_family
+from jigsaw_d2.weights.passport import Passport
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 
-from jigsaw_d2.architecture import Architecture, ArchitectureError, read_architecture
-from jigsaw_d2.passport import Passport
+from jigsaw_d2.weights.architecture import Architecture, ArchitectureError, read_architecture
+from jigsaw_d2.weights.passport import Passport
 
 # Names of a ResNet's tensors. Of the stem only its convolution: Detectron2's converter of such
 # files leaves a stray stem.fc there.

@@ -166,7 +166,7 @@ def run_subprocess(stage: Stage, argv: list[str], say: Say) -> None:
         StageError: it ended with another status than 0.
     """
     log = stage.folder / LOG
-    package_root = str(Path(__file__).resolve().parent.parent)
+    package_root = str(Path(__file__).resolve().parents[2])
     paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "jigsaw_d2", *argv]

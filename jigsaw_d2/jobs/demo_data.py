@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from jigsaw_d2.demo_shapes import DISTRACTORS, SHAPE_CLASSES, ShapeClass
+from jigsaw_d2.jobs.demo_shapes import DISTRACTORS, SHAPE_CLASSES, ShapeClass
 
 logger = logging.getLogger(__name__)
 

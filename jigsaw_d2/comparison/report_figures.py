@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from jigsaw_d2.comparison import DONE
+from jigsaw_d2.comparison.runner import DONE
 
 UNITS = {"seconds": (1.0, "device seconds"), "flops": (1e15, "backbone PFLOPs")}
 BEFORE = ("extraction", "pretraining", "erf_refresh")

@@ -11,14 +11,14 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from jigsaw_d2.comparison_plan import Arm, Plan
+from jigsaw_d2.comparison.plan import Arm, Plan
+from jigsaw_d2.comparison.report_markdown import table
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops
-from jigsaw_d2.finetune_config import load_detection_config
-from jigsaw_d2.lr_schedule import scale_to_batch
-from jigsaw_d2.pipeline import DetectionSet
-from jigsaw_d2.precision import Precision
-from jigsaw_d2.report_markdown import table
+from jigsaw_d2.detection.finetune_config import load_detection_config
+from jigsaw_d2.jobs.pipeline import DetectionSet
+from jigsaw_d2.training.lr_schedule import scale_to_batch
+from jigsaw_d2.training.precision import Precision
 
 _TRIAL_STEPS = 4  # the fastest counts: the first one still allocates
 _TRIAL_SECONDS = 10.0  # begin no further step after as many

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.finetune_config import load_detection_config
-from jigsaw_d2.lr_schedule import scale_to_batch
-from jigsaw_d2.pipeline import (
+from jigsaw_d2.detection.finetune_config import load_detection_config
+from jigsaw_d2.jobs.pipeline import (
     DetectionSet,
     conversion_stage,
     extraction_stage,
@@ -23,9 +22,10 @@ from jigsaw_d2.pipeline import (
     read_results,
     stage_cost,
 )
+from jigsaw_d2.jobs.stages import Runner, Say, Stage, StageReport, run_stage
+from jigsaw_d2.jobs.time_budget import DataSize, Lengths, Trial, plan_lengths
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.stages import Runner, Say, Stage, StageReport, run_stage
-from jigsaw_d2.time_budget import DataSize, Lengths, Trial, plan_lengths
+from jigsaw_d2.training.lr_schedule import scale_to_batch
 
 TRIAL_STEPS = 12  # of each training, to learn its speed
 

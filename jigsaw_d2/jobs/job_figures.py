@@ -7,8 +7,8 @@ import argparse
 import importlib
 from pathlib import Path
 
-from jigsaw_d2.job import Job
-from jigsaw_d2.stages import Say
+from jigsaw_d2.jobs.job import Job
+from jigsaw_d2.jobs.stages import Say
 
 ERF_IMAGES = 2  # a look, not a measurement: minutes matter here
 

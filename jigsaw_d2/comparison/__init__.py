@@ -1,0 +1,1 @@
+"""Comparisons of initialisations over seeds: plan, runs, statistics, report."""

@@ -1,0 +1,1 @@
+"""Training the detector: configs, data, compute."""

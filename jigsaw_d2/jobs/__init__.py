@@ -1,0 +1,1 @@
+"""Whole jobs: stages that resume, their time budget and report, the demo's data."""
