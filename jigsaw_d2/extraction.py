@@ -150,8 +150,7 @@ def cut_images(
     images = pixels = 0
     for plan, end in zip(plans, ends):
         try:
-            room = memory.room(3 * plan.size[0] * plan.size[1])
-            image = read_pixels(plan.path, plan.plain, room)
+            image = read_pixels(plan.path, plan.plain, plan.size, memory)
         except ImageReadError as error:
             log.add(error.reason, plan.path)
             continue

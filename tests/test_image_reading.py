@@ -1,14 +1,26 @@
 """The pixels are those of Detectron2's reader; what cannot be read has a name."""
 
+import io
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from detectron2.data.detection_utils import read_image
 from helpers_store import draw_image
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from jigsaw_d2.image_reading import ImageReadError, probe_image, read_pixels
+from jigsaw_d2 import image_reading
+from jigsaw_d2.image_reading import (
+    ImageInfo,
+    ImageReadError,
+    _probe_common_jpeg,
+    probe_image,
+    read_pixels,
+)
+from jigsaw_d2.jpeg_decoding import PixelMemory
 
 PICTURE = Image.fromarray(draw_image(40, 64, 0, np.random.default_rng(0)))
 
@@ -126,3 +138,87 @@ def test_deep_images_are_refused(tmp_path: Path, mode: str) -> None:
     path = save(tmp_path / "a.tiff", Image.fromarray(values.astype(types[mode])))
     assert (read_image(path, "RGB") == 255).mean() > 0.9
     assert reason(path) == "image_16_bit"
+
+
+def test_memory_holds_file_and_pixels_and_is_used_again(tmp_path: Path) -> None:
+    memory, small = PixelMemory(), PICTURE.crop((0, 0, 30, 20))
+    for image, mode in ((PICTURE, "RGB"), (small, "RGB"), (PICTURE.convert("L"), "L")):
+        path = save(tmp_path / "a.jpg", image)
+        pixels = read_pixels(path, mode, (image.height, image.width), memory)
+        assert np.shares_memory(pixels, memory.room(1))
+        assert np.array_equal(pixels, read_pixels(path))
+
+
+def test_plain_jpeg_that_grew_since_it_was_probed(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg")
+    assert np.array_equal(read_pixels(path, "RGB", (20, 30), PixelMemory()), read_pixels(path))
+
+
+def probed(path: Path) -> ImageInfo | str:
+    """What ``probe_image`` gives, or the reason why not."""
+    try:
+        return probe_image(str(path))
+    except ImageReadError as error:
+        return error.reason
+
+
+def jpeg(**options: object) -> bytes:
+    buffer = io.BytesIO()
+    PICTURE.convert(options.pop("mode", "RGB")).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def comment(length: int) -> bytes:
+    return b"\xff\xfe" + (length + 2).to_bytes(2, "big") + bytes(length)
+
+
+HEADS = {
+    "usual": jpeg(),
+    "grey": jpeg(mode="L"),
+    "cmyk": jpeg(mode="CMYK"),
+    "progressive": jpeg(progressive=True),
+    "by OpenCV": cv2.imencode(".jpg", np.zeros((9, 7, 3), np.uint8))[1].tobytes(),
+    "comment": jpeg(comment=b"some words"),
+    "profile": jpeg(icc_profile=b"colours"),
+    "short profile": jpeg()[:20] + b"\xff\xe2\0\x0eICC_PROFILE\0" + jpeg()[20:],
+    "more pictures": jpeg()[:20] + b"\xff\xe2\0\x10MPF\0" + bytes(10) + jpeg()[20:],
+    "xmp": jpeg(xmp=b'<x tiff:Orientation="6"/>'),
+    "long comment": jpeg()[:20] + comment(5000) + jpeg()[20:],
+    "without JFIF": jpeg()[:2] + jpeg()[20:],
+    "fill byte": jpeg()[:20] + b"\xff" + jpeg()[20:],
+    "behind the end": jpeg() + b"\0",
+    "two bytes": b"\xff\xd9",
+    "one byte": b"\xff",
+    "start and end": b"\xff\xd8\xff\xd9",
+}
+
+
+def assert_pillow_agrees(path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        found = probed(path)
+        patch.setattr(image_reading, "_probe_common_jpeg", lambda path: None)
+        assert probed(path) == found
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_probe_without_pillow_gives_the_same(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(HEADS[name])
+    known = ("usual", "grey", "progressive", "by OpenCV", "comment", "without JFIF", "profile")
+    assert (_probe_common_jpeg(str(path)) is not None) == (name in known)
+    assert_pillow_agrees(path)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(["usual", "grey", "profile"]), st.data())
+def test_probe_without_pillow_of_damaged_heads(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    content = bytearray(HEADS[name])
+    scan = content.index(b"\xff\xda")
+    for _ in range(data.draw(st.integers(1, 3))):
+        values = st.one_of(st.integers(0, 255), st.sampled_from([0, 1, 2, 3, 0xC0, 0xDB, 0xFF]))
+        content[data.draw(st.integers(0, scan + 12))] = data.draw(values)
+    path = tmp_path_factory.getbasetemp() / "damaged.jpg"
+    path.write_bytes(content)
+    assert_pillow_agrees(path)
