@@ -20,7 +20,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from jigsaw_d2.extraction import CocoSource, ExtractionOptions, extract_samples
+from jigsaw_d2.extraction.extract import CocoSource, ExtractionOptions, extract_samples
 from jigsaw_d2.sample_store import SampleStore
 
 

@@ -25,9 +25,9 @@ from torchvision import transforms
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data_loader import build_jigsaw_train_loader
-from jigsaw_d2.extraction import extract_samples
-from jigsaw_d2.extraction_options import ExtractionOptions
-from jigsaw_d2.extraction_sources import CocoSource
+from jigsaw_d2.extraction.extract import extract_samples
+from jigsaw_d2.extraction.options import ExtractionOptions
+from jigsaw_d2.extraction.sources import CocoSource
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.template import JigsawTemplate
 

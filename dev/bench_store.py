@@ -20,10 +20,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from jigsaw_d2.extraction_options import needs_windows, shown_sizes
+from jigsaw_d2.extraction.options import needs_windows, shown_sizes
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.store_format import INDEX_NAME, fingerprint, read_header
-from jigsaw_d2.store_writer import StoreWriter
+from jigsaw_d2.store.format import INDEX_NAME, fingerprint, read_header
+from jigsaw_d2.store.writer import StoreWriter
 from jigsaw_d2.template import JigsawTemplate
 
 OPEN_SCRIPT = """

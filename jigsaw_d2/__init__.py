@@ -2,8 +2,8 @@
 
 Where what lives, along the way of the data:
 
-    samples, extraction*, image_reading        detection images -> positive and negative samples
-    sample_store, store_*, jpeg_*, netpbm      shards, their index, windows that decode alone
+    samples, extraction/                       detection images -> positive and negative samples
+    sample_store, store/                       shards, their index, windows that decode alone
     template, assembly, dataset_mapper,
     jigsaw_sampler, data_loader                samples -> batches of Jigsaw images
     meta_arch, losses, erf, erf_weights        backbone + classifier, objectives, region weights

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jigsaw_d2 import jpeg_windows
-from jigsaw_d2.jpeg_decoding import PixelMemory
-from jigsaw_d2.netpbm import decode_netpbm
-from jigsaw_d2.store_format import (
+from jigsaw_d2.store import jpeg_windows
+from jigsaw_d2.store.format import (
     HEADER_NAME,
     INDEX_NAME,
     JPEG,
@@ -29,6 +27,8 @@ from jigsaw_d2.store_format import (
     read_header,
     sample_key,
 )
+from jigsaw_d2.store.jpeg_decoding import PixelMemory
+from jigsaw_d2.store.netpbm import decode_netpbm
 
 __all__ = ["DamagedSampleError", "SampleStore", "StoreError", "StoreGoneError"]
 

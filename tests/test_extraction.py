@@ -12,13 +12,14 @@ import pytest
 from detectron2.data.detection_utils import read_image
 from helpers_coco import CATEGORY_IDS, annotation, make_bad_coco, write_json
 
-from jigsaw_d2 import extraction, image_reading
-from jigsaw_d2.extraction import CocoSource, ExtractionOptions, extract_samples
-from jigsaw_d2.extraction_log import ExtractionError
-from jigsaw_d2.extraction_options import needs_windows, shown_sizes
+from jigsaw_d2.extraction import extract as extraction
+from jigsaw_d2.extraction import image_reading
+from jigsaw_d2.extraction.extract import CocoSource, ExtractionOptions, extract_samples
+from jigsaw_d2.extraction.log import ExtractionError
+from jigsaw_d2.extraction.options import needs_windows, shown_sizes
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.samples import overlaps_any
-from jigsaw_d2.store_format import StoreError
+from jigsaw_d2.store.format import StoreError
 from jigsaw_d2.template import JigsawTemplate
 
 ALONE = ExtractionOptions(workers=0)
@@ -129,8 +130,8 @@ KILLED = """
 import os, sys, dataclasses
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from jigsaw_d2 import extraction
-from jigsaw_d2.store_writer import StoreWriter
+from jigsaw_d2.extraction import extract as extraction
+from jigsaw_d2.store.writer import StoreWriter
 from test_extraction import ALONE, small_shards, source
 extraction.CUT_CHUNK = 1
 close = StoreWriter._close_shard
@@ -174,7 +175,7 @@ FULL_DISK = """
 import resource, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from jigsaw_d2 import extraction
+from jigsaw_d2.extraction import extract as extraction
 from jigsaw_d2.commands import run_command
 from test_extraction import dataclasses, small_shards, source
 extraction.CUT_CHUNK = 1

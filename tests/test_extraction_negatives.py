@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jigsaw_d2 import extraction_negatives
-from jigsaw_d2.extraction_log import ExtractionLog
-from jigsaw_d2.extraction_negatives import add_negatives, choose_sizes, split_negatives
-from jigsaw_d2.extraction_plan import ImagePlan
-from jigsaw_d2.extraction_workers import Workers
+from jigsaw_d2.extraction import negatives as extraction_negatives
+from jigsaw_d2.extraction.log import ExtractionLog
+from jigsaw_d2.extraction.negatives import add_negatives, choose_sizes, split_negatives
+from jigsaw_d2.extraction.plan import ImagePlan
+from jigsaw_d2.extraction.workers import Workers
 from jigsaw_d2.samples import GROUPS, enlarge_boxes, group_codes, overlaps_any
 
 BACKGROUND = 3

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from jigsaw_d2.extraction_log import ExtractionLog
-from jigsaw_d2.extraction_report import format_report, summarise, template_fill
-from jigsaw_d2.store_format import RECORD
+from jigsaw_d2.extraction.log import ExtractionLog
+from jigsaw_d2.extraction.report import format_report, summarise, template_fill
+from jigsaw_d2.store.format import RECORD
 from jigsaw_d2.template import JigsawTemplate
 
 TEMPLATE = JigsawTemplate()

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from jigsaw_d2.extraction_workers import WorkerLostError, Workers
+from jigsaw_d2.extraction.workers import WorkerLostError, Workers
 
 
 def square(n: int) -> int:

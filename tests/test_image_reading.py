@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jigsaw_d2 import image_reading
-from jigsaw_d2.image_reading import (
+from jigsaw_d2.extraction import image_reading
+from jigsaw_d2.extraction.image_reading import (
     ImageInfo,
     ImageReadError,
     _probe_common_jpeg,
     probe_image,
     read_pixels,
 )
-from jigsaw_d2.jpeg_decoding import PixelMemory
+from jigsaw_d2.store.jpeg_decoding import PixelMemory
 
 PICTURE = Image.fromarray(draw_image(40, 64, 0, np.random.default_rng(0)))
 

@@ -11,7 +11,7 @@ import pytest
 from helpers_store import make_store
 
 from jigsaw_d2.sample_store import DamagedSampleError, SampleStore, StoreError, StoreGoneError
-from jigsaw_d2.store_format import read_header
+from jigsaw_d2.store.format import read_header
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from helpers_store import make_store
 
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.store_check import check_store
+from jigsaw_d2.store.check import check_store
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers_store import make_store
 
-from jigsaw_d2.extraction_report import summarise
+from jigsaw_d2.extraction.report import summarise
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.template import JigsawTemplate
 from jigsaw_d2.visualization.extraction_report import report_figure

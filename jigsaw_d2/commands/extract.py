@@ -6,14 +6,14 @@ import logging
 from pathlib import Path
 
 from jigsaw_d2.cost import record_stage
-from jigsaw_d2.extraction import extract_samples
-from jigsaw_d2.extraction_log import ExtractionError
-from jigsaw_d2.extraction_options import ExtractionOptions
-from jigsaw_d2.extraction_report import format_report
-from jigsaw_d2.extraction_sources import CocoSource, RegisteredSource, Source
-from jigsaw_d2.extraction_workers import default_workers
+from jigsaw_d2.extraction.extract import extract_samples
+from jigsaw_d2.extraction.log import ExtractionError
+from jigsaw_d2.extraction.options import ExtractionOptions
+from jigsaw_d2.extraction.report import format_report
+from jigsaw_d2.extraction.sources import CocoSource, RegisteredSource, Source
+from jigsaw_d2.extraction.workers import default_workers
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.store_chunks import ENCODINGS
+from jigsaw_d2.store.chunks import ENCODINGS
 from jigsaw_d2.template import JigsawTemplate
 from jigsaw_d2.visualization.extraction_report import report_figure
 

@@ -5,9 +5,9 @@ import argparse
 import numpy as np
 from tqdm import tqdm
 
-from jigsaw_d2.extraction_report import format_report, summarise
+from jigsaw_d2.extraction.report import format_report, summarise
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.store_check import check_store
+from jigsaw_d2.store.check import check_store
 from jigsaw_d2.template import JigsawTemplate
 
 MAX_FAULTS = 50

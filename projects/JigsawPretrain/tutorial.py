@@ -21,9 +21,9 @@ from jigsaw_d2.data_loader import build_jigsaw_train_loader
 from jigsaw_d2.detection.finetune_config import setup_finetune
 from jigsaw_d2.erf import erf_region_sums
 from jigsaw_d2.erf_weights import region_weights
-from jigsaw_d2.extraction import extract_samples
-from jigsaw_d2.extraction_options import ExtractionOptions
-from jigsaw_d2.extraction_sources import CocoSource
+from jigsaw_d2.extraction.extract import extract_samples
+from jigsaw_d2.extraction.options import ExtractionOptions
+from jigsaw_d2.extraction.sources import CocoSource
 from jigsaw_d2.jobs.demo_data import DemoOptions, make_demo_set
 from jigsaw_d2.jobs.pipeline import DetectionSet
 from jigsaw_d2.meta_arch import JigsawPretrainer

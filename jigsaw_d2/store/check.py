@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from jigsaw_d2.sample_store import SampleStore, StorePart
-from jigsaw_d2.store_format import (
+from jigsaw_d2.store.format import (
     BLOCK,
     SUFFIXES,
     DamagedSampleError,

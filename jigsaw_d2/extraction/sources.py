@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jigsaw_d2.extraction_log import ExtractionError, ExtractionLog
+from jigsaw_d2.extraction.log import ExtractionError, ExtractionLog
 
 UNKNOWN_CLASS = -1
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from jigsaw_d2.jpeg_decoding import decode_jpeg
-from jigsaw_d2.jpeg_layout import (
+from jigsaw_d2.store.jpeg_decoding import decode_jpeg
+from jigsaw_d2.store.jpeg_layout import (
     COMMENT_AT,
     JpegLayout,
     list_pieces,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jigsaw_d2.extraction_log import ExtractionLog
-from jigsaw_d2.extraction_sources import UNKNOWN_CLASS, SourceImage
-from jigsaw_d2.image_reading import ImageInfo, ImageReadError, probe_image
+from jigsaw_d2.extraction.image_reading import ImageInfo, ImageReadError, probe_image
+from jigsaw_d2.extraction.log import ExtractionLog
+from jigsaw_d2.extraction.sources import UNKNOWN_CLASS, SourceImage
 from jigsaw_d2.samples import enlarge_boxes
 
 POSITIVES_STREAM = 0

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.jpeg_decoding import PixelMemory, decode_jpeg
+from jigsaw_d2.store.jpeg_decoding import PixelMemory, decode_jpeg
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
@@ -37,7 +37,7 @@ COMMON_PIXELS = 50_000_000
 
 
 class ImageReadError(JigsawError, ValueError):
-    """An image that cannot be used; ``reason`` is a key of ``extraction_log.REASONS``."""
+    """An image that cannot be used; ``reason`` is a key of ``extraction.log.REASONS``."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

@@ -1,17 +1,14 @@
 """What a store holds and how it suits the template: numbers, sentences, text for the screen."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tabulate import tabulate
 
-from jigsaw_d2.extraction_log import FAULT, RULE, ExtractionLog
+from jigsaw_d2.extraction.log import FAULT, RULE, ExtractionLog
+from jigsaw_d2.extraction.options import ExtractionOptions
 from jigsaw_d2.samples import GROUPS
 from jigsaw_d2.template import REGION_GROUPS, REGIONS, JigsawTemplate
-
-if TYPE_CHECKING:
-    from jigsaw_d2.extraction import ExtractionOptions
 
 GROUP_NAMES = {"S": "square-like (S)", "T": "tall (T)", "W": "wide (W)"}
 # A sample shown this many times as often as one of the most numerous group is worth a warning.
@@ -27,14 +24,14 @@ SCALES = 8  # ratios of the augmentation over which the fill is averaged
 def build_report(
     index: np.ndarray,
     categories: list[str],
-    options: "ExtractionOptions",
+    options: ExtractionOptions,
     negatives_wanted: int,
     logs: tuple[int, ExtractionLog, ExtractionLog],
 ) -> dict:
     """The report of a store.
 
     Args:
-        index: its records, ``store_format.RECORD`` (n,).
+        index: its records, ``store.format.RECORD`` (n,).
         negatives_wanted: over the whole dataset, all parts.
         logs: images listed by the dataset; what planning logged, on all of it; what cutting logged,
             in this part.
@@ -59,7 +56,7 @@ def summarise(
     """Counts per class and group, sizes, fill of the template, cautions; plain Python values.
 
     Args:
-        index: ``store_format.RECORD`` of shape (n,).
+        index: ``store.format.RECORD`` of shape (n,).
         categories: without background.
         scale_range: ratios that samples will be resized by.
     """

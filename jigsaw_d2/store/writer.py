@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.store_chunks import DEFAULT_QUALITY, Chunk, ChunkBuilder, encode_sample
-from jigsaw_d2.store_format import (
+from jigsaw_d2.store.chunks import DEFAULT_QUALITY, Chunk, ChunkBuilder, encode_sample
+from jigsaw_d2.store.format import (
     BLOCK,
     FORMAT,
     HEADER_NAME,
@@ -150,7 +150,7 @@ class StoreWriter:
     ) -> None:
         """Encode and append one sample, uint8 RGB (h, w, 3) or grey (h, w).
 
-        Boxes default to the whole of it; the rest is as for ``store_chunks.encode_sample``.
+        Boxes default to the whole of it; the rest is as for ``store.chunks.encode_sample``.
         """
         size = image.shape[:2]
         box = np.array([0, 0, size[1], size[0]], np.float32) if box is None else box

@@ -17,18 +17,18 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from jigsaw_d2.extraction_log import ExtractionError, ExtractionLog
-from jigsaw_d2.extraction_negatives import add_negatives
-from jigsaw_d2.extraction_options import ExtractionOptions, needs_windows, shown_sizes
-from jigsaw_d2.extraction_plan import ImagePlan, chunked, plan_positives, take_part
-from jigsaw_d2.extraction_report import build_report
-from jigsaw_d2.extraction_sources import CocoSource, RegisteredSource, Source, SourceData
-from jigsaw_d2.extraction_workers import Workers, default_workers
-from jigsaw_d2.image_reading import ImageReadError, read_pixels
-from jigsaw_d2.jpeg_decoding import PixelMemory
-from jigsaw_d2.store_chunks import Chunk, ChunkBuilder, encode_sample
-from jigsaw_d2.store_format import VERSION, hash_image_ids, part_name
-from jigsaw_d2.store_writer import StoreWriter, check_free
+from jigsaw_d2.extraction.image_reading import ImageReadError, read_pixels
+from jigsaw_d2.extraction.log import ExtractionError, ExtractionLog
+from jigsaw_d2.extraction.negatives import add_negatives
+from jigsaw_d2.extraction.options import ExtractionOptions, needs_windows, shown_sizes
+from jigsaw_d2.extraction.plan import ImagePlan, chunked, plan_positives, take_part
+from jigsaw_d2.extraction.report import build_report
+from jigsaw_d2.extraction.sources import CocoSource, RegisteredSource, Source, SourceData
+from jigsaw_d2.extraction.workers import Workers, default_workers
+from jigsaw_d2.store.chunks import Chunk, ChunkBuilder, encode_sample
+from jigsaw_d2.store.format import VERSION, hash_image_ids, part_name
+from jigsaw_d2.store.jpeg_decoding import PixelMemory
+from jigsaw_d2.store.writer import StoreWriter, check_free
 
 __all__ = ["CocoSource", "ExtractionOptions", "RegisteredSource", "extract_samples"]
 logger = logging.getLogger(__name__)

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from jigsaw_d2.extraction_log import ExtractionLog
-from jigsaw_d2.extraction_plan import ImagePlan, chunked, image_rng
-from jigsaw_d2.extraction_workers import Workers
+from jigsaw_d2.extraction.log import ExtractionLog
+from jigsaw_d2.extraction.plan import ImagePlan, chunked, image_rng
+from jigsaw_d2.extraction.workers import Workers
 from jigsaw_d2.samples import sample_backgrounds
 
 # Streams of an image's generator from here on, one for each round; 0 is the positives'.

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jigsaw_d2 import jpeg_windows
-from jigsaw_d2.netpbm import encode_netpbm
 from jigsaw_d2.samples import group_codes
-from jigsaw_d2.store_format import (
+from jigsaw_d2.store import jpeg_windows
+from jigsaw_d2.store.format import (
     BLOCK,
     JPEG,
     PGM,
@@ -21,6 +20,7 @@ from jigsaw_d2.store_format import (
     tar_header,
     tar_padding,
 )
+from jigsaw_d2.store.netpbm import encode_netpbm
 
 DEFAULT_QUALITY = 95
 ENCODINGS = ("jpeg", "png", "ppm")
@@ -96,7 +96,7 @@ class ChunkBuilder:
         interval: int = 0,
         code: int = JPEG,
     ) -> None:
-        """Add one sample; the fields are those of ``store_format.RECORD``."""
+        """Add one sample; the fields are those of ``store.format.RECORD``."""
         key = sample_key(class_index, image_id, serial)
         offset, length, crc = self._size + BLOCK, len(encoded), zlib.crc32(encoded)
         row = (offset, image_id, class_index, box, gt_box, size)

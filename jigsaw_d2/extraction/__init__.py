@@ -1,0 +1,1 @@
+"""Detection images -> positive and negative samples: plan, cut, report."""
