@@ -16,10 +16,10 @@ from jigsaw_d2.extraction import image_reading
 from jigsaw_d2.extraction.image_reading import (
     ImageInfo,
     ImageReadError,
-    _probe_common_jpeg,
     probe_image,
     read_pixels,
 )
+from jigsaw_d2.extraction.jpeg_probe import probe_common_jpeg
 from jigsaw_d2.store.jpeg_decoding import PixelMemory
 
 PICTURE = Image.fromarray(draw_image(40, 64, 0, np.random.default_rng(0)))
@@ -196,7 +196,7 @@ HEADS = {
 def assert_pillow_agrees(path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         found = probed(path)
-        patch.setattr(image_reading, "_probe_common_jpeg", lambda path: None)
+        patch.setattr(image_reading, "probe_common_jpeg", lambda path: None)
         assert probed(path) == found
 
 
@@ -205,7 +205,7 @@ def test_probe_without_pillow_gives_the_same(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(HEADS[name])
     known = ("usual", "grey", "progressive", "by OpenCV", "comment", "without JFIF", "profile")
-    assert (_probe_common_jpeg(str(path)) is not None) == (name in known)
+    assert (probe_common_jpeg(str(path)) is not None) == (name in known)
     assert_pillow_agrees(path)
 
 

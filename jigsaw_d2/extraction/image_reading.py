@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.extraction.jpeg_probe import probe_common_jpeg
 from jigsaw_d2.store.jpeg_decoding import PixelMemory, decode_jpeg
 
 EXIF_ORIENTATION = 0x0112
@@ -26,14 +27,6 @@ ALPHA_MODES = ("LA", "PA", "RGBA", "La", "RGBa")
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 # Last bytes of a whole file; where they are missing, only decoding tells whether pixels are too.
 ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-# Of what the common JPEG consists up to its scan: frame headers of 8-bit Huffman coding, and
-# segments that say nothing of interest here. Others, EXIF's first of all, are left to Pillow.
-FRAME_MARKERS = (0xC0, 0xC1, 0xC2)
-DHT, SOS, DQT, DRI, APP0, APP2, COM = 0xC4, 0xDA, 0xDB, 0xDD, 0xE0, 0xE2, 0xFE
-PROFILE_START = b"ICC_PROFILE\0"  # of a colour profile, which Detectron2's reader ignores
-HEAD_BYTES = 4096
-# Larger images are left to Pillow, too, which refuses decompression bombs.
-COMMON_PIXELS = 50_000_000
 
 
 class ImageReadError(JigsawError, ValueError):
@@ -98,9 +91,10 @@ def probe_image(path: str) -> ImageInfo:
     Raises:
         ImageReadError: with the reason.
     """
-    info = _probe_common_jpeg(path)
-    if info is not None:
-        return info
+    common = probe_common_jpeg(path)
+    if common is not None:
+        size, mode = common
+        return ImageInfo(size, ("image_grey",) if mode == "L" else (), mode)
     with _open(path) as image:
         orientation = _orientation(image)
         notes = _notes(image, orientation)
@@ -113,51 +107,6 @@ def probe_image(path: str) -> ImageInfo:
         plain = image.mode if plain and orientation not in UPRIGHT else ""
     size = (width, height) if orientation in SWAPS_SIDES else (height, width)
     return ImageInfo(size, notes, plain)
-
-
-def _probe_common_jpeg(path: str) -> ImageInfo | None:
-    """What Pillow finds, in a third of its time; None = anything but the commonest kind of JPEG."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            head = file.read(HEAD_BYTES)
-            file.seek(-2, os.SEEK_END)
-            whole = file.read(2) == ENDINGS["JPEG"]
-        return _parse_common_head(head) if whole and head[:2] == b"\xff\xd8" else None
-    except (OSError, IndexError):
-        return None
-
-
-def _parse_common_head(head: bytes) -> ImageInfo | None:
-    """As ``_probe_common_jpeg``, of the first bytes of a whole file.
-
-    Raises:
-        IndexError: they end before the scan begins.
-    """
-    position, info = 2, None
-    while head[position] == 0xFF:
-        marker, length = head[position + 1], (head[position + 2] << 8) | head[position + 3]
-        body, position = position + 4, position + 2 + length
-        if marker in FRAME_MARKERS and length in (11, 17) and info is None:
-            bits, top, low, left, right, components = head[body : body + 6]
-            height, width = (top << 8) | low, (left << 8) | right
-            usual = bits == 8 and length == 8 + 3 * components
-            if not usual or not 0 < height * width < COMMON_PIXELS:
-                return None
-            grey = components == 1
-            notes = ("image_grey",) if grey else ()
-            info = ImageInfo((height, width), notes, "L" if grey else "RGB")
-        elif marker == DQT:
-            # 8-bit tables: a byte of precision and number, and 64 values.
-            if length % 65 != 2 or any(number > 15 for number in head[body:position:65]):
-                return None
-        elif marker == APP2:
-            if length < 16 or not head.startswith(PROFILE_START, body):
-                return None
-        elif marker == SOS:
-            return info
-        elif marker not in (DHT, DRI, APP0, COM) or length < 2:
-            return None
-    return None
 
 
 def _ends_with(path: str, ending: bytes) -> bool:
