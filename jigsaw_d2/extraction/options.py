@@ -19,8 +19,8 @@ class ExtractionOptions:
         max_scale: a positive's sides grow to at most this times the box (Sec. 3.1); 1 = no context.
         negative_ratio: negatives per positive over the dataset (Sec. 3.1: 1 to 10).
         quality: of the JPEGs, 1 to 100. Ours: 95, as near to the source as JPEG sensibly gets.
-        encoding: "jpeg"; "png", small but slow to read; or "ppm", uncompressed: about ten times the
-            bytes and nothing to decode. The latter two are without loss.
+        encoding: "jpeg"; "png", slow to read; or "ppm", uncompressed: about ten times the bytes and
+            nothing to decode. The latter two are without loss.
         class_files: add a ``.cls`` member with the class beside each sample.
         min_side: pixels; a box with a shorter side is skipped. Ours: 2, one-pixel boxes show
             nothing.
