@@ -18,9 +18,6 @@ import numpy as np
 from jigsaw_d2.template import JigsawTemplate
 
 METHODS = ("pad_crop", "warp", "resize")
-# How far the ratio may move from the one drawn so that a crop begins on a whole sample pixel.
-# Rounding to whole pixels moves that of a sample of 100 pixels as far.
-RATIO_TOLERANCE = 0.005
 
 
 class Augmentation(NamedTuple):
@@ -105,34 +102,31 @@ def _crop_axis(size: int, resized: int, region: int, draw: float) -> AxisPlaceme
     """As ``_whole_axis`` where the resized sample fits, else a crop at position ``draw``.
 
     ``cv2.resize`` always begins on a whole pixel, a crop of a resized sample in general between
-    two. So the ratio is adjusted by at most ``RATIO_TOLERANCE`` until a resized pixel at or shortly
+    two. So the step is adjusted within the rounding that resizing to whole pixels has anyway (the
+    sample's length stays within half a pixel of ``resized``) until a resized pixel at or shortly
     before the crop begins on a whole sample pixel. From there, resizing a window gives the pixels
     that resizing the whole by the same step gives.
     """
     if resized <= region:
         return _whole_axis(size, resized, region)
     crop = int(draw * (resized - region + 1))
-    step, resized, anchor, first = _find_anchor(size, resized, region, crop)
+    step, anchor, first = _find_anchor(size, resized, crop)
     # Resized pixel j reads the pixels around (j + 0.5) * step - 0.5: centres lie at + 0.5.
     last = int((crop + region - 0.5) * step - 0.5) + 2
     return AxisPlacement(resized, step, crop, region, 0, anchor, first, min(last, size))
 
 
-def _find_anchor(size: int, resized: int, region: int, crop: int) -> tuple[float, int, int, int]:
-    """(step, resized, anchor, first) of ``AxisPlacement``; the drawn ratio from the sample's first
-    pixel where none is nearer."""
+def _find_anchor(size: int, resized: int, crop: int) -> tuple[float, int, int]:
+    """(step, anchor, first) of ``AxisPlacement``; (size / resized, 0, 0) where none is nearer."""
     step = size / resized
     # Enlarged, the resized pixels at the window's edge would read before it: they are not shown.
     for anchor in range(crop - max(0, ceil(0.5 / step - 0.5)), 0, -1):
-        exact = anchor * step
-        first = int(exact + 0.5)
-        if abs(first - exact) <= RATIO_TOLERANCE * exact:
-            length = size * anchor / first
-            whole = int(length + 0.5)
-            # 0.45: clear of a tie, in which rounding errors would decide the length.
-            if abs(length - whole) <= 0.45 and crop + region <= whole:
-                return first / anchor, whole, anchor, first
-    return step, resized, 0, 0
+        first = int(anchor * step + 0.5)
+        # 0.45: clear of a tie, in which rounding errors would decide the length.
+        bound = 0.45 * first
+        if -bound <= size * anchor - resized * first <= bound:
+            return first / anchor, anchor, first
+    return step, 0, 0
 
 
 def paint(source: np.ndarray, placement: Placement, out: np.ndarray) -> None:
