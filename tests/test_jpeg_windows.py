@@ -62,6 +62,18 @@ def test_window_equals_full_decode(case: tuple, quality: int, grey: bool) -> Non
     assert np.array_equal(decode_window(data, window), full_decode(data)[y0:y1, x0:x1])
 
 
+@pytest.mark.parametrize("width", range(33, 50))
+@pytest.mark.parametrize("grey", [False, True])
+def test_narrow_windows_at_both_edges(width: int, grey: bool) -> None:
+    """Every window of up to 6 columns: what is left of a piece there may be a pixel wide."""
+    image = np.random.default_rng(width).integers(0, 256, (20, width, 3), np.uint8)
+    data, _ = encode_jpeg(image[..., 0].copy() if grey else image, 90, windows=True)
+    full = full_decode(data)
+    for x0 in range(width):
+        for x1 in range(x0 + 1, min(x0 + 7, width + 1)):
+            assert np.array_equal(decode_window(data, (x0, 2, x1, 19)), full[2:19, x0:x1]), x0
+
+
 @settings(max_examples=150)
 @given(
     sizes_and_windows(),

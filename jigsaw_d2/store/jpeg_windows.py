@@ -30,6 +30,8 @@ from jigsaw_d2.store.jpeg_layout import (
 RST0, EOI = 0xD0, 0xD9
 # MCUs between restart markers of grey samples, whose MCUs are 8 pixels wide; best first.
 GREY_INTERVALS = (2, 3, 5)
+# Pixels of a cut's rows at least: chroma of less than 3 samples a row is not interpolated.
+MIN_WIDTH = 5
 # Pixels that a window must spare for cutting it out to pay: what decodes in the time of a cut.
 MIN_SPARED_PIXELS = 3000
 # The markers that end pieces, in turn; as many as the windows of the usual templates need.
@@ -66,7 +68,8 @@ def _find_grid(layout: JpegLayout, window: tuple[int, int, int, int]) -> PieceGr
     # Chroma of half the resolution is interpolated with its neighbour, one pixel outside at least.
     margin_x, margin_y = mcu_width // 16, high // 16
     top, bottom = max(y0 - margin_y, 0) // high, min((y1 + margin_y - 1) // high + 1, rows)
-    left, right = max(x0 - margin_x, 0) // wide, min((x1 + margin_x - 1) // wide + 1, across)
+    left = max(min(x0 - margin_x, width - MIN_WIDTH), 0) // wide
+    right = min((x1 + margin_x - 1) // wide + 1, across)
     return PieceGrid(rows, across, top, bottom, left, right, margin_y, margin_x)
 
 
@@ -93,9 +96,8 @@ def cut_window(
         return None
     x, y = grid.left * wide, grid.top * high
     height = min(window[3] + grid.margin_y, layout.height) - y
-    # To the last MCU of each row, and 5 pixels of it at least: chroma of less than 3 samples would
-    # not be interpolated.
-    width = max(window[2] + grid.margin_x, grid.right * wide - layout.mcu_width + 5) - x
+    # To the last MCU of each row, and a few pixels of it.
+    width = max(window[2] + grid.margin_x, grid.right * wide - layout.mcu_width + MIN_WIDTH) - x
     size = struct.pack(">HH", height, min(width, layout.width - x))
     jpeg = _join_pieces(data, layout.sof, comment, grid, size)
     return jpeg, window[0] - x, window[1] - y
