@@ -66,6 +66,7 @@ setup(
         "numpy>=1.24",
         opencv_requirement(),
         "simplejpeg>=1.8",
+        "zlib-ng>=0.5",
         "pillow>=9.1",
         "pycocotools>=2.0.6",
         "matplotlib>=3.6",

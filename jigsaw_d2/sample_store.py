@@ -5,7 +5,6 @@ Worker processes share the pages of index and shards: nothing per sample lives i
 
 import mmap
 import os
-import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -23,6 +22,7 @@ from jigsaw_d2.store.format import (
     DamagedSampleError,
     StoreError,
     StoreGoneError,
+    crc32,
     part_name,
     read_header,
     sample_key,
@@ -92,7 +92,7 @@ class StorePart:
     def view_checked(self, i: int) -> memoryview:
         """``view``; raises DamagedSampleError unless its CRC-32 is that of the index."""
         data = self.view(i)
-        if zlib.crc32(data) != self.checksums.item(i):
+        if crc32(data) != self.checksums.item(i):
             raise self.damaged(i, "its CRC-32 differs from the index")
         return data
 

@@ -1,6 +1,5 @@
 """Check a whole store against its index: every byte that training will read."""
 
-import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -11,6 +10,7 @@ from jigsaw_d2.store.format import (
     SUFFIXES,
     DamagedSampleError,
     StoreError,
+    crc32,
     fingerprint,
     sample_key,
     tar_header,
@@ -76,7 +76,7 @@ def _check_sample(part: StorePart, record: np.void) -> None:
     where = f"{part.path / part.header['shards'][number]['name']}: sample {key}"
     if offset < BLOCK or offset + length > len(shard):
         raise DamagedSampleError(f"{where}: lies outside the shard")
-    if zlib.crc32(memoryview(shard)[offset : offset + length]) != int(record["crc32"]):
+    if crc32(memoryview(shard)[offset : offset + length]) != int(record["crc32"]):
         raise DamagedSampleError(f"{where}: its CRC-32 differs from the index")
     name = f"{key}.{SUFFIXES[record['format']]}"
     if shard[offset - BLOCK : offset] != tar_header(name, length):

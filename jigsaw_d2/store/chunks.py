@@ -1,7 +1,6 @@
 """Samples on their way to the disk: encoded, with tar members and index records around them."""
 
 import os
-import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from jigsaw_d2.store.format import (
     PPM,
     RECORD,
     SUFFIXES,
+    crc32,
     sample_key,
     tar_header,
     tar_padding,
@@ -98,7 +98,7 @@ class ChunkBuilder:
     ) -> None:
         """Add one sample; the fields are those of ``store.format.RECORD``."""
         key = sample_key(class_index, image_id, serial)
-        offset, length, crc = self._size + BLOCK, len(encoded), zlib.crc32(encoded)
+        offset, length, crc = self._size + BLOCK, len(encoded), crc32(encoded)
         row = (offset, image_id, class_index, box, gt_box, size)
         self._rows.append((*row, length, crc, 0, serial, interval, 0, code))
         self._add_member(f"{key}.{SUFFIXES[code]}", encoded)
