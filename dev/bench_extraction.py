@@ -120,7 +120,7 @@ def main() -> None:
         folder = Path(temporary)
         source = CocoSource(args.json, args.images) if args.json else draw_set(folder)
         source = repeat_set(source, folder, args.times)
-        output, options = folder / "store", ExtractionOptions(workers=args.workers)
+        output, options = folder / "store", ExtractionOptions(workers=args.workers, encoding="jpeg")
         extract_samples(source, output, options)  # warms the page cache
         work = crops_of(SampleStore(output), source)
         ours, bare = [], []

@@ -3,8 +3,9 @@
 All rows show the same crops, on one core, in turns within one run. Rates are medians over turns,
 by the processor time that the work took, so that other work on the machine disturbs little; those
 of worker processes are by the clock. "Ordinary JPEG" bytes are the crops as any dataset stores
-them. Those of the "store" are JPEGs with restart intervals, of which a window decodes alone; the
-"uncompressed store" is written by ``extract_samples.py --encoding ppm``.
+them. The "JPEG store" holds JPEGs with restart intervals, of which a window decodes alone; the
+"default store" is what extraction writes unless told otherwise: up to 1 GiB uncompressed. Worker
+processes and memory are those of the JPEG store.
 """
 
 import argparse
@@ -51,12 +52,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def make_stores(args: argparse.Namespace, folder: Path) -> dict[str, SampleStore]:
-    """The same samples as "store", "uncompressed store", and "plain": ordinary JPEGs."""
+    """The same samples as "JPEG store", "default store", and "plain": ordinary JPEGs."""
     huge = JigsawTemplate(1 << 14, 1 << 14, 1 << 13, 1 << 13)  # shows every sample whole
     stores = {}
     for name, template, encoding in (
-        ("store", JigsawTemplate(), "jpeg"),
-        ("uncompressed store", JigsawTemplate(), "ppm"),
+        ("JPEG store", JigsawTemplate(), "jpeg"),
+        ("default store", JigsawTemplate(), "auto"),
         ("plain", huge, "jpeg"),
     ):
         options = ExtractionOptions(
@@ -64,7 +65,7 @@ def make_stores(args: argparse.Namespace, folder: Path) -> dict[str, SampleStore
         )
         extract_samples(CocoSource(args.json, args.images), str(folder / name), options)
         stores[name] = SampleStore(folder / name)
-        if not np.array_equal(stores[name].boxes, stores["store"].boxes):
+        if not np.array_equal(stores[name].boxes, stores["JPEG store"].boxes):
             raise AssertionError("the stores hold different crops")
     return stores
 
@@ -138,7 +139,8 @@ def make_rows(
     stores: dict[str, SampleStore], turns: int, batches: int
 ) -> dict[str, Callable[[int], None]]:
     """Row name -> function that makes the images of turn ``t``, 0 <= t <= turns."""
-    count, plain = batches * BATCH, stores["plain"]
+    count, plain, default = batches * BATCH, stores["plain"], stores["default store"]
+    encoding = default.header["options"]["encoding"]
     sampler = build_jigsaw_train_loader(jigsaw_cfg(plain, 0), store=plain).dataset.sampler
     recipe = imagenet_recipe()
     rng = np.random.default_rng(0)
@@ -160,8 +162,8 @@ def make_rows(
         "plain OpenCV jigsaw loop (ordinary JPEG)": turn(
             lambda p: plain_jigsaw([encoded[i] for i in quads[p]], rng)
         ),
-        **our_rows(stores["store"], quads, turn, batches, "store"),
-        **our_rows(stores["uncompressed store"], quads, turn, batches, "uncompressed store"),
+        **our_rows(stores["JPEG store"], quads, turn, batches, "JPEG store"),
+        **our_rows(default, quads, turn, batches, f"default store: {encoding}"),
         "torchvision ImageNet recipe, one crop an image (ordinary JPEG)": turn(
             lambda p: recipe(encoded[quads[p][p % 4]].tobytes())
         ),
@@ -216,7 +218,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         stores = make_stores(args, Path(folder))
-        store = stores["store"]
+        store = stores["JPEG store"]
         sizes, groups = store.sizes.prod(axis=1) / 1e3, store.groups
         drawn = np.mean([sizes[groups == g].mean() for g in (0, 0, 1, 2)])
         print(f"{len(store)} crops, mean {sizes.mean():.1f} kpx (as drawn: {drawn:.1f} kpx)")

@@ -27,7 +27,7 @@ from jigsaw_d2.store.format import (
     read_header,
     sample_key,
 )
-from jigsaw_d2.store.jpeg_decoding import PixelMemory
+from jigsaw_d2.store.jpeg_decoding import PixelMemory, decode_jpeg
 from jigsaw_d2.store.netpbm import decode_netpbm
 
 __all__ = ["DamagedSampleError", "SampleStore", "StoreError", "StoreGoneError"]
@@ -62,6 +62,7 @@ class StorePart:
         self.offsets, self.lengths = self.index["offset"], self.index["length"]
         self.shard_numbers, self.checksums = self.index["shard"], self.index["crc32"]
         self.sizes, self.formats = self.index["size"], self.index["format"]
+        self.intervals = self.index["interval"]
         self._shards: list[mmap.mmap | None] = [None] * len(self.header["shards"])
 
     def check_unchanged(self) -> None:
@@ -109,7 +110,13 @@ class StorePart:
             )
         room = None if memory is None else memory.room(3 * height * width)
         try:
-            image = self._decode_format(self.formats.item(i), data, window, room)
+            code = self.formats.item(i)
+            if code != JPEG:
+                image = self._decode_lossless(code, data, window)
+            elif self.intervals.item(i) and jpeg_windows.spares_pixels((height, width), window):
+                image = jpeg_windows.decode_window(data, window, room)
+            else:
+                image = decode_jpeg(data, "RGB", room)[y0:y1, x0:x1]
         except ValueError as error:
             raise self.damaged(i, str(error)) from error
         if image.shape != (y1 - y0, x1 - x0, 3):
@@ -117,11 +124,9 @@ class StorePart:
         return image
 
     @staticmethod
-    def _decode_format(
-        code: int, data: memoryview, window: tuple[int, int, int, int], room: np.ndarray | None
+    def _decode_lossless(
+        code: int, data: memoryview, window: tuple[int, int, int, int]
     ) -> np.ndarray:
-        if code == JPEG:
-            return jpeg_windows.decode_window(data, window, room)
         if code == PNG:
             x0, y0, x1, y1 = window
             return jpeg_windows.decode_png(data)[y0:y1, x0:x1]

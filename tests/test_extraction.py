@@ -6,23 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from detectron2.data.detection_utils import read_image
-from helpers_coco import CATEGORY_IDS, annotation, make_bad_coco, write_json
+from helpers_coco import CATEGORY_IDS, make_bad_coco, write_json
 
 from jigsaw_d2.extraction import extract as extraction
 from jigsaw_d2.extraction import image_reading
 from jigsaw_d2.extraction.extract import CocoSource, ExtractionOptions, extract_samples
 from jigsaw_d2.extraction.log import ExtractionError
-from jigsaw_d2.extraction.options import needs_windows, shown_sizes
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.samples import overlaps_any
 from jigsaw_d2.store.format import StoreError
-from jigsaw_d2.template import JigsawTemplate
 
-ALONE = ExtractionOptions(workers=0)
+ALONE = ExtractionOptions(workers=0, encoding="jpeg")
 
 
 def source(folder: Path, split: str = "train") -> CocoSource:
@@ -225,47 +222,6 @@ def test_held_out_set_must_have_the_same_categories(tiny_coco: Path, tmp_path: P
             source(tiny_coco, "val"), tmp_path / "s", ALONE, ["kind1", "kind0", "kind2"]
         )
     assert not (tmp_path / "s").exists()
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("max_scale", 0.9),
-        ("negative_ratio", -1),
-        ("quality", 0),
-        ("seed", -1),
-        ("part", (3, 2)),
-        ("workers", -2),
-        ("shard_size", 0),
-        ("scale_range", (1.5, 0.8)),
-    ],
-)
-def test_impossible_options_are_named(field: str, value: object) -> None:
-    with pytest.raises(ExtractionError, match=f"{field} is .*must be"):
-        ExtractionOptions(**{field: value})
-
-
-def test_windows_are_for_samples_larger_than_some_region_shows() -> None:
-    shown = shown_sizes(JigsawTemplate(), 0.8)
-    # Regions 64x64 and 160x160 (S), 160 high x 64 wide (T), 64 high x 160 wide (W), over 0.8.
-    assert shown.tolist() == [[80, 80], [200, 80], [80, 200]]
-    sizes = [(80, 80), (81, 70), (200, 80), (200, 90), (81, 200), (80, 200)]  # (height, width)
-    boxes = np.array([[10, 20, 10 + w, 20 + h] for h, w in sizes], np.float32)
-    assert needs_windows(boxes, shown).tolist() == [False, True, False, True, True, False]
-
-
-def test_large_samples_are_written_for_window_decoding(tmp_path: Path) -> None:
-    image = cv2.resize(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8), (600, 400))
-    cv2.imwrite(str(tmp_path / "a.jpg"), image)
-    entry = {"id": 1, "file_name": "a.jpg", "height": 400, "width": 600}
-    boxes = [[0, 0, 300, 300], [400, 0, 50, 50]]
-    write_json(tmp_path / "set.json", [entry], [annotation(1, box) for box in boxes])
-    extract_samples(CocoSource(tmp_path / "set.json", tmp_path), tmp_path / "s", ALONE)
-    store = SampleStore(tmp_path / "s")
-    intervals = store.parts[0].index["interval"]
-    assert intervals[0] > 0 and intervals[1] == 0
-    assert store.decode(0).shape[:2] == tuple(store.sizes[0])
-    assert np.array_equal(store.decode(0, (30, 40, 130, 110)), store.decode(0)[40:110, 30:130])
 
 
 EXPECTED = {

@@ -33,7 +33,7 @@ def summary(rows: list[tuple[int, int, int, int]], scale: tuple = (1.0, 1.0)) ->
 def test_counts_and_sizes() -> None:
     report = summary([(10, 0, 20, 20), (5, 1, 10, 40), (3, 0, 40, 10), (2, 2, 30, 30)])
     assert (report["samples"], report["positives"], report["negatives"]) == (20, 18, 2)
-    assert report["jpeg_bytes"] == 200
+    assert report["encoded_bytes"] == {"jpg": 200}
     assert {g: (v["positive"], v["negative"]) for g, v in report["groups"].items()} == {
         "S": (10, 2),
         "T": (5, 0),

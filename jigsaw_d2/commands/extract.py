@@ -8,12 +8,12 @@ from pathlib import Path
 from jigsaw_d2.cost import record_stage
 from jigsaw_d2.extraction.extract import extract_samples
 from jigsaw_d2.extraction.log import ExtractionError
-from jigsaw_d2.extraction.options import ExtractionOptions
+from jigsaw_d2.extraction.options import CHOICES, UNCOMPRESSED_UP_TO, ExtractionOptions
 from jigsaw_d2.extraction.report import format_report
 from jigsaw_d2.extraction.sources import CocoSource, RegisteredSource, Source
 from jigsaw_d2.extraction.workers import default_workers
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.store.chunks import ENCODINGS
+from jigsaw_d2.store.chunks import DEFAULT_QUALITY
 from jigsaw_d2.template import JigsawTemplate
 from jigsaw_d2.visualization.extraction_report import report_figure
 
@@ -101,13 +101,16 @@ def _add_sample_arguments(group: argparse._ArgumentGroup) -> None:
         "--min-side", type=float, default=default.min_side, help="least box side, pixels"
     )
     group.add_argument(
-        "--quality", type=int, default=default.quality, help="of the JPEGs, 1 to 100"
+        "--quality",
+        type=int,
+        help=f"of JPEGs, 1 to 100, and asks for them; where none is named, {DEFAULT_QUALITY}",
     )
     group.add_argument(
         "--encoding",
-        choices=ENCODINGS,
+        choices=CHOICES,
         default=default.encoding,
-        help="png is without loss; ppm, too, and need not be decoded, at ten times the bytes",
+        help="png is without loss; ppm, too, and need not be decoded, at ten times the bytes; auto "
+        f"is ppm for samples of up to {UNCOMPRESSED_UP_TO >> 30} GiB, else jpeg",
     )
     group.add_argument(
         "--class-files", action="store_true", help="a .cls beside each sample: 1 KiB more of each"

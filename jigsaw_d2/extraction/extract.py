@@ -82,6 +82,7 @@ def extract_samples(
         data = source.load(log)
         _check_categories(source, data, categories)
         plans, wanted = make_plan(data, options, workers, log)
+        options = options.settle_encoding(plan.boxes for plan in plans)
         mine = take_part(plans, options.part)
         header = _header(source, data, plans, options)
         writer = StoreWriter(

@@ -1,6 +1,7 @@
 """How to extract samples, and which of them are written for window decoding."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -10,6 +11,11 @@ from jigsaw_d2.store.chunks import DEFAULT_QUALITY, ENCODINGS
 from jigsaw_d2.store.writer import DEFAULT_SHARD_SIZE
 from jigsaw_d2.template import REGION_GROUPS, JigsawTemplate
 
+CHOICES = ("auto", *ENCODINGS)
+# Bytes of pixels that "auto" leaves uncompressed: what stays in the memory of any machine that
+# trains a detector, so that reading takes no longer than from a tenth of the bytes.
+UNCOMPRESSED_UP_TO = 1 << 30
+
 
 @dataclass(frozen=True)
 class ExtractionOptions:
@@ -18,9 +24,11 @@ class ExtractionOptions:
     Attributes:
         max_scale: a positive's sides grow to at most this times the box (Sec. 3.1); 1 = no context.
         negative_ratio: negatives per positive over the dataset (Sec. 3.1: 1 to 10).
-        quality: of the JPEGs, 1 to 100. Ours: 95, as near to the source as JPEG sensibly gets.
-        encoding: "jpeg"; "png", slow to read; or "ppm", uncompressed: about ten times the bytes and
-            nothing to decode. The latter two are without loss.
+        quality: of the JPEGs, 1 to 100; asks for JPEGs where ``encoding`` is "auto". None: 95, as
+            near to the source as JPEG sensibly gets.
+        encoding: "jpeg"; "png", slow to read; "ppm", uncompressed: about ten times the bytes and
+            nothing to decode; or "auto": "ppm" where all pixels of the dataset's samples take at
+            most ``UNCOMPRESSED_UP_TO`` bytes, else "jpeg". "png" and "ppm" are without loss.
         class_files: add a ``.cls`` member with the class beside each sample.
         min_side: pixels; a box with a shorter side is skipped. Ours: 2, one-pixel boxes show
             nothing.
@@ -38,8 +46,8 @@ class ExtractionOptions:
     seed: int = 0
     max_scale: float = 2.0
     negative_ratio: float = 0.1
-    quality: int = DEFAULT_QUALITY
-    encoding: str = "jpeg"
+    quality: int | None = None
+    encoding: str = "auto"
     class_files: bool = False
     min_side: float = 2.0
     shard_size: int = DEFAULT_SHARD_SIZE
@@ -60,8 +68,8 @@ class ExtractionOptions:
                 self.negative_ratio >= 0,
                 "0 or more, e.g. 0.1 for one to ten positives",
             ),
-            "quality": (1 <= self.quality <= 100, "from 1 to 100"),
-            "encoding": (self.encoding in ENCODINGS, f"one of {', '.join(ENCODINGS)}"),
+            "quality": (self.quality is None or 1 <= self.quality <= 100, "from 1 to 100"),
+            "encoding": (self.encoding in CHOICES, f"one of {', '.join(CHOICES)}"),
             "shard_size": (self.shard_size > 0, "positive"),
             "scale_range": (0 < self.scale_range[0] <= self.scale_range[1], "0 < low <= high"),
             "part": (1 <= self.part[0] <= self.part[1], "i/n with 1 <= i <= n"),
@@ -70,11 +78,31 @@ class ExtractionOptions:
         for name, (good, wanted) in checks.items():
             if not good:
                 raise ExtractionError(f"{name} is {getattr(self, name)}; it must be {wanted}")
+        if self.quality is not None and self.encoding in ("png", "ppm"):
+            raise ExtractionError(
+                f"quality is {self.quality}, which a JPEG has alone; encoding is {self.encoding}: "
+                "leave one of them out"
+            )
 
     def content(self) -> dict:
         """What determines the bytes of the store, for the header."""
         names = list(asdict(self))
         return {name: asdict(self)[name] for name in names[: names.index("part")]}
+
+    def settle_encoding(self, boxes: Iterable[np.ndarray]) -> "ExtractionOptions":
+        """The options with encoding and quality that they leave open decided.
+
+        Args:
+            boxes: XYXY of all samples of the dataset, whatever part is extracted: (n, 4) each.
+        """
+        encoding, quality = self.encoding, self.quality
+        if encoding == "auto":
+            sides = (b[:, 2:].astype(np.float64) - b[:, :2] for b in boxes)
+            pixels = 3 * sum(float(s.prod(axis=1).sum()) for s in sides)
+            small = quality is None and pixels <= UNCOMPRESSED_UP_TO
+            encoding = "ppm" if small else "jpeg"
+        quality = quality or DEFAULT_QUALITY if encoding == "jpeg" else None
+        return replace(self, encoding=encoding, quality=quality)
 
 
 def shown_sizes(template: JigsawTemplate, min_scale: float) -> np.ndarray:

@@ -8,6 +8,7 @@ from tabulate import tabulate
 from jigsaw_d2.extraction.log import FAULT, RULE, ExtractionLog
 from jigsaw_d2.extraction.options import ExtractionOptions
 from jigsaw_d2.samples import GROUPS
+from jigsaw_d2.store.format import SUFFIXES
 from jigsaw_d2.template import REGION_GROUPS, REGIONS, JigsawTemplate
 
 GROUP_NAMES = {"S": "square-like (S)", "T": "tall (T)", "W": "wide (W)"}
@@ -69,7 +70,11 @@ def summarise(
         "samples": len(index),
         "positives": int(positive.sum()),
         "negatives": int((~positive).sum()),
-        "jpeg_bytes": int(index["length"].sum()),
+        "encoded_bytes": {
+            suffix: int(index["length"][index["format"] == code].sum())
+            for code, suffix in enumerate(SUFFIXES)
+            if code in index["format"]
+        },
         "groups": {
             name: {
                 "positive": int(counts[:-1, g].sum()),
@@ -232,9 +237,10 @@ def format_report(report: dict, max_classes: int = 100) -> str:
     if rest > 0:
         classes = sorted(classes[:-1], key=lambda row: -row[4])[: max_classes - 1] + classes[-1:]
     size = "width", "height"
+    encoded = [f"{count / 1e6:.1f} MB {name}" for name, count in report["encoded_bytes"].items()]
     parts = [
         f"{report['samples']} samples: {report['positives']} positive, {report['negatives']} "
-        f"negative; {report['jpeg_bytes'] / 1e6:.1f} MB encoded",
+        f"negative; {', '.join(encoded)}",
         tabulate(groups, ["group", "positive", "negative", *(f"{s} 5|50|95 %" for s in size)]),
         tabulate(regions, ["region", "used", "padded", "cropped away"], colalign=("left",) * 4),
         tabulate(classes, ["class", "S", "T", "W", "all"])

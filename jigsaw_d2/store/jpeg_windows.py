@@ -56,6 +56,12 @@ class PieceGrid(NamedTuple):
         return self.rows * self.across - (self.bottom - self.top) * (self.right - self.left)
 
 
+def spares_pixels(size: tuple[int, int], window: tuple[int, int, int, int]) -> bool:
+    """Whether cutting ``window`` out of an image of ``size`` (height, width) can pay at all."""
+    x0, y0, x1, y1 = window
+    return size[0] * size[1] - (x1 - x0) * (y1 - y0) >= MIN_SPARED_PIXELS
+
+
 def _find_grid(layout: JpegLayout, window: tuple[int, int, int, int]) -> PieceGrid | None:
     """The pieces under ``window``; None where they do not lie in a grid."""
     _, height, width, high, mcu_width, interval = layout
