@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from jigsaw_d2.sample_store import SampleStore, StorePart
+from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.store.format import (
     BLOCK,
     SUFFIXES,
@@ -15,6 +15,7 @@ from jigsaw_d2.store.format import (
     sample_key,
     tar_header,
 )
+from jigsaw_d2.store.part import StorePart
 
 
 def check_store(
