@@ -80,7 +80,7 @@ class SampleStore:
         return self.parts[number], i - self._starts[number]
 
     def __getitem__(self, i: int) -> bytes:
-        """The encoded sample: a whole ordinary JPEG or PNG, not checked."""
+        """The encoded sample: a whole ordinary JPEG, PNG, PPM or PGM, not checked."""
         part, i = self._locate(i)
         return bytes(part.view(i))
 

@@ -4,8 +4,8 @@ A store is a folder:
 
     header.json        format version, categories, seed, options, source, report, fingerprint
     index.npy          one ``RECORD`` per sample; ``numpy.load(..., mmap_mode="r")`` opens it
-    shard-00000.tar    samples as ``<class>/<image id>_<serial>.jpg``: WebDataset keys, and an
-                       ImageFolder tree once unpacked
+    shard-00000.tar    samples as ``<class>/<image id>_<serial>.jpg`` (or another of ``SUFFIXES``):
+                       WebDataset keys, and an ImageFolder tree once unpacked
 """
 
 import hashlib
