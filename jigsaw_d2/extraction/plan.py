@@ -12,7 +12,7 @@ import numpy as np
 from jigsaw_d2.extraction.image_reading import ImageInfo, ImageReadError, probe_image
 from jigsaw_d2.extraction.log import ExtractionLog
 from jigsaw_d2.extraction.sources import UNKNOWN_CLASS, SourceImage
-from jigsaw_d2.samples import enlarge_boxes
+from jigsaw_d2.samples import enlarge_by, split_rows
 
 POSITIVES_STREAM = 0
 
@@ -57,21 +57,33 @@ def plan_positives(
     if not found:
         return []
     images, infos = zip(*found)
-    usable, clipped = check_boxes(images, [info.size for info in infos], min_side, log)
+    sizes = [info.size for info in infos]
+    usable, clipped = check_boxes(images, sizes, min_side, log)
+    # Arithmetic for all images at once, because it is much faster; only the draws are each its own.
+    owners = np.arange(len(images)).repeat([len(image.boxes) for image in images])
+    draws = [
+        image_rng(seed, image.image_id, POSITIVES_STREAM).random((count, 2, 2))
+        for image, count in zip(images, np.bincount(owners[usable], minlength=len(images)))
+    ]
+    limits = np.array(sizes)[owners[usable]]
+    enlarged = enlarge_by(np.concatenate(draws), clipped[usable], limits, max_scale)
+    classes = np.array([index for image in images for index in image.classes], np.int64)
     has_area = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
-    ends = np.cumsum([len(image.boxes) for image in images]).tolist()
+    columns = [
+        split_rows(rows, owners[chosen], len(images))
+        for rows, chosen in (
+            (enlarged, usable),
+            (clipped[usable], usable),
+            (classes[usable], usable),
+            (clipped[has_area], has_area),
+        )
+    ]
     plans = []
-    for image, info, end in zip(images, infos, ends):
-        mine = slice(end - len(image.boxes), end)
-        gt_boxes = clipped[mine][usable[mine]]
-        rng = image_rng(seed, image.image_id, POSITIVES_STREAM)
-        boxes = enlarge_boxes(gt_boxes, info.size, rng, max_scale)
-        classes = np.array(image.classes, np.int64)[usable[mine]]
+    for image, info, boxes, gt_boxes, indices, taken in zip(images, infos, *columns):
         if not len(boxes):
             log.add("image_without_positives", image.path)
-        forbidden = np.concatenate([boxes, clipped[mine][has_area[mine]]])
-        where = (image.image_id, image.path, info.size)
-        plans.append(ImagePlan(*where, boxes, gt_boxes, classes, forbidden, info.plain))
+        where, forbidden = (image.image_id, image.path, info.size), np.concatenate([boxes, taken])
+        plans.append(ImagePlan(*where, boxes, gt_boxes, indices, forbidden, info.plain))
     return plans
 
 
