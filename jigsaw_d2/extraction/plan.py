@@ -15,6 +15,8 @@ from jigsaw_d2.extraction.sources import UNKNOWN_CLASS, SourceImage
 from jigsaw_d2.samples import enlarge_by, split_rows
 
 POSITIVES_STREAM = 0
+# Of an image's boxes, gt_boxes, classes, forbidden.
+PLAN_DTYPES = (np.float32, np.float32, np.int64, np.float32)
 
 
 @dataclass
@@ -30,6 +32,12 @@ class ImagePlan:
     forbidden: np.ndarray  # float32 (m, 4): what no negative may touch
     plain: str = ""  # see image_reading.ImageInfo
 
+    def __reduce__(self) -> tuple:
+        """Pickled as bytes, in a third of the time that four arrays of a few rows take."""
+        arrays = (self.boxes, self.gt_boxes, self.classes, self.forbidden)
+        where = (self.image_id, self.path, self.size)
+        return _unpickle_plan, (*where, [array.tobytes() for array in arrays], self.plain)
+
     def with_negatives(self, boxes: np.ndarray, background: int) -> "ImagePlan":
         """The plan with the negatives ``boxes`` (n, 4) behind what it has."""
         return ImagePlan(
@@ -42,6 +50,14 @@ class ImagePlan:
             self.forbidden,
             self.plain,
         )
+
+
+def _unpickle_plan(
+    image_id: int, path: str, size: tuple[int, int], arrays: list[bytes], plain: str
+) -> ImagePlan:
+    boxes, gt_boxes, classes, forbidden = map(np.frombuffer, arrays, PLAN_DTYPES)
+    corners = boxes.reshape(-1, 4), gt_boxes.reshape(-1, 4)
+    return ImagePlan(image_id, path, size, *corners, classes, forbidden.reshape(-1, 4), plain)
 
 
 def image_rng(seed: int, image_id: int, stream: int) -> np.random.Generator:
