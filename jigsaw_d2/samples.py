@@ -151,7 +151,15 @@ def sample_backgrounds_of(
     rngs: Sequence[np.random.Generator],
     max_tries: int = 50,
 ) -> list[np.ndarray]:
-    """``sample_backgrounds`` of several images, an entry of each argument for each: much faster."""
+    """``sample_backgrounds`` of several images at once, much faster than of one by one.
+
+    Args:
+        forbidden, image_sizes, sizes, rngs: an entry for each image: (m, 4), (height, width),
+            (k, 2), and what its places alone are drawn from.
+
+    Returns:
+        float32 (n, 4) for each image.
+    """
     owners = np.arange(len(rngs)).repeat([len(wanted) for wanted in sizes])
     room = np.array(image_sizes, np.float64)[owners, ::-1]
     wanted = np.maximum(np.rint(np.concatenate(sizes).astype(np.float64)), 1)
