@@ -1,5 +1,7 @@
 """Which annotations become positives, and why the others do not."""
 
+import pickle
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -150,3 +152,17 @@ def test_parts_are_consecutive_whole_and_alike() -> None:
     parts = [take_part(plans, (n, 4)) for n in (1, 2, 3, 4)]
     assert [p.image_id for part in parts for p in part] == [n for n, c in enumerate(counts) if c]
     assert all(abs(sum(len(p.boxes) for p in part) - 39 / 4) < 9 for part in parts)
+
+
+def test_a_plan_is_whole_on_the_other_side_of_a_pipe() -> None:
+    boxes = np.arange(8, dtype=np.float32).reshape(2, 4)
+    plans = [
+        ImagePlan(7, "a.jpg", (5, 6), boxes, boxes + 1, np.array([3, 4]), boxes[:1], "RGB"),
+        ImagePlan(-1, "b.jpg", (1, 1), boxes[:0], boxes[:0], np.zeros(0, np.int64), boxes[:0]),
+    ]
+    for plan, copy in zip(plans, pickle.loads(pickle.dumps(plans))):
+        for field in fields(ImagePlan):
+            one, other = getattr(plan, field.name), getattr(copy, field.name)
+            assert np.array_equal(one, other) and type(one) is type(other), field.name
+            if isinstance(one, np.ndarray):
+                assert (one.dtype, one.shape) == (other.dtype, other.shape), field.name

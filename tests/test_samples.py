@@ -9,9 +9,11 @@ from jigsaw_d2.samples import (
     clip_boxes,
     enlarge_box,
     enlarge_boxes,
+    enlarge_by,
     group_codes,
     overlaps_any,
     sample_backgrounds,
+    sample_backgrounds_of,
     shape_group,
 )
 
@@ -122,3 +124,32 @@ def test_no_room_gives_no_background() -> None:
     # One free place exactly: the left ten columns.
     found = sample_backgrounds(np.float32([[10, 0, 100, 100]]), (100, 100), [[10, 100]], rng, 2000)
     assert found.tolist() == [[0, 0, 10, 100]]
+
+
+def test_images_one_by_one_give_the_same_as_all_at_once() -> None:
+    rng = np.random.default_rng(0)
+    image_sizes = [(60, 90), (200, 150), (20, 20), (100, 100)]
+    sizes = [rng.integers(1, 80, (count, 2)) for count in (3, 5, 2, 0)]
+    corners = [rng.uniform(0, 80, (count, 2)) for count in (4, 0, 1, 2)]
+    forbidden = [np.concatenate([low, low + 30], 1).astype(np.float32) for low in corners]
+    together = sample_backgrounds_of(
+        forbidden, image_sizes, sizes, [np.random.default_rng(n) for n in range(4)]
+    )
+    for n, boxes in enumerate(together):
+        rng = np.random.default_rng(n)
+        alone = sample_backgrounds(forbidden[n], image_sizes[n], sizes[n], rng)
+        assert np.array_equal(boxes, alone) and boxes.dtype == np.float32
+    assert [len(boxes) > 0 for boxes in together] == [True, True, False, False]
+
+
+def test_boxes_of_different_images_are_enlarged_in_their_own() -> None:
+    boxes, image_sizes = np.float32([[5, 5, 9, 9], [5, 5, 9, 9]]), [(10, 10), (9, 40)]
+    draws = np.full((2, 2, 2), 0.999)
+    # Half of 4 pixels outwards: to 3 and 11, and no further than the image.
+    assert enlarge_by(draws, boxes, np.array(image_sizes)).tolist() == [
+        [3, 3, 10, 10],
+        [3, 3, 11, 9],
+    ]
+    boxes[1] += 5
+    with pytest.raises(ValueError, match=r"\[10.0, 9.0, 14.0, 9.0\] .* size \(9, 40\)"):
+        enlarge_by(draws, boxes, np.array(image_sizes))

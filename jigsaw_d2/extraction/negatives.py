@@ -5,7 +5,7 @@ import numpy as np
 from jigsaw_d2.extraction.log import ExtractionLog
 from jigsaw_d2.extraction.plan import ImagePlan, chunked, image_rng
 from jigsaw_d2.extraction.workers import Workers
-from jigsaw_d2.samples import sample_backgrounds
+from jigsaw_d2.samples import sample_backgrounds_of
 
 # Streams of an image's generator from here on, one for each round; 0 is the positives'.
 FIRST_STREAM = 1
@@ -88,15 +88,21 @@ def place_negatives(
     plans: list[ImagePlan], quotas: list[int], sizes: np.ndarray, *, seed: int, stream: int
 ) -> list[np.ndarray]:
     """Boxes of up to ``quotas[i]`` negatives for each plan, float32 (n_i, 4), of random sizes."""
-    found = []
-    for plan, quota in zip(plans, quotas):
-        rng = image_rng(seed, plan.image_id, stream)
-        wanted = sizes[rng.integers(0, len(sizes), quota)]
-        boxes = sample_backgrounds(plan.forbidden, plan.size, wanted, rng)
-        if len(boxes) < quota:
-            others = (SIZES_PER_NEGATIVE - 1) * (quota - len(boxes))
-            wanted = sizes[rng.integers(0, len(sizes), others)]
-            more = sample_backgrounds(plan.forbidden, plan.size, wanted, rng)
-            boxes = np.concatenate([boxes, more])[:quota]
-        found.append(boxes)
+    rngs = [image_rng(seed, plan.image_id, stream) for plan in plans]
+    found = _try_sizes(plans, quotas, sizes, rngs)
+    missing = [quota - len(boxes) for quota, boxes in zip(quotas, found)]
+    again = [n for n, count in enumerate(missing) if count]
+    if again:
+        others = [(SIZES_PER_NEGATIVE - 1) * missing[n] for n in again]
+        more = _try_sizes([plans[n] for n in again], others, sizes, [rngs[n] for n in again])
+        for n, boxes in zip(again, more):
+            found[n] = np.concatenate([found[n], boxes])[: quotas[n]]
     return found
+
+
+def _try_sizes(
+    plans: list[ImagePlan], counts: list[int], sizes: np.ndarray, rngs: list[np.random.Generator]
+) -> list[np.ndarray]:
+    wanted = [sizes[rng.integers(0, len(sizes), count)] for rng, count in zip(rngs, counts)]
+    places = [(plan.forbidden, plan.size) for plan in plans]
+    return sample_backgrounds_of(*zip(*places), wanted, rngs)

@@ -12,9 +12,11 @@ import numpy as np
 from jigsaw_d2.extraction.image_reading import ImageInfo, ImageReadError, probe_image
 from jigsaw_d2.extraction.log import ExtractionLog
 from jigsaw_d2.extraction.sources import UNKNOWN_CLASS, SourceImage
-from jigsaw_d2.samples import enlarge_boxes
+from jigsaw_d2.samples import enlarge_by, split_rows
 
 POSITIVES_STREAM = 0
+# Of an image's boxes, gt_boxes, classes, forbidden.
+PLAN_DTYPES = (np.float32, np.float32, np.int64, np.float32)
 
 
 @dataclass
@@ -30,6 +32,12 @@ class ImagePlan:
     forbidden: np.ndarray  # float32 (m, 4): what no negative may touch
     plain: str = ""  # see image_reading.ImageInfo
 
+    def __reduce__(self) -> tuple:
+        """Pickled as bytes, in a third of the time that four arrays of a few rows take."""
+        arrays = (self.boxes, self.gt_boxes, self.classes, self.forbidden)
+        where = (self.image_id, self.path, self.size)
+        return _unpickle_plan, (*where, [array.tobytes() for array in arrays], self.plain)
+
     def with_negatives(self, boxes: np.ndarray, background: int) -> "ImagePlan":
         """The plan with the negatives ``boxes`` (n, 4) behind what it has."""
         return ImagePlan(
@@ -42,6 +50,14 @@ class ImagePlan:
             self.forbidden,
             self.plain,
         )
+
+
+def _unpickle_plan(
+    image_id: int, path: str, size: tuple[int, int], arrays: list[bytes], plain: str
+) -> ImagePlan:
+    boxes, gt_boxes, classes, forbidden = map(np.frombuffer, arrays, PLAN_DTYPES)
+    corners = boxes.reshape(-1, 4), gt_boxes.reshape(-1, 4)
+    return ImagePlan(image_id, path, size, *corners, classes, forbidden.reshape(-1, 4), plain)
 
 
 def image_rng(seed: int, image_id: int, stream: int) -> np.random.Generator:
@@ -57,21 +73,33 @@ def plan_positives(
     if not found:
         return []
     images, infos = zip(*found)
-    usable, clipped = check_boxes(images, [info.size for info in infos], min_side, log)
+    sizes = [info.size for info in infos]
+    usable, clipped = check_boxes(images, sizes, min_side, log)
+    # Arithmetic for all images at once, because it is much faster; only the draws are each its own.
+    owners = np.arange(len(images)).repeat([len(image.boxes) for image in images])
+    draws = [
+        image_rng(seed, image.image_id, POSITIVES_STREAM).random((count, 2, 2))
+        for image, count in zip(images, np.bincount(owners[usable], minlength=len(images)))
+    ]
+    limits = np.array(sizes)[owners[usable]]
+    enlarged = enlarge_by(np.concatenate(draws), clipped[usable], limits, max_scale)
+    classes = np.array([index for image in images for index in image.classes], np.int64)
     has_area = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
-    ends = np.cumsum([len(image.boxes) for image in images]).tolist()
+    columns = [
+        split_rows(rows, owners[chosen], len(images))
+        for rows, chosen in (
+            (enlarged, usable),
+            (clipped[usable], usable),
+            (classes[usable], usable),
+            (clipped[has_area], has_area),
+        )
+    ]
     plans = []
-    for image, info, end in zip(images, infos, ends):
-        mine = slice(end - len(image.boxes), end)
-        gt_boxes = clipped[mine][usable[mine]]
-        rng = image_rng(seed, image.image_id, POSITIVES_STREAM)
-        boxes = enlarge_boxes(gt_boxes, info.size, rng, max_scale)
-        classes = np.array(image.classes, np.int64)[usable[mine]]
+    for image, info, boxes, gt_boxes, indices, taken in zip(images, infos, *columns):
         if not len(boxes):
             log.add("image_without_positives", image.path)
-        forbidden = np.concatenate([boxes, clipped[mine][has_area[mine]]])
-        where = (image.image_id, image.path, info.size)
-        plans.append(ImagePlan(*where, boxes, gt_boxes, classes, forbidden, info.plain))
+        where, forbidden = (image.image_id, image.path, info.size), np.concatenate([boxes, taken])
+        plans.append(ImagePlan(*where, boxes, gt_boxes, indices, forbidden, info.plain))
     return plans
 
 

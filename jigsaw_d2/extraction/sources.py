@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jigsaw_d2.extraction.json_reading import parse_json
 from jigsaw_d2.extraction.log import ExtractionError, ExtractionLog
 
 UNKNOWN_CLASS = -1
@@ -157,7 +158,7 @@ class CocoSource:
 
     def _read_json(self) -> dict:
         try:
-            content = json.loads(self.json_file.read_bytes())
+            content = parse_json(self.json_file.read_bytes())
         except OSError as error:
             raise ExtractionError(f"{self.json_file} cannot be read: {error.strerror}") from error
         except ValueError as error:

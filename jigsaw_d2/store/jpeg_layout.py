@@ -107,7 +107,9 @@ def find_piece_ends(data: bytes, scan: int) -> np.ndarray:
     In entropy-coded bytes FF is followed by 00 except where a marker stands.
     """
     array = np.frombuffer(data, np.uint8, offset=scan)
-    return np.flatnonzero((array[:-1] == 0xFF) & (array[1:] != 0)) + (scan + 2)
+    found = array[:-1] == 0xFF
+    found &= array[1:] != 0
+    return found.nonzero()[0] + (scan + 2)
 
 
 def list_pieces(data: bytes, layout: JpegLayout, scan: int) -> bytes:
@@ -122,7 +124,7 @@ def list_pieces(data: bytes, layout: JpegLayout, scan: int) -> bytes:
     length = TABLE_HEAD.size + 2 * (len(ends) + 1)
     if data[2:6] != APP0_START or scan + length > 0xFFFF:
         return data
-    table = np.empty(len(ends) + 1, np.int64)
+    table = np.empty(len(ends) + 1, ">u2")
     table[0], table[1], table[2:] = scan + length, ends[0] - scan, ends[1:] - ends[:-1]
     head = TABLE_HEAD.pack(0xFF00 | COM, length - 2, TABLE_MAGIC, layout.sof + length, *layout[1:])
-    return b"".join((data[:COMMENT_AT], head, table.astype(">u2").tobytes(), data[COMMENT_AT:]))
+    return b"".join((data[:COMMENT_AT], head, table, memoryview(data)[COMMENT_AT:]))
