@@ -95,6 +95,7 @@ def extract_samples(
         )
         with writer:
             read_log, images, pixels = _cut_all(mine, options, workers, writer)
+            workers.release()
             report = build_report(
                 writer.index(), data.categories, options, wanted, (len(data.images), log, read_log)
             )
@@ -239,5 +240,5 @@ def _work_key(header: dict, plans: list[ImagePlan]) -> str:
     """Names the work exactly: the same key, the same bytes."""
     digest = hashlib.sha256(json.dumps([VERSION, header]).encode())
     for plan in plans:
-        digest.update(str(Path(plan.path)).encode() + plan.boxes.tobytes() + plan.classes.tobytes())
+        digest.update(plan.path.encode() + plan.boxes.tobytes() + plan.classes.tobytes())
     return digest.hexdigest()
