@@ -108,6 +108,7 @@ class JigsawDatasetMapper:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, store: SampleStore, seed: int | None = None) -> dict:
+        """Arguments of ``__init__`` by their keys; ``seed`` None: ``SEED``, 0 at least."""
         options = cfg.INPUT.JIGSAW
         return {
             "store": store,

@@ -262,9 +262,13 @@ class StateTest(unittest.TestCase):
         self.assertTrue(torch.equal(self.measure(), expected))
 
     def test_training_goes_on_between_forward_and_backward(self):
+        """The gradients are those that backward gives without a measurement between."""
+        parameters = [p for p in self.backbone.parameters() if p.requires_grad]
         loss = self.backbone(self.images)["res5"].square().mean()
+        expected = torch.autograd.grad(loss, parameters, retain_graph=True)
         self.measure()
-        loss.backward()
+        for found, gradient in zip(torch.autograd.grad(loss, parameters), expected):
+            self.assertTrue(torch.equal(found, gradient))
 
 
 class InputTest(unittest.TestCase):

@@ -83,7 +83,8 @@ def test_an_override_against_the_passport(name: str) -> None:
 
 
 def test_an_override_that_says_the_same_is_no_contradiction() -> None:
-    applied(passport(), "MODEL.PIXEL_STD", "[58.3950, 57.120, 57.375]", "INPUT.FORMAT", "RGB")
+    overrides = ("MODEL.PIXEL_STD", "[58.3950, 57.120, 57.375]", "INPUT.FORMAT", "RGB")
+    assert applied(passport(), *overrides) == applied(passport())
 
 
 def test_all_contradictions_are_listed_at_once() -> None:

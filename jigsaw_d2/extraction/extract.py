@@ -95,7 +95,6 @@ def extract_samples(
         )
         with writer:
             read_log, images, pixels = _cut_all(mine, options, workers, writer)
-            workers.release()
             report = build_report(
                 writer.index(), data.categories, options, wanted, (len(data.images), log, read_log)
             )

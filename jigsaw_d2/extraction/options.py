@@ -80,7 +80,7 @@ class ExtractionOptions:
                 raise ExtractionError(f"{name} is {getattr(self, name)}; it must be {wanted}")
         if self.quality is not None and self.encoding in ("png", "ppm"):
             raise ExtractionError(
-                f"quality is {self.quality}, which a JPEG has alone; encoding is {self.encoding}: "
+                f"quality is {self.quality}, which only JPEGs have; encoding is {self.encoding}: "
                 "leave one of them out"
             )
 

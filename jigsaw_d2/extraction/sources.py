@@ -113,8 +113,6 @@ class _ImageTable:
         return sorted(self._by_path.values(), key=lambda image: image.image_id)
 
     def _drop_repeated(self, image: SourceImage) -> None:
-        if len(set(zip(map(tuple, image.boxes), image.classes, image.crowds))) == len(image.boxes):
-            return
         seen, kept = set(), []
         for n, key in enumerate(zip(map(tuple, image.boxes), image.classes, image.crowds)):
             if key in seen:
@@ -122,9 +120,10 @@ class _ImageTable:
             else:
                 kept.append(n)
             seen.add(key)
-        image.boxes = [image.boxes[n] for n in kept]
-        image.classes = [image.classes[n] for n in kept]
-        image.crowds = [image.crowds[n] for n in kept]
+        if len(kept) < len(image.boxes):
+            image.boxes = [image.boxes[n] for n in kept]
+            image.classes = [image.classes[n] for n in kept]
+            image.crowds = [image.crowds[n] for n in kept]
 
 
 class CocoSource:

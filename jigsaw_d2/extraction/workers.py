@@ -85,11 +85,6 @@ class Workers:
             while self._buffers:
                 os.close(self._buffers.pop())
 
-    def release(self) -> None:
-        """No more tasks will come: let the processes end while this one goes on."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False)
-
     def buffer(self, number: int) -> int | None:
         """A file in memory, for the bytes of result ``number`` (from 0) of a ``map``.
 
