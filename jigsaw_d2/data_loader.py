@@ -23,6 +23,8 @@ from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.samples import group_codes
 
 logger = logging.getLogger(__name__)
+# What of a batch is a few bytes an image.
+SMALL = ("gt_classes", "sample_ids")
 
 
 class LoaderError(JigsawError, ValueError):
@@ -92,7 +94,7 @@ class JigsawLoader(DataLoader):
 
     def __init__(self, batches: JigsawBatches, positions: Sampler, **options: Any) -> None:
         super().__init__(
-            batches, sampler=positions, batch_size=None, collate_fn=_as_it_is, **options
+            batches, sampler=positions, batch_size=None, collate_fn=_small_as_arrays, **options
         )
         self.position_step = getattr(positions, "world_size", 1)
         self.replaced = 0
@@ -108,6 +110,10 @@ class JigsawLoader(DataLoader):
                         "sample %d was replaced by the next of its group (%d samples so far): %s",
                         *(sample, len(self._named), reason),
                     )
+            pinned = batch["image"].is_pinned()
+            for key in SMALL:
+                values = torch.from_numpy(batch[key])
+                batch[key] = values.pin_memory() if pinned else values
             yield batch
 
 
@@ -234,9 +240,12 @@ def _build_loader(cfg: CfgNode, batches: JigsawBatches, positions: Sampler) -> J
     )
 
 
-def _as_it_is(batch: dict) -> dict:
-    """An item is a whole batch already."""
-    return batch
+def _small_as_arrays(batch: dict) -> dict:
+    """An item is a whole batch already; its small tensors travel as arrays, within the message.
+
+    Each tensor would take a shared file, and a connection between the processes to hand it over.
+    """
+    return {key: value.numpy() if key in SMALL else value for key, value in batch.items()}
 
 
 def _one_thread(worker: int) -> None:
