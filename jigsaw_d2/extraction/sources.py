@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jigsaw_d2.extraction.json_reading import parse_json
+from jigsaw_d2.extraction.coco_json import CocoAnnotation, CocoCategory, read_coco_json
 from jigsaw_d2.extraction.log import ExtractionError, ExtractionLog
 
 UNKNOWN_CLASS = -1
@@ -145,48 +145,28 @@ class CocoSource:
         Raises:
             ExtractionError: no json, or one that lacks a key; the message names file and key.
         """
-        content = self._read_json()
-        names, ids = self._read_categories(content["categories"], log)
-        table = _ImageTable(log)
-        for n, entry in enumerate(content["images"]):
-            file_name, image_id, height, width = (
-                self._get(entry, key, "images", n) for key in ("file_name", "id", "height", "width")
-            )
-            table.add_image(image_id, str(self.image_root / file_name), (height, width))
-        self._read_annotations(content["annotations"], table, ids, log)
-        return SourceData(names, ids, table.images())
-
-    def _read_json(self) -> dict:
-        try:
-            content = parse_json(self.json_file.read_bytes())
-        except OSError as error:
-            raise ExtractionError(f"{self.json_file} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise ExtractionError(f"{self.json_file} is no json: {error}") from error
-        for key in ("images", "annotations", "categories"):
-            if not isinstance(content, dict) or not isinstance(content.get(key), list):
-                raise ExtractionError(
-                    f'{self.json_file} has no list "{key}": give a COCO instances json '
-                    '("images", "annotations", "categories")'
-                )
+        content = read_coco_json(self.json_file)
         if not self.image_root.is_dir():
             raise ExtractionError(f"image folder {self.image_root} does not exist")
-        return content
+        names, ids = self._read_categories(content.categories, log)
+        table = _ImageTable(log)
+        for entry in content.images:
+            path = str(self.image_root / entry.file_name)
+            table.add_image(entry.id, path, (entry.height, entry.width))
+        self._read_annotations(content.annotations, table, ids, log)
+        return SourceData(names, ids, table.images())
 
-    def _get(self, entry: dict, key: str, section: str, number: int) -> object:
-        if not isinstance(entry, dict) or key not in entry:
-            raise ExtractionError(f'{self.json_file}: "{section}" entry {number} lacks "{key}"')
-        return entry[key]
-
-    def _read_categories(self, entries: list, log: ExtractionLog) -> tuple[list[str], list[int]]:
+    def _read_categories(
+        self, entries: list[CocoCategory], log: ExtractionLog
+    ) -> tuple[list[str], list[int]]:
         """Names and ids sorted by id, as Detectron2 numbers classes."""
         names: dict[int, str] = {}
-        for n, entry in enumerate(entries):
-            category, name = (self._get(entry, key, "categories", n) for key in ("id", "name"))
-            if category in names:
-                log.add("category_id_repeated", f"{self.json_file}: category {category} {name!r}")
+        for entry in entries:
+            if entry.id in names:
+                repeated = f"{self.json_file}: category {entry.id} {entry.name!r}"
+                log.add("category_id_repeated", repeated)
             else:
-                names[category] = str(name)
+                names[entry.id] = str(entry.name)
         ids = sorted(names)
         if not ids:
             raise ExtractionError(f'{self.json_file}: "categories" is empty, so there is no class')
@@ -195,28 +175,29 @@ class CocoSource:
         return [names[i] for i in ids], ids
 
     def _read_annotations(
-        self, entries: list, table: _ImageTable, category_ids: list[int], log: ExtractionLog
+        self,
+        entries: list[CocoAnnotation],
+        table: _ImageTable,
+        category_ids: list[int],
+        log: ExtractionLog,
     ) -> None:
         classes = {category: n for n, category in enumerate(category_ids)}
         known: dict[object, tuple] = {}
         name = self.json_file.name
         for n, entry in enumerate(entries):
-            try:
-                image_id, category, bbox = entry["image_id"], entry["category_id"], entry["bbox"]
-            except (KeyError, TypeError):
-                for key in ("image_id", "category_id", "bbox"):
-                    self._get(entry, key, "annotations", n)
-                raise
-            image = table.by_id.get(image_id)
+            image = table.by_id.get(entry.image_id)
             if image is None:
-                log.add("annotation_of_unknown_image", f"{name}: annotation {entry.get('id', n)}")
+                number = n if entry.id is None else entry.id
+                log.add("annotation_of_unknown_image", f"{name}: annotation {number}")
                 continue
-            x, y, width, height = box_or_nan(bbox)
+            x, y, width, height = box_or_nan(entry.bbox)
             box = [x, y, x + width, y + height]
-            image.add(box, classes.get(category, UNKNOWN_CLASS), bool(entry.get("iscrowd", 0)))
-            content = (image.path, category, *box)
-            if "id" in entry and known.setdefault(entry["id"], content) != content:
-                log.add("annotation_id_repeated", f"{name}: annotation {entry['id']}")
+            category = entry.category_id
+            image.add(box, classes.get(category, UNKNOWN_CLASS), bool(entry.iscrowd))
+            if entry.id is not None:
+                content = (image.path, category, *box)
+                if known.setdefault(entry.id, content) != content:
+                    log.add("annotation_id_repeated", f"{name}: annotation {entry.id}")
 
 
 class RegisteredSource:
