@@ -168,8 +168,14 @@ def jpeg(**options: object) -> bytes:
     return buffer.getvalue()
 
 
-def comment(length: int) -> bytes:
-    return b"\xff\xfe" + (length + 2).to_bytes(2, "big") + bytes(length)
+def with_segment(marker: int, content: bytes) -> bytes:
+    """The usual JPEG with one more segment behind the first."""
+    segment = bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2, "big") + content
+    return jpeg()[:20] + segment + jpeg()[20:]
+
+
+# An image resource: signature, number, empty name, length, content.
+RESOURCE = b"8BIM\x04\x04\0\0\0\0\0\x02ab"
 
 
 HEADS = {
@@ -180,10 +186,17 @@ HEADS = {
     "by OpenCV": cv2.imencode(".jpg", np.zeros((9, 7, 3), np.uint8))[1].tobytes(),
     "comment": jpeg(comment=b"some words"),
     "profile": jpeg(icc_profile=b"colours"),
-    "short profile": jpeg()[:20] + b"\xff\xe2\0\x0eICC_PROFILE\0" + jpeg()[20:],
-    "more pictures": jpeg()[:20] + b"\xff\xe2\0\x10MPF\0" + bytes(10) + jpeg()[20:],
+    "short profile": with_segment(0xE2, b"ICC_PROFILE\0"),
+    "more pictures": with_segment(0xE2, b"MPF\0" + bytes(10)),
     "xmp": jpeg(xmp=b'<x tiff:Orientation="6"/>'),
-    "long comment": jpeg()[:20] + comment(5000) + jpeg()[20:],
+    "short JFIF": jpeg()[:2] + b"\xff\xe0\0\x07JFIF\0" + jpeg()[20:],
+    "short APP1": jpeg()[:20] + b"\xff\xe1\0\1" + jpeg()[20:],
+    "other APP1": with_segment(0xE1, b'XMP\0:/<x tiff:Orientation="6"/>'),
+    "photoshop": with_segment(0xED, b"Photoshop 3.0\0" + 2 * RESOURCE),
+    "resource cut off": with_segment(0xED, b"Photoshop 3.0\0" + RESOURCE + RESOURCE[:6]),
+    "resource cut later": with_segment(0xED, b"Photoshop 3.0\0" + RESOURCE[:7]),
+    "long comment": with_segment(0xFE, bytes(5000)),
+    "longest comment": with_segment(0xFE, bytes(65533)),
     "without JFIF": jpeg()[:2] + jpeg()[20:],
     "fill byte": jpeg()[:20] + b"\xff" + jpeg()[20:],
     "behind the end": jpeg() + b"\0",
@@ -191,6 +204,13 @@ HEADS = {
     "one byte": b"\xff",
     "start and end": b"\xff\xd8\xff\xd9",
 }
+
+
+# Those that need no Pillow.
+KNOWN = (
+    "usual, grey, progressive, by OpenCV, comment, long comment, without JFIF, profile, other APP1"
+)
+KNOWN = (*KNOWN.split(", "), "photoshop", "resource cut later")
 
 
 def assert_pillow_agrees(path: Path) -> None:
@@ -204,13 +224,12 @@ def assert_pillow_agrees(path: Path) -> None:
 def test_probe_without_pillow_gives_the_same(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(HEADS[name])
-    known = ("usual", "grey", "progressive", "by OpenCV", "comment", "without JFIF", "profile")
-    assert (probe_common_jpeg(str(path)) is not None) == (name in known)
+    assert (probe_common_jpeg(str(path)) is not None) == (name in KNOWN)
     assert_pillow_agrees(path)
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.sampled_from(["usual", "grey", "profile"]), st.data())
+@given(st.sampled_from(["usual", "grey", "profile", "photoshop", "other APP1"]), st.data())
 def test_probe_without_pillow_of_damaged_heads(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
 ) -> None:

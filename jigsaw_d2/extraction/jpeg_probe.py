@@ -1,13 +1,19 @@
 """The commonest kind of JPEG, recognised from its first bytes without a library."""
 
+import contextlib
 import os
 
-# Frame headers of 8-bit Huffman coding, and segments that say nothing of interest here. Others,
-# EXIF's first of all, are left to Pillow.
+# Frame headers of 8-bit Huffman coding, and segments that say nothing of interest here. Others are
+# left to Pillow, above all EXIF and XMP, which may turn the image.
 FRAME_MARKERS = (0xC0, 0xC1, 0xC2)
-DHT, SOS, DQT, DRI, APP0, APP2, COM = 0xC4, 0xDA, 0xDB, 0xDD, 0xE0, 0xE2, 0xFE
+DHT, SOS, DQT, DRI, COM = 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
+APP0, APP1, APP2, APP13 = 0xE0, 0xE1, 0xE2, 0xED
+# Bytes that Pillow must find in those that may be skipped, their length field included.
+SHORTEST = {DHT: 2, DRI: 2, COM: 2, APP0: 9, APP1: 2, APP2: 16, APP13: 2}
+TURNING_STARTS = (b"Exif", b"http:")
 PROFILE_START = b"ICC_PROFILE\0"  # of a colour profile, which Detectron2's reader ignores
-HEAD_BYTES = 4096
+RESOURCE_START = b"8BIM"  # of one of Photoshop's image resources
+HEAD_BYTES = (1 << 12, 1 << 16)  # the second where the first do not reach to the scan
 # Larger images are left to Pillow, too, which refuses decompression bombs.
 COMMON_PIXELS = 50_000_000
 
@@ -23,12 +29,16 @@ def probe_common_jpeg(path: str) -> Common | None:
     """
     try:
         with open(path, "rb", buffering=0) as file:
-            head = file.read(HEAD_BYTES)
             file.seek(-2, os.SEEK_END)
-            whole = file.read(2) == b"\xff\xd9"
-        return _parse_head(head) if whole and head[:2] == b"\xff\xd8" else None
-    except (OSError, IndexError):
-        return None
+            if file.read(2) != b"\xff\xd9":
+                return None
+            for size in HEAD_BYTES:
+                head = os.pread(file.fileno(), size, 0)
+                with contextlib.suppress(IndexError):
+                    return _parse_head(head) if head[:2] == b"\xff\xd8" else None
+    except OSError:
+        pass
+    return None
 
 
 def _parse_head(head: bytes) -> Common | None:
@@ -52,11 +62,21 @@ def _parse_head(head: bytes) -> Common | None:
             # 8-bit tables: a byte of precision and number, and 64 values.
             if length % 65 != 2 or any(number > 15 for number in head[body:position:65]):
                 return None
-        elif marker == APP2:
-            if length < 16 or not head.startswith(PROFILE_START, body):
+        elif marker in SHORTEST:
+            if length < SHORTEST[marker] or not _is_harmless(marker, head[body:position]):
                 return None
         elif marker == SOS:
             return found
-        elif marker not in (DHT, DRI, APP0, COM) or length < 2:
+        else:
             return None
     return None
+
+
+def _is_harmless(marker: int, content: bytes) -> bool:
+    """Whether Pillow would find nothing in an application segment that changes the image."""
+    if marker == APP1:
+        return not content.startswith(TURNING_STARTS)
+    if marker == APP2:
+        return content.startswith(PROFILE_START)
+    # Pillow refuses the image if the last resource ends behind its number.
+    return marker != APP13 or content[-6:-2] != RESOURCE_START
