@@ -13,6 +13,11 @@ GROUPS = ("S", "T", "W")
 TALL_BELOW = 0.5
 WIDE_ABOVE = 1.5
 
+# Random places looked at before the others are: most negatives find room among them.
+FIRST_TRIES = 8
+# Pairs of boxes, 32 bytes each.
+COMPARED_AT_ONCE = 1 << 20
+
 
 def group_codes(widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
     """Index into ``GROUPS`` by aspect ratio width / height: T below 0.5, W above 1.5, else S.
@@ -114,12 +119,43 @@ def enlarge_box(
 
 def overlaps_any(boxes: np.ndarray, forbidden: np.ndarray) -> np.ndarray:
     """Which of ``boxes`` (n, 4) share any area with one of ``forbidden`` (m, 4); bool (n,)."""
-    x0, y0, x1, y1 = boxes.T[:, :, None]
-    left, top, right, bottom = forbidden[(forbidden[:, 2:] > forbidden[:, :2]).all(axis=1)].T
-    hits = (x0 < right) & (left < x1)
-    hits &= y0 < bottom
-    hits &= top < y1
-    return hits.any(axis=1)
+    places, owners = np.asarray(boxes)[:, None], np.zeros(len(boxes), np.int64)
+    return overlaps_own(places, owners, [np.asarray(forbidden)])[:, 0]
+
+
+def overlaps_own(
+    places: np.ndarray, owners: np.ndarray, forbidden: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Which boxes share any area with one that is forbidden in their own image.
+
+    Args:
+        places: (n, t, 4), t boxes to a row.
+        owners: (n,), the image of each row.
+        forbidden: (m, 4) for each image.
+
+    Returns:
+        bool (n, t).
+    """
+    others = np.concatenate(forbidden)
+    images = np.arange(len(forbidden)).repeat([len(boxes) for boxes in forbidden])
+    with_area = (others[:, 2:] > others[:, :2]).all(axis=1)
+    others, counts = others[with_area], np.bincount(images[with_area], minlength=len(forbidden))
+    starts, pairs = counts.cumsum() - counts, counts[owners]
+    taken = np.zeros(places.shape[:2], bool)
+    rows = pairs.nonzero()[0]
+    # As many rows at once as keep the comparison of each with all its others within memory.
+    ends = (pairs[rows] * places.shape[1]).cumsum()
+    for part in np.split(rows, np.diff(ends // COMPARED_AT_ONCE).nonzero()[0] + 1):
+        firsts = pairs[part].cumsum() - pairs[part]
+        which = np.arange(pairs[part].sum()) - (firsts - starts[owners[part]]).repeat(pairs[part])
+        x0, y0, x1, y1 = places[part].transpose(2, 0, 1).repeat(pairs[part], axis=1)
+        left, top, right, bottom = others[which].T[..., None]
+        hits = (x0 < right) & (left < x1)
+        hits &= y0 < bottom
+        hits &= top < y1
+        if len(part):
+            taken[part] = np.logical_or.reduceat(hits, firsts)
+    return taken
 
 
 def sample_backgrounds(
@@ -169,11 +205,10 @@ def sample_backgrounds_of(
     draws = [rng.random((count, max_tries, 2)) for rng, count in zip(rngs, counts)]
     corners = np.floor(np.concatenate(draws) * (room - wanted + 1)[:, None])
     boxes = np.concatenate([corners, corners + wanted[:, None]], axis=2).astype(np.float32)
-    taken = [
-        overlaps_any(places.reshape(-1, 4), others)
-        for places, others in zip(split_rows(boxes, owners, len(rngs)), forbidden)
-    ]
-    free = ~np.concatenate(taken).reshape(boxes.shape[:2])
+    free = np.zeros(boxes.shape[:2], bool)
+    free[:, :FIRST_TRIES] = ~overlaps_own(boxes[:, :FIRST_TRIES], owners, forbidden)
+    rest = ~free.any(axis=1)
+    free[rest, FIRST_TRIES:] = ~overlaps_own(boxes[rest, FIRST_TRIES:], owners[rest], forbidden)
     found, first = free.any(axis=1), free.argmax(axis=1)
     return split_rows(boxes[np.arange(len(boxes)), first][found], owners[found], len(rngs))
 
