@@ -11,10 +11,13 @@ import pytest
 from detectron2.data.detection_utils import read_image
 from helpers_coco import CATEGORY_IDS, make_bad_coco, write_json
 
+from jigsaw_d2.extraction import cutting
 from jigsaw_d2.extraction import extract as extraction
 from jigsaw_d2.extraction import image_reading
+from jigsaw_d2.extraction import workers as processes
 from jigsaw_d2.extraction.extract import CocoSource, ExtractionOptions, extract_samples
 from jigsaw_d2.extraction.log import ExtractionError
+from jigsaw_d2.extraction.plan import ImagePlan
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.samples import overlaps_any
 from jigsaw_d2.store.format import StoreError
@@ -94,10 +97,35 @@ def test_same_bytes_for_any_number_of_processes(
     workers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(extraction, "PLAN_CHUNK", 5)
+    monkeypatch.setattr(processes, "SMALLEST_PIECE", 5)
+    monkeypatch.setattr(processes, "LARGEST_PIECE", 5)
     options = dataclasses.replace(ALONE, workers=workers)
     extract_samples(source(tiny_coco), tmp_path / "s", options)
     assert content(tmp_path / "s") == content(store.paths[0])
+
+
+def square_plans(sides: list[int]) -> list[ImagePlan]:
+    """An image for each number, with one square sample."""
+    boxes = [np.float32([[1, 1, 1 + side, 1 + side]]) for side in sides]
+    return [ImagePlan(n, "", (1, 1), b, b, np.zeros(1, int), b) for n, b in enumerate(boxes)]
+
+
+@pytest.mark.parametrize("images", [1, 3, 4, 31, 400])
+def test_chunks_grow_smaller_towards_the_end(images: int) -> None:
+    plans = square_plans([10] * images)
+    chunks = cutting.chunk_plans(plans)
+    assert [plan for chunk in chunks for plan in chunk] == plans
+    sizes = [len(chunk) for chunk in chunks]
+    assert sizes[:-1] == sorted(sizes[:-1], reverse=True) and sizes[-1] <= 4
+    assert sizes[0] == min(max(images // 8, 4), 32, images)
+
+
+def test_chunks_of_large_samples_hold_fewer_images() -> None:
+    # 4096 x 4096 pixels fill a chunk, half the side a quarter of one; what is too large goes alone.
+    plans = square_plans([4096, 2048, 2048, 2048, 2048, 2048, 1, 5000] + [1] * 400)
+    chunks = cutting.chunk_plans(plans)
+    assert [plan for chunk in chunks for plan in chunk] == plans
+    assert [len(chunk) for chunk in chunks[:5]] == [1, 4, 2, 1, 32]
 
 
 def test_another_seed_is_another_store(tiny_coco: Path, store: SampleStore, tmp_path: Path) -> None:
@@ -127,10 +155,10 @@ KILLED = """
 import os, sys, dataclasses
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from jigsaw_d2.extraction import extract as extraction
+from jigsaw_d2.extraction import cutting, extract as extraction
 from jigsaw_d2.store.writer import StoreWriter
 from test_extraction import ALONE, small_shards, source
-extraction.CUT_CHUNK = 1
+cutting.CUT_CHUNK = 1
 close = StoreWriter._close_shard
 def close_two(writer):
     close(writer)
@@ -148,7 +176,7 @@ def small_shards(workers: int) -> ExtractionOptions:
 def test_killed_run_is_completed_by_the_same_call(
     tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extraction, "CUT_CHUNK", 1)
+    monkeypatch.setattr(cutting, "CUT_CHUNK", 1)
     extract_samples(source(tiny_coco), tmp_path / "whole", small_shards(0))
     script = KILLED.format(
         tests=str(Path(__file__).parent), data=str(tiny_coco), path=str(tmp_path / "s")
@@ -160,8 +188,8 @@ def test_killed_run_is_completed_by_the_same_call(
     shards = sorted((tmp_path / "s.partial" / "store").glob("shard-*.tar"))
     written = [shard.stat().st_mtime_ns for shard in shards[:2]]
 
-    real, read = extraction.read_pixels, []
-    monkeypatch.setattr(extraction, "read_pixels", lambda *args: read.append(args) or real(*args))
+    real, read = cutting.read_pixels, []
+    monkeypatch.setattr(cutting, "read_pixels", lambda *args: read.append(args) or real(*args))
     extract_samples(source(tiny_coco), tmp_path / "s", small_shards(0))
     assert content(tmp_path / "s") == content(tmp_path / "whole")
     kept = [(tmp_path / "s" / shard.name).stat().st_mtime_ns for shard in shards[:2]]
@@ -172,10 +200,10 @@ FULL_DISK = """
 import resource, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from jigsaw_d2.extraction import extract as extraction
+from jigsaw_d2.extraction import cutting, extract as extraction
 from jigsaw_d2.commands import run_command
 from test_extraction import dataclasses, small_shards, source
-extraction.CUT_CHUNK = 1
+cutting.CUT_CHUNK = 1
 options = dataclasses.replace(small_shards({workers}), shard_size=10**9)
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # as a disk that is full
 work = lambda argv: extraction.extract_samples(source(Path({data!r})), {path!r}, options)
@@ -283,15 +311,15 @@ def test_image_that_breaks_while_extraction_runs(
     tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What probing cannot see is counted when the image is decoded."""
-    real = extraction.read_pixels
+    real = cutting.read_pixels
 
     def read(path: str, *args: object) -> np.ndarray:
         if path.endswith("train_003.jpg"):
-            raise extraction.ImageReadError("image_truncated")
+            raise cutting.ImageReadError("image_truncated")
         image = real(path, *args)
         return image[:-1] if path.endswith("train_004.jpg") else image
 
-    monkeypatch.setattr(extraction, "read_pixels", read)
+    monkeypatch.setattr(cutting, "read_pixels", read)
     report = extract_samples(source(tiny_coco), tmp_path / "s", ALONE)
     logged = {reason: entry["count"] for reason, entry in report["log"]["part"].items()}
     assert logged == {"image_truncated": 1, "image_size_differs": 1}

@@ -7,44 +7,29 @@ processes.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from jigsaw_d2.extraction.image_reading import ImageReadError, read_pixels
+from jigsaw_d2.extraction.cutting import chunk_plans, cut_images
 from jigsaw_d2.extraction.log import ExtractionError, ExtractionLog
 from jigsaw_d2.extraction.negatives import add_negatives
-from jigsaw_d2.extraction.options import ExtractionOptions, needs_windows, shown_sizes
-from jigsaw_d2.extraction.plan import ImagePlan, chunked, plan_positives, take_part
+from jigsaw_d2.extraction.options import ExtractionOptions
+from jigsaw_d2.extraction.plan import ImagePlan, plan_positives, take_part
 from jigsaw_d2.extraction.report import build_report
 from jigsaw_d2.extraction.sources import CocoSource, RegisteredSource, Source, SourceData
 from jigsaw_d2.extraction.workers import Workers, default_workers
-from jigsaw_d2.store.chunks import Chunk, ChunkBuilder, encode_sample
 from jigsaw_d2.store.format import VERSION, hash_image_ids, part_name
-from jigsaw_d2.store.jpeg_decoding import PixelMemory
 from jigsaw_d2.store.writer import StoreWriter, check_free
 
 __all__ = ["CocoSource", "ExtractionOptions", "RegisteredSource", "extract_samples"]
 logger = logging.getLogger(__name__)
-
-# Images per task. Small, so that the processes finish together; about 2 MB of encoded samples.
-CUT_CHUNK = 16
-PLAN_CHUNK = 64
-
-
-class Cut(NamedTuple):
-    """What a process hands back for one chunk of images."""
-
-    chunk: Chunk
-    log: ExtractionLog
-    images: int
-    pixels: int
 
 
 def extract_samples(
@@ -83,7 +68,7 @@ def extract_samples(
         _check_categories(source, data, categories)
         plans, wanted = make_plan(data, options, workers, log)
         options = options.settle_encoding(plan.boxes for plan in plans)
-        mine = take_part(plans, options.part)
+        chunks = chunk_plans(take_part(plans, options.part))
         header = _header(source, data, plans, options)
         writer = StoreWriter(
             output,
@@ -91,10 +76,10 @@ def extract_samples(
             shard_size=options.shard_size,
             header=header,
             overwrite=options.overwrite,
-            resume_key=_work_key(header, mine),
+            resume_key=_work_key(header, chunks),
         )
         with writer:
-            read_log, images, pixels = _cut_all(mine, options, workers, writer)
+            read_log, images, pixels = _cut_all(chunks, options, workers, writer)
             report = build_report(
                 writer.index(), data.categories, options, wanted, (len(data.images), log, read_log)
             )
@@ -108,7 +93,7 @@ def make_plan(
     data: SourceData, options: ExtractionOptions, workers: Workers, log: ExtractionLog
 ) -> tuple[list[ImagePlan], int]:
     """(plans of all usable images, negatives wanted); the same in every part and process."""
-    chunks = chunked(data.images, PLAN_CHUNK)
+    chunks = workers.share_out(data.images)
     tasks = ((c, options.seed, options.max_scale, options.min_side, options.strict) for c in chunks)
     plans = []
     bar = tqdm(total=len(data.images), desc="plan", unit="img", disable=not options.progress)
@@ -140,62 +125,21 @@ def _plan_chunk(
     return plans, log
 
 
-def cut_images(
-    plans: list[ImagePlan], options: ExtractionOptions, buffer: int | None = None
-) -> Cut:
-    """Read, cut and encode the samples of some images; their bytes go to ``Workers.buffer``."""
-    log, builder = ExtractionLog(options.strict), ChunkBuilder(options.class_files, buffer)
-    memory, shown = PixelMemory(), shown_sizes(options.template, options.scale_range[0])
-    large = needs_windows(np.concatenate([plan.boxes for plan in plans]), shown).tolist()
-    ends = np.cumsum([len(plan.boxes) for plan in plans]).tolist()
-    images = pixels = 0
-    for plan, end in zip(plans, ends):
-        try:
-            image = read_pixels(plan.path, plan.plain, plan.size, memory)
-        except ImageReadError as error:
-            log.add(error.reason, plan.path)
-            continue
-        if image.shape[:2] != plan.size:
-            log.add("image_size_differs", f"{plan.path}: changed while the samples were extracted")
-            continue
-        images, pixels = images + 1, pixels + image.shape[0] * image.shape[1]
-        boxes, gt_boxes, classes = (a.tolist() for a in (plan.boxes, plan.gt_boxes, plan.classes))
-        windows = large[end - len(boxes) : end]
-        for serial, box in enumerate(boxes):
-            x0, y0, x1, y1 = map(int, box)
-            encoded, interval, code = encode_sample(
-                image[y0:y1, x0:x1],
-                quality=options.quality,
-                encoding=options.encoding,
-                windows=windows[serial],
-            )
-            builder.add(
-                encoded,
-                class_index=classes[serial],
-                size=(y1 - y0, x1 - x0),
-                image_id=plan.image_id,
-                serial=serial,
-                box=box,
-                gt_box=gt_boxes[serial],
-                interval=interval,
-                code=code,
-            )
-    return Cut(builder.build(), log, images, pixels)
-
-
 def _cut_all(
-    plans: list[ImagePlan], options: ExtractionOptions, workers: Workers, writer: StoreWriter
+    chunks: list[list[ImagePlan]],
+    options: ExtractionOptions,
+    workers: Workers,
+    writer: StoreWriter,
 ) -> tuple[ExtractionLog, int, int]:
     """Cut what an earlier run has not; (log of all, images and pixels of this run)."""
-    chunks = chunked(plans, CUT_CHUNK)
     done = writer.mark["chunks"] if writer.mark else 0
     log = ExtractionLog.from_dict(writer.mark["log"] if writer.mark else {}, options.strict)
     if done:
         logger.info("%d finished shards of an interrupted run are kept", len(writer.shards))
     images = pixels = 0
     bar = tqdm(
-        total=len(plans),
-        initial=done * CUT_CHUNK,
+        total=sum(map(len, chunks)),
+        initial=sum(map(len, chunks[:done])),
         desc="cut",
         unit="img",
         disable=not options.progress,
@@ -235,9 +179,10 @@ def _header(
     }
 
 
-def _work_key(header: dict, plans: list[ImagePlan]) -> str:
+def _work_key(header: dict, chunks: list[list[ImagePlan]]) -> str:
     """Names the work exactly: the same key, the same bytes."""
-    digest = hashlib.sha256(json.dumps([VERSION, header]).encode())
-    for plan in plans:
+    sizes = [len(chunk) for chunk in chunks]
+    digest = hashlib.sha256(json.dumps([VERSION, header, sizes]).encode())
+    for plan in itertools.chain(*chunks):
         digest.update(plan.path.encode() + plan.boxes.tobytes() + plan.classes.tobytes())
     return digest.hexdigest()

@@ -169,11 +169,6 @@ def boxes_text(box: list[float]) -> str:
     return "[" + ", ".join(f"{value:g}" for value in box) + "]"
 
 
-def chunked(items: list | np.ndarray, size: int) -> list:
-    """``items``, of length or shape (n, ...), in pieces of ``size``, the last one shorter."""
-    return [items[n : n + size] for n in range(0, len(items), size)]
-
-
 def take_part(plans: list[ImagePlan], part: tuple[int, int]) -> list[ImagePlan]:
     """The i-th of n consecutive pieces of about as many samples each; empty plans are left out."""
     plans = [plan for plan in plans if len(plan.boxes)]

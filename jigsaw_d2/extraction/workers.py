@@ -1,11 +1,12 @@
 """Work shared out between processes, its results in the order of the tasks."""
 
 import gc
+import itertools
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -19,6 +20,10 @@ from jigsaw_d2.errors import JigsawError
 AHEAD = 4
 
 
+# Pieces of a whole work for each process, so that all finish at about the same time, and the items
+# of one.
+PIECES = 4
+SMALLEST_PIECE, LARGEST_PIECE = 64, 1024
 # Bytes of the largest image that a worker keeps the memory of.
 LARGEST_BLOCK = 16 << 20
 
@@ -93,13 +98,25 @@ class Workers:
         """
         return self._buffers[number % len(self._buffers)] if self._buffers else None
 
+    def share_out(self, items: Sequence) -> list[Sequence]:
+        """``items`` in pieces for ``map``: few, as each costs about as much as planning ten images.
+
+        For work whose result does not depend on how it was cut up.
+        """
+        size = -(-len(items) // (PIECES * max(self.count, 1)))
+        size = min(max(size, SMALLEST_PIECE), LARGEST_PIECE)
+        return [items[n : n + size] for n in range(0, len(items), size)]
+
     def map(self, function: Callable, tasks: Iterable[tuple]) -> Iterator:
-        """``function(*task)`` of every task, in order.
+        """``function(*task)`` of every task, in order; a single one's is not worth handing out.
 
         Raises:
             WorkerLostError: a process died.
         """
-        if self._pool is None:
+        tasks = iter(tasks)
+        first = list(itertools.islice(tasks, 2))
+        tasks = itertools.chain(first, tasks)
+        if self._pool is None or len(first) < 2:
             yield from (function(*task) for task in tasks)
             return
         pending = deque()
