@@ -11,10 +11,7 @@ import pytest
 from detectron2.data.detection_utils import read_image
 from helpers_coco import CATEGORY_IDS, make_bad_coco, write_json
 
-from jigsaw_d2.extraction import cutting
-from jigsaw_d2.extraction import extract as extraction
-from jigsaw_d2.extraction import image_reading
-from jigsaw_d2.extraction import workers as processes
+from jigsaw_d2.extraction import cutting, image_reading, plan
 from jigsaw_d2.extraction.extract import CocoSource, ExtractionOptions, extract_samples
 from jigsaw_d2.extraction.log import ExtractionError
 from jigsaw_d2.extraction.plan import ImagePlan
@@ -97,8 +94,7 @@ def test_same_bytes_for_any_number_of_processes(
     workers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(processes, "SMALLEST_PIECE", 5)
-    monkeypatch.setattr(processes, "LARGEST_PIECE", 5)
+    monkeypatch.setattr(plan, "PLAN_CHUNK", 5)
     options = dataclasses.replace(ALONE, workers=workers)
     extract_samples(source(tiny_coco), tmp_path / "s", options)
     assert content(tmp_path / "s") == content(store.paths[0])

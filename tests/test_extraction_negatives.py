@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jigsaw_d2.extraction import negatives as extraction_negatives
-from jigsaw_d2.extraction import workers as processes
+from jigsaw_d2.extraction import plan as extraction_plan
 from jigsaw_d2.extraction.log import ExtractionLog
 from jigsaw_d2.extraction.negatives import add_negatives, choose_sizes, split_negatives
 from jigsaw_d2.extraction.plan import ImagePlan
@@ -101,8 +101,7 @@ def test_all_groups_receive_negatives_of_the_positives_sizes() -> None:
 
 
 def test_the_same_for_any_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "SMALLEST_PIECE", 7)
-    monkeypatch.setattr(processes, "LARGEST_PIECE", 7)
+    monkeypatch.setattr(extraction_plan, "PLAN_CHUNK", 7)
     plans = make_plans(np.random.default_rng(2), 30, 8)
     (alone, _), (shared, _) = place(plans, 25), place(plans, 25, workers=3)
     assert all(np.array_equal(a.boxes, b.boxes) for a, b in zip(alone, shared))

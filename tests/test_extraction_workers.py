@@ -6,8 +6,6 @@ import os
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jigsaw_d2.extraction.workers import WorkerLostError, Workers
 
@@ -20,16 +18,6 @@ def test_a_single_task_is_not_handed_out() -> None:
     with Workers(2) as workers:
         assert list(workers.map(process, [(0,)])) == [os.getpid()]
         assert os.getpid() not in list(workers.map(process, [(0,), (1,)]))
-
-
-@given(st.integers(0, 20_000), st.integers(0, 64))
-def test_work_is_shared_out_whole_and_in_order(items: int, count: int) -> None:
-    pieces = Workers(count).share_out(range(items))
-    assert [item for piece in pieces for item in piece] == list(range(items))
-    assert all(len(piece) <= 1024 for piece in pieces) and all(map(len, pieces))
-    assert len(pieces) <= max(4 * max(count, 1), -(-items // 1024))
-    # No process goes without where there is enough for all.
-    assert items < 64 * 4 * count or len(pieces) >= 3 * count
 
 
 def square(n: int) -> int:

@@ -21,7 +21,7 @@ from jigsaw_d2.extraction.cutting import chunk_plans, cut_images
 from jigsaw_d2.extraction.log import ExtractionError, ExtractionLog
 from jigsaw_d2.extraction.negatives import add_negatives
 from jigsaw_d2.extraction.options import ExtractionOptions
-from jigsaw_d2.extraction.plan import ImagePlan, plan_positives, take_part
+from jigsaw_d2.extraction.plan import ImagePlan, chunked, plan_positives, take_part
 from jigsaw_d2.extraction.report import build_report
 from jigsaw_d2.extraction.sources import CocoSource, RegisteredSource, Source, SourceData
 from jigsaw_d2.extraction.workers import Workers, default_workers
@@ -93,7 +93,7 @@ def make_plan(
     data: SourceData, options: ExtractionOptions, workers: Workers, log: ExtractionLog
 ) -> tuple[list[ImagePlan], int]:
     """(plans of all usable images, negatives wanted); the same in every part and process."""
-    chunks = workers.share_out(data.images)
+    chunks = chunked(data.images)
     tasks = ((c, options.seed, options.max_scale, options.min_side, options.strict) for c in chunks)
     plans = []
     bar = tqdm(total=len(data.images), desc="plan", unit="img", disable=not options.progress)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jigsaw_d2.extraction.log import ExtractionLog
-from jigsaw_d2.extraction.plan import ImagePlan, image_rng
+from jigsaw_d2.extraction.plan import ImagePlan, chunked, image_rng
 from jigsaw_d2.extraction.workers import Workers
 from jigsaw_d2.samples import sample_backgrounds_of
 
@@ -40,7 +40,7 @@ def add_negatives(
         asked = np.flatnonzero(quotas)
         tasks = (
             ([plans[eligible[a]] for a in part], quotas[part].tolist(), sizes, seed, round_number)
-            for part in workers.share_out(asked)
+            for part in chunked(asked)
         )
         found = [boxes for part in workers.map(_place_chunk, tasks) for boxes in part]
         full = np.zeros(len(eligible), bool)

@@ -14,6 +14,9 @@ from jigsaw_d2.extraction.log import ExtractionLog
 from jigsaw_d2.extraction.sources import UNKNOWN_CLASS, SourceImage
 from jigsaw_d2.samples import enlarge_by, split_rows
 
+# Images that are planned at a time: 40 us each, about what it takes to hand one to another process
+# and its plan back.
+PLAN_CHUNK = 1024
 POSITIVES_STREAM = 0
 # Of an image's boxes, gt_boxes, classes, forbidden.
 PLAN_DTYPES = (np.float32, np.float32, np.int64, np.float32)
@@ -167,6 +170,14 @@ def check_boxes(
 def boxes_text(box: list[float]) -> str:
     """XYXY in a log line."""
     return "[" + ", ".join(f"{value:g}" for value in box) + "]"
+
+
+def chunked(images: list | np.ndarray) -> list:
+    """``images``, of length or shape (n, ...), in pieces of ``PLAN_CHUNK``, the last one shorter.
+
+    How they are cut up does not show in the plans.
+    """
+    return [images[n : n + PLAN_CHUNK] for n in range(0, len(images), PLAN_CHUNK)]
 
 
 def take_part(plans: list[ImagePlan], part: tuple[int, int]) -> list[ImagePlan]:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -20,10 +20,6 @@ from jigsaw_d2.errors import JigsawError
 AHEAD = 4
 
 
-# Pieces of a whole work for each process, so that all finish at about the same time, and the items
-# of one.
-PIECES = 4
-SMALLEST_PIECE, LARGEST_PIECE = 64, 1024
 # Bytes of the largest image that a worker keeps the memory of.
 LARGEST_BLOCK = 16 << 20
 
@@ -97,15 +93,6 @@ class Workers:
         this one is asked for. None where there are no other processes.
         """
         return self._buffers[number % len(self._buffers)] if self._buffers else None
-
-    def share_out(self, items: Sequence) -> list[Sequence]:
-        """``items`` in pieces for ``map``: few, as each costs about as much as planning ten images.
-
-        For work whose result does not depend on how it was cut up.
-        """
-        size = -(-len(items) // (PIECES * max(self.count, 1)))
-        size = min(max(size, SMALLEST_PIECE), LARGEST_PIECE)
-        return [items[n : n + size] for n in range(0, len(items), size)]
 
     def map(self, function: Callable, tasks: Iterable[tuple]) -> Iterator:
         """``function(*task)`` of every task, in order; a single one's is not worth handing out.
