@@ -18,6 +18,8 @@ from detectron2.utils import comm
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
+from jigsaw_d2.training.launching import leave_group
+
 ADAPTED = os.path.isfile(
     os.path.join(os.path.dirname(detectron2.__file__), "jigsaw_adaptation.json")
 )
@@ -158,6 +160,7 @@ def _rank_main(folder, tensor_size):
     comm.synchronize()
     with open(os.path.join(folder, f"{comm.get_rank()}.json"), "w") as file:
         json.dump(report, file)
+    leave_group()
 
 
 def _averaged_gradient():

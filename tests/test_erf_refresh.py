@@ -18,6 +18,7 @@ from jigsaw_d2.meta_arch import JigsawPretrainer
 from jigsaw_d2.template import JigsawTemplate
 from jigsaw_d2.training import erf_refresh
 from jigsaw_d2.training.erf_refresh import ErfRefreshHook
+from jigsaw_d2.training.launching import leave_group
 
 TINY = JigsawTemplate(height=96, width=96, split_y=32, split_x=32)
 
@@ -207,7 +208,8 @@ def measure_in_process(rank, world_size, folder, num_images):
     loss = wrapped({"image": load_images(range(1)), "gt_classes": torch.tensor([[0, 1, 2, 3]])})
     loss["loss_jigsaw"].backward()  # the reducer still works
     torch.save((model.erf_weights, model.erf_region_sums), f"{folder}/rank{rank}.pth")
-    torch.distributed.destroy_process_group()
+    del wrapped, hook, loss
+    leave_group()
 
 
 class ProcessesTest(unittest.TestCase):

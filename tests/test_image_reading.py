@@ -199,6 +199,8 @@ HEADS = {
     "longest comment": with_segment(0xFE, bytes(65533)),
     "without JFIF": jpeg()[:2] + jpeg()[20:],
     "fill byte": jpeg()[:20] + b"\xff" + jpeg()[20:],
+    "long scan header": jpeg().replace(b"\xff\xda\0", b"\xff\xda\1"),
+    "cut in the scan header": jpeg()[: jpeg().index(b"\xff\xda") + 5] + b"\xff\xd9",
     "behind the end": jpeg() + b"\0",
     "two bytes": b"\xff\xd9",
     "one byte": b"\xff",

@@ -66,7 +66,9 @@ def _parse_head(head: bytes) -> Common | None:
             if length < SHORTEST[marker] or not _is_harmless(marker, head[body:position]):
                 return None
         elif marker == SOS:
-            return found
+            # As long as its number of components says, and there: Pillow reads all of it.
+            scan = head[body:position]
+            return found if scan and len(scan) == length - 2 == 4 + 2 * scan[0] else None
         else:
             return None
     return None

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,8 @@ from jigsaw_d2.errors import JigsawError
 
 logger = logging.getLogger(__name__)
 
+# Seconds in which a thread gets its turn even on a crowded machine.
+GLOO_RESTS = 0.2
 # Set by torchrun for each process it starts.
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 # What Gloo, NCCL and the store of the process group say when a peer is gone or silent.
@@ -62,10 +65,12 @@ def launch_job(
         try:
             main_func(*args)
         finally:
-            torch.distributed.destroy_process_group()
+            leave_group()
         return
     limit = timedelta(seconds=timeout)
     try:
+        if num_gpus * num_machines > 1:
+            main_func, args = _run_and_leave, (main_func, *args)
         launch(main_func, num_gpus, num_machines, machine_rank, dist_url, args, limit)
     except ProcessExitedException as error:
         raise PeerLostError(
@@ -78,6 +83,22 @@ def launch_job(
             raise
         kind = PeerLostError if said[-1][0] == PeerLostError.__name__ else RankError
         raise kind(f"process {error.error_index}: {said[-1][1]}") from error
+
+
+def _run_and_leave(main_func: Callable[..., Any], *args: Any) -> None:
+    main_func(*args)
+    leave_group()
+
+
+def leave_group() -> None:
+    """End this process's part in the job, after all that used the group is gone.
+
+    A thread of Gloo's takes the interpreter's lock to let go of what a finished collective held.
+    The end of the group, or of the process, waits for that thread while holding the lock: right
+    behind a collective they would wait for each other for ever, so the thread is let through first.
+    """
+    time.sleep(GLOO_RESTS)
+    torch.distributed.destroy_process_group()
 
 
 def _join_torchrun(timeout: float) -> None:
