@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jigsaw_d2 import samples
 from jigsaw_d2.samples import (
     clip_boxes,
     enlarge_box,
@@ -114,6 +115,36 @@ def test_backgrounds_touch_nothing_forbidden_and_have_wanted_sizes(
     left = [tuple(size) for size in sizes]
     for size in (found[:, 2:] - found[:, :2]).astype(int):
         left.remove(tuple(size))  # raises where a size was not asked for
+
+
+@pytest.mark.parametrize("compared_at_once", [1, 100, 1 << 20])
+def test_backgrounds_are_the_first_free_of_their_places(
+    compared_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against plain loops over the same draws, in crowded images, however many are compared."""
+    monkeypatch.setattr(samples, "COMPARED_AT_ONCE", compared_at_once)
+    rng = np.random.default_rng(5)
+    sides = (100, 120)
+    lows = [rng.integers(0, 90, (count, 2)) for count in (0, 30, 60, 14, 1)]
+    forbidden = [np.concatenate([low, low + rng.integers(0, 15, low.shape)], 1) for low in lows]
+    sizes = [rng.integers(5, 30, (count, 2)) for count in (2, 6, 6, 0, 3)]
+    rngs = [np.random.default_rng(n) for n in range(5)]
+    found = sample_backgrounds_of(forbidden, [sides] * 5, sizes, rngs)
+    late = 0
+    for n, wanted in enumerate(sizes):
+        expected = []
+        for size, tries in zip(wanted, np.random.default_rng(n).random((len(wanted), 50, 2))):
+            for number, draw in enumerate(tries):
+                x, y = np.floor(draw * ((120, 100) - size + 1))
+                box = [x, y, x + size[0], y + size[1]]
+                inner = [(max(box[0], f[0]), max(box[1], f[1])) for f in forbidden[n]]
+                outer = [(min(box[2], f[2]), min(box[3], f[3])) for f in forbidden[n]]
+                if not any(a < c and b < d for (a, b), (c, d) in zip(inner, outer)):
+                    expected.append(box)
+                    late += number >= samples.FIRST_TRIES
+                    break
+        assert found[n].tolist() == expected
+    assert late > 0 and sum(map(len, found)) < sum(map(len, sizes))
 
 
 def test_no_room_gives_no_background() -> None:
