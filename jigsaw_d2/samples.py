@@ -15,7 +15,7 @@ WIDE_ABOVE = 1.5
 
 # Random places looked at before the others are: most negatives find room among them.
 FIRST_TRIES = 8
-# Pairs of boxes, 32 bytes each.
+# Pairs of boxes, about 20 bytes each.
 COMPARED_AT_ONCE = 1 << 20
 
 
@@ -146,16 +146,23 @@ def overlaps_own(
     # As many rows at once as keep the comparison of each with all its others within memory.
     ends = (pairs[rows] * places.shape[1]).cumsum()
     for part in np.split(rows, np.diff(ends // COMPARED_AT_ONCE).nonzero()[0] + 1):
-        firsts = pairs[part].cumsum() - pairs[part]
-        which = np.arange(pairs[part].sum()) - (firsts - starts[owners[part]]).repeat(pairs[part])
-        x0, y0, x1, y1 = places[part].transpose(2, 0, 1).repeat(pairs[part], axis=1)
-        left, top, right, bottom = others[which].T[..., None]
-        hits = (x0 < right) & (left < x1)
-        hits &= y0 < bottom
-        hits &= top < y1
         if len(part):
-            taken[part] = np.logical_or.reduceat(hits, firsts)
+            taken[part] = _overlaps_range(places[part], others, starts[owners[part]], pairs[part])
     return taken
+
+
+def _overlaps_range(
+    places: np.ndarray, others: np.ndarray, starts: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """bool (n, t): places (n, t, 4), row i against the counts[i] > 0 others from starts[i] on."""
+    firsts = counts.cumsum() - counts
+    which = np.arange(counts.sum()) + (starts - firsts).repeat(counts)
+    x0, y0, x1, y1 = places.transpose(2, 0, 1).repeat(counts, axis=1)
+    left, top, right, bottom = others[which].T[..., None]
+    hits = (x0 < right) & (left < x1)
+    hits &= y0 < bottom
+    hits &= top < y1
+    return np.logical_or.reduceat(hits, firsts)
 
 
 def sample_backgrounds(
