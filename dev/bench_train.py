@@ -72,6 +72,8 @@ def bare_steps(cfg: CfgNode) -> Callable[[int], None]:
     device, precision = model.device, Precision.from_config(cfg)
     bare = Bare(model.backbone, cfg.MODEL.JIGSAW.IN_FEATURE, cfg.MODEL.JIGSAW.NUM_CLASSES + 1)
     bare.to(device).train()
+    if cfg.MODEL.JIGSAW.COMPILE:
+        bare.backbone.compile()
     optimizer, scaler = build_optimizer(cfg, bare), precision.grad_scaler()
     size = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATION_STEPS
     images = torch.randn(size, 3, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE, device=device)
