@@ -58,7 +58,8 @@ class SyntheticTrainer(JigsawTrainer):
         size = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATION_STEPS
         generator = torch.Generator().manual_seed(0)
         height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
-        image = torch.randint(256, (size, 3, height, width), generator=generator).to(torch.uint8)
+        image = torch.randint(256, (size, height, width, 3), generator=generator).to(torch.uint8)
+        image = image.permute(0, 3, 1, 2)  # channels innermost, as images are decoded
         classes = torch.randint(cfg.MODEL.JIGSAW.NUM_CLASSES + 1, (size, 4), generator=generator)
         if torch.cuda.is_available():
             image, classes = image.pin_memory(), classes.pin_memory()

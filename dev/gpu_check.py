@@ -500,7 +500,7 @@ def _waits(bench: Bench, trainer: JigsawTrainer, steps: int) -> list[warnings.Wa
         finally:
             if not bench.dry:
                 torch.cuda.set_sync_debug_mode("default")
-    return [warning for warning in caught if "synchroniz" in str(warning.message)]
+    return [w for w in caught if "called a synchronizing" in str(w.message)]
 
 
 def _places(caught: list[warnings.WarningMessage]) -> str:

@@ -50,7 +50,12 @@ from jigsaw_d2.training.precision import Precision, configure_backends
 from jigsaw_d2.training.replay import sample_ids, save_step
 from jigsaw_d2.training.run_config import open_store, resolve_config, warn_of_changes
 from jigsaw_d2.training.run_state import check_same_start, collect_state, restore_state
-from jigsaw_d2.training.train_step import Batch, NonFiniteLossError, TrainStep
+from jigsaw_d2.training.train_step import (
+    Batch,
+    NonFiniteLossError,
+    TrainStep,
+    start_momentum,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +128,7 @@ class JigsawTrainer(DefaultTrainer):
             weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         )
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
-        return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD)(
             parameters,
             lr=solver.BASE_LR,
             momentum=solver.MOMENTUM,
@@ -131,6 +136,7 @@ class JigsawTrainer(DefaultTrainer):
             weight_decay=solver.WEIGHT_DECAY,
             fused=on_gpu and not solver.CLIP_GRADIENTS.ENABLED,
         )
+        return start_momentum(optimizer)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:

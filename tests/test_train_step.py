@@ -9,7 +9,7 @@ from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.training.precision import Precision
-from jigsaw_d2.training.train_step import LossReport, TrainStep
+from jigsaw_d2.training.train_step import LossReport, TrainStep, start_momentum
 
 
 class Toy(nn.Module):
@@ -95,6 +95,31 @@ def test_a_bad_loss_is_reported_before_anything_changes():
         step.run(stop)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert len(step.record.batches) == 1 and "torch" in step.record.random_state
+
+
+def test_momentum_survives_a_first_step_that_loss_scaling_skips():
+    """The fused SGD of PyTorch leaves its buffers as memory was found, often nan or worse."""
+
+    def sgd(model: nn.Module, fused: bool) -> torch.optim.Optimizer:
+        options = {"momentum": 0.9, "weight_decay": 0.1, "fused": fused}
+        return start_momentum(torch.optim.SGD(model.parameters(), lr=0.1, **options))
+
+    ends = []
+    for fused in (True, False):
+        model = Toy()
+        optimizer = sgd(model, fused)
+        scaler = torch.amp.GradScaler("cpu")
+        for batch in ({"image": torch.full((2, 3, 9, 9), math.inf)}, *batches(2, 4)):
+            optimizer.zero_grad()
+            scaler.scale(model(batch)["loss_toy"]).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if fused and len(batch["image"]) == 2:  # skipped
+                buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
+                assert len(buffers) == 6 and not any(buffer.any() for buffer in buffers)
+        ends.append([p.detach().clone() for p in model.parameters()])
+    for fused, plain in zip(*ends):
+        torch.testing.assert_close(fused, plain)
 
 
 def test_gradients_are_clipped_as_detectron2_does():
