@@ -32,6 +32,7 @@ class Commands:
         self._context.set_forkserver_preload(["gpu_checks.bench", "jigsaw_d2.visualization.erf"])
 
     def start(self, *argv: object) -> "Command":
+        """``python -m jigsaw_d2 ARGV``."""
         log = self._folder / f"command_{len(self._started)}.log"
         arguments = [str(item) for item in argv]
         process = self._context.Process(target=_run_command, args=(arguments, log, self._brief))
@@ -69,6 +70,7 @@ class Command:
         """SIGKILL to it and to all that it has started; exit status."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()  # should it not lead its group yet
         return self.wait()
 
     def said(self, characters: int = 300) -> str:
