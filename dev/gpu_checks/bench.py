@@ -1,35 +1,31 @@
-"""What the checks of gpu_check.py work with: device and sizes, data, trainers, commands."""
+"""What the checks work with: device and sizes, data, trainers, commands."""
 
 import contextlib
 import functools
 import gc
 import itertools
-import multiprocessing
 import os
 import shutil
-import signal
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-PATHS = [str(ROOT / name) for name in ("", "tests", "dev")]
-sys.path[:0] = PATHS[:2]  # the tests' helpers make the data
+from unittest import mock
 
 import torch
 from bench_train import SyntheticTrainer, trainer_steps
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from gpu_checks import PATHS
+from gpu_checks.commands import Command, Commands
+from gpu_checks.report import SKIPPED, Finding, expect
 from helpers_coco import make_coco
 from helpers_run import TinyBackbone  # noqa: F401  (registers the dry form's backbone)
 from helpers_store import make_store
 from helpers_weights import SMALL, THIN_GN
 from torch import nn
 
-from jigsaw_d2.__main__ import main as jigsaw_d2
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.trainer import JigsawTrainer
 
@@ -54,6 +50,14 @@ _DRY_RESNET = {"MODEL.BACKBONE.NAME": "build_resnet_backbone"}
 _DRY_RESNET |= dict(zip(THIN_GN[::2], THIN_GN[1::2]))
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Medians of what one mode reached."""
+
+    images: float
+    ratio: float
+
+
 class Bench:
     """One GPU and full sizes; or, dry, the CPU and tiny ones.
 
@@ -68,14 +72,15 @@ class Bench:
         self.dry = dry
         self.device = "cpu" if dry else "cuda"
         self.folder = Path(tempfile.mkdtemp(prefix="gpu_check_"))
-        self.speeds: dict[tuple[int, str], "Speed"] = {}
+        self.speeds: dict[tuple[int, str], Speed] = {}
         self._names = itertools.count()
         # Of the processes that are started from here.
         paths = filter(None, [*PATHS, os.environ.get("PYTHONPATH")])
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-        self._commands = Commands(self.folder)
+        self._commands = Commands(self.folder, brief=dry)
 
     def close(self) -> None:
+        """End all commands and remove the folder."""
         self._commands.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -100,9 +105,8 @@ class Bench:
 
     @property
     def loader_workers(self) -> int:
-        """As many as there are cores to spare and batches' worth of shared memory; at most 14."""
-        batches = shared_memory_free() // (2 * batch_bytes(512))  # two wait for each worker
-        return max(1, min(14, (os.cpu_count() or 1) - 2, batches))
+        """As many as the cores and the shared memory have room for; at most 14."""
+        return max(1, min(wanted_workers(), shared_memory_free() // worker_bytes()))
 
     def options(self, mode: str = "", keys: Mapping[str, object] = {}) -> list[str]:
         """KEY VALUE overrides of a run in which nothing happens but steps.
@@ -186,15 +190,35 @@ class Bench:
             del trainer
             self.free()
 
+    def tidy(self) -> None:
+        """End the commands that a check has left, and free what it held."""
+        self._commands.kill()
+        self.free()
+
     def free(self) -> None:
         """Give back what dropped trainers held on the device; their loaders end their workers."""
         gc.collect()
         if not self.dry:
             torch.cuda.empty_cache()
 
-    def start(self, *argv: object) -> "Command":
+    def start(self, *argv: object) -> Command:
         """Start ``python -m jigsaw_d2 ARGV``, see ``Commands``."""
         return self._commands.start(*argv)
+
+    def goal(self, what: str, value: str, expected: str, ok: bool) -> Finding:
+        """An expectation that only a GPU can meet."""
+        found = expect(what, value, expected, ok)
+        return replace(found, status=SKIPPED) if self.dry else found
+
+    @contextlib.contextmanager
+    def compiler(self) -> Iterator[None]:
+        """torch.compile; dry, without generating code, which takes minutes on a CPU."""
+        if not self.dry:
+            yield
+            return
+        quick = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+        with mock.patch.object(nn.Module, "compile", quick):
+            yield
 
     @property
     def resnet(self) -> dict[str, object]:
@@ -205,73 +229,6 @@ class Bench:
     def detector_options(self) -> list[str]:
         """KEY VALUE overrides that make a detector as small as the dry network is."""
         return [*SMALL, *THIN_GN] if self.dry else []
-
-
-class Commands:
-    """The project's commands in processes of their own.
-
-    Children of a fork server, which has imported everything once and never touched the GPU: as
-    good as fresh processes, without ten seconds of imports each.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._started: list[Command] = []
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["gpu_bench", "jigsaw_d2.visualization.erf"])
-
-    def start(self, *argv: object) -> "Command":
-        log = self._folder / f"command_{len(self._started)}.log"
-        arguments = [str(item) for item in argv]
-        process = self._context.Process(target=_run_command, args=(arguments, log))
-        process.start()
-        self._started.append(Command(arguments[0], process, log))
-        return self._started[-1]
-
-    def kill(self) -> None:
-        """End those that still run."""
-        for command in self._started:
-            if command.process.is_alive():
-                command.kill()
-
-
-class Command:
-    """One running command; it leads a process group of its own."""
-
-    def __init__(self, name: str, process: multiprocessing.Process, log: Path) -> None:
-        self.name, self.process, self._log = name, process, log
-
-    def wait(self) -> int:
-        """Exit status; the negative signal of a killed one."""
-        self.process.join()
-        return self.process.exitcode
-
-    def wait_for(self, path: Path) -> bool:
-        """Until ``path`` exists; False if the command ends before it does."""
-        while not path.exists():
-            if not self.process.is_alive():
-                return path.exists()
-            time.sleep(0.01)
-        return True
-
-    def kill(self) -> int:
-        """SIGKILL to it and to all that it has started; exit status."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        return self.wait()
-
-    def said(self, characters: int = 300) -> str:
-        """The end of what it wrote."""
-        text = self._log.read_text(errors="replace") if self._log.exists() else ""
-        return text.strip()[-characters:]
-
-
-def _run_command(argv: list[str], log: Path) -> None:
-    os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, sys.stdout.fileno())
-    os.dup2(descriptor, sys.stderr.fileno())
-    sys.exit(jigsaw_d2(argv))
 
 
 def set_tf32(enabled: bool) -> None:
@@ -285,6 +242,11 @@ def shared_memory_free() -> int:
     return entry.f_bavail * entry.f_frsize
 
 
-def batch_bytes(images: int) -> int:
-    """Of a batch of 224x224 images as it leaves the loader."""
-    return images * 3 * 224 * 224
+def wanted_workers() -> int:
+    """Of a loader: as many as there are cores to spare; at most 14."""
+    return max(1, min(14, (os.cpu_count() or 1) - 2))
+
+
+def worker_bytes() -> int:
+    """Shared memory of one worker: two batches of 512 images wait for the trainer."""
+    return 2 * 512 * 3 * 224 * 224
