@@ -39,10 +39,15 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.JIGSAW.OBJECTIVE = "erf_adaptive"
     # tau of Eq. 2, the least weight of a cell's own region; Fig. 7a: 0.6 to 0.8 serve equally.
     cfg.MODEL.JIGSAW.TAU = 0.7
-    # Keep activations and weights in channels_last: faster convolutions under AMP (ours).
+    # Keep activations and weights in channels_last, which convolutions on GPUs under AMP are made
+    # for. None: as a trial of a few steps says at the start of a run (ours).
     cfg.MODEL.JIGSAW.CHANNELS_LAST = False
-    # Compile the backbone with torch.compile: slow start, faster steps (ours).
+    # Compile the backbone with torch.compile: slow start, faster steps (ours). ERF and evaluation
+    # run it as it is.
     cfg.MODEL.JIGSAW.COMPILE = False
+    # Keep the inputs of the backbone's blocks alone and compute what lies between twice: less
+    # memory, a third more time (ours).
+    cfg.MODEL.JIGSAW.ACTIVATION_CHECKPOINTING = False
     # Fine-tuning only. Where a detector's weights must come from: "jigsaw", "imagenet", "scratch",
     # or "" = anywhere. A table row's config names it, so that no row runs from the wrong file.
     cfg.MODEL.JIGSAW.ORIGIN = ""
@@ -101,11 +106,14 @@ def _add_solver_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
     # Backward passes per optimiser step; IMS_PER_BATCH is the whole step's, so memory falls (ours).
     cfg.SOLVER.ACCUMULATION_STEPS = 1
-    # Under SOLVER.AMP.ENABLED: "float16" (with loss scaling), "bfloat16", or "auto" (bfloat16
-    # where it is the faster one, else float16 on GPUs and float32 on CPUs).
+    # Under SOLVER.AMP.ENABLED: "float16" (with loss scaling), "bfloat16", or "auto": the one that a
+    # trial of a few steps finds faster at the start of a run; on CPUs float32 is tried too (ours).
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Let float32 matrix products and convolutions use TF32 where the GPU has it (ours).
     cfg.SOLVER.TF32 = False
+    # Only algorithms that give the same bits each time, on GPUs too, so that a resumed run repeats
+    # the unbroken one there bit for bit; slower (ours). As train_net.py --deterministic.
+    cfg.SOLVER.DETERMINISTIC = False
     # Seconds without a sign of life after which the ranks give up on a peer (ours).
     cfg.SOLVER.PEER_TIMEOUT = 600
 

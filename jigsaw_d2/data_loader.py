@@ -7,13 +7,16 @@ r, r + R, r + 2R ...: so the images of a step do not depend on R, only who makes
 
 import logging
 import math
+import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from jigsaw_d2.dataset_mapper import JigsawDatasetMapper
@@ -25,6 +28,8 @@ from jigsaw_d2.samples import group_codes
 logger = logging.getLogger(__name__)
 # What of a batch is a few bytes an image.
 SMALL = ("gt_classes", "sample_ids")
+# Batches that each worker of a DataLoader makes ahead, by default.
+PREFETCHED = 2
 
 
 class LoaderError(JigsawError, ValueError):
@@ -231,13 +236,41 @@ def build_jigsaw_eval_loader(
 
 
 def _build_loader(cfg: CfgNode, batches: JigsawBatches, positions: Sampler) -> JigsawLoader:
+    check_shared_memory(cfg, comm.get_world_size(), comm.get_local_size())
     return JigsawLoader(
         batches,
         positions,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available(),
         worker_init_fn=_one_thread,
     )
+
+
+def check_shared_memory(cfg: CfgNode, world_size: int, local_size: int) -> None:
+    """Refuse workers whose batches do not fit /dev/shm, where they are made; a write there kills.
+
+    Args:
+        world_size, local_size: number of processes of the job, and of those on this machine.
+
+    Raises:
+        LoaderError: with what is needed, what is free, and what helps.
+    """
+    workers, folder = cfg.DATALOADER.NUM_WORKERS, Path("/dev/shm")
+    if not workers or not folder.is_dir():
+        return
+    height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
+    images = cfg.SOLVER.IMS_PER_BATCH // (world_size * cfg.SOLVER.ACCUMULATION_STEPS)
+    batch = images * 3 * height * width
+    needed = local_size * workers * PREFETCHED * batch
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise LoaderError(
+            f"{local_size} process(es) x DATALOADER.NUM_WORKERS {workers} keep {PREFETCHED} batches "
+            f"of {batch / 2**20:.0f} MiB each in {folder}, {needed / 2**20:.0f} MiB, but "
+            f"{free / 2**20:.0f} MiB are free: give the container more (docker run --shm-size "
+            f"{math.ceil(needed / 2**30 + 0.1)}g, or --ipc host), or lower DATALOADER.NUM_WORKERS; "
+            "0 needs none"
+        )
 
 
 def _small_as_arrays(batch: dict) -> dict:

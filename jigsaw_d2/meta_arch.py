@@ -89,8 +89,9 @@ class JigsawPretrainer(nn.Module):
         self.register_buffer("erf_weights", own_region_weights(regions).float())
         sums = torch.zeros(*regions.shape, losses.NUM_REGIONS, dtype=torch.float64)
         self.register_buffer("erf_region_sums", sums)
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        mean, std = (torch.tensor(v).double().view(-1, 1, 1) for v in (pixel_mean, pixel_std))
+        self.register_buffer("pixel_scale", (1 / std).float(), persistent=False)
+        self.register_buffer("pixel_shift", (-mean / std).float(), persistent=False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class JigsawPretrainer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are and the images go."""
-        return self.pixel_mean.device
+        return self.pixel_scale.device
 
     def forward(self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """
@@ -137,13 +138,22 @@ class JigsawPretrainer(nn.Module):
         return {"loss_jigsaw": self.loss(logits, gt_classes)}
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images uint8 (N, 3, H, W) on any device -> normalised float32 on the model's.
+        """Images uint8 (N, 3, H, W) on any device -> normalised on the model's.
 
         Padding (0) becomes (0 - mean) / std: normalisation follows the stitching (Sec. 3.2).
+
+        Returns:
+            float32, or under autocast its dtype: cast, scaled and laid out by one kernel.
         """
         images = images.to(self.device, non_blocking=True)
-        images = (images - self.pixel_mean) / self.pixel_std
-        return images.contiguous(memory_format=self.memory_format)
+        kind = self.device.type
+        under_autocast = torch.is_autocast_enabled(kind)
+        normalised = torch.empty_like(
+            images,
+            dtype=torch.get_autocast_dtype(kind) if under_autocast else torch.float32,
+            memory_format=self.memory_format,
+        )
+        return torch.addcmul(self.pixel_shift, images, self.pixel_scale, out=normalised)
 
     def cell_logits(self, images: Tensor) -> Tensor:
         """Normalised images (N, 3, H, W) -> class scores of every cell, (N, K, h, w)."""

@@ -15,6 +15,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import (
     CommonMetricPrinter,
@@ -43,11 +44,12 @@ from jigsaw_d2.training.hooks import (
 )
 from jigsaw_d2.training.initial_weights import load_initial_weights
 from jigsaw_d2.training.lr_schedule import build_lr_scheduler
+from jigsaw_d2.training.memory import checkpoint_activations
 from jigsaw_d2.training.norm import check_trainable
-from jigsaw_d2.training.precision import Precision, set_tf32
+from jigsaw_d2.training.precision import Precision, configure_backends
 from jigsaw_d2.training.replay import sample_ids, save_step
 from jigsaw_d2.training.run_config import open_store, resolve_config, warn_of_changes
-from jigsaw_d2.training.run_state import collect_state, restore_state
+from jigsaw_d2.training.run_state import check_same_start, collect_state, restore_state
 from jigsaw_d2.training.train_step import Batch, NonFiniteLossError, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -73,18 +75,22 @@ class JigsawTrainer(DefaultTrainer):
         super(DefaultTrainer, self).__init__()
         self.store = store or open_store(cfg)
         self.cfg = cfg = resolve_config(cfg, self.store, comm.get_world_size())
-        set_tf32(cfg.SOLVER.TF32)
+        configure_backends(cfg)
         model = self.build_model(cfg)
         check_trainable(model)
-        device = model.device
+        self.device = device = model.device
         self._macs = backbone_macs(model.backbone, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE)
         self.ledger = Ledger(cfg.OUTPUT_DIR, device_name(device), writes=comm.is_main_process())
+        if cfg.MODEL.JIGSAW.ACTIVATION_CHECKPOINTING:
+            checkpoint_activations(model.backbone)
         if cfg.MODEL.JIGSAW.COMPILE:
             model.backbone.compile()
         optimizer = self.build_optimizer(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        ids = [device.index] if device.type == "cuda" else None
-        parallel = create_ddp_model(model, broadcast_buffers=False, device_ids=ids)
+        # No device_ids: with them DDP copies each batch once more, and waits for that.
+        parallel = create_ddp_model(
+            model, broadcast_buffers=False, device_ids=None, gradient_as_bucket_view=True
+        )
         precision = Precision.from_config(cfg)
         logger.info("computing in %s on %s", precision.dtype or torch.float32, self.ledger.device)
         self._trainer = TrainStep(parallel, optimizer, precision, cfg.SOLVER.ACCUMULATION_STEPS)
@@ -102,8 +108,29 @@ class JigsawTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        """Detectron2's SGD: decay WEIGHT_DECAY, for norms and biases what their own keys say."""
-        return super().build_optimizer(cfg, model)
+        """Detectron2's SGD: decay WEIGHT_DECAY, for norms and biases what their own keys say.
+
+        On a GPU in its fused form: one kernel, which also undoes float16's loss scaling, so that the
+        host need not wait to hear whether a gradient overflowed. (Clipping looks at gradients before
+        that, so with CLIP_GRADIENTS the plain form steps, and float16 waits once more.)
+        """
+        solver = cfg.SOLVER
+        parameters = get_default_optimizer_params(
+            model,
+            base_lr=solver.BASE_LR,
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
+            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        )
+        on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+        return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(
+            parameters,
+            lr=solver.BASE_LR,
+            momentum=solver.MOMENTUM,
+            nesterov=solver.NESTEROV,
+            weight_decay=solver.WEIGHT_DECAY,
+            fused=on_gpu and not solver.CLIP_GRADIENTS.ENABLED,
+        )
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
@@ -142,7 +169,8 @@ class JigsawTrainer(DefaultTrainer):
             return OrderedDict()
         stores = list(cfg.DATASETS.TEST)
         evaluator = evaluators[0] if evaluators else cls.build_evaluator(cfg, stores)
-        with Precision.from_config(cfg).autocast():
+        # Compiled code is for training alone: in evaluation the last batch has another size.
+        with Precision.from_config(cfg).autocast(), torch.compiler.set_stance("force_eager"):
             results = inference_on_dataset(model, cls.build_test_loader(cfg, stores), evaluator)
         if comm.is_main_process():
             print_csv_format(results)
@@ -162,11 +190,12 @@ class JigsawTrainer(DefaultTrainer):
                 images=cfg.SOLVER.IMS_PER_BATCH,
                 pixels=height * width,
                 macs=self._macs,
+                device=self.device,
                 world_size=comm.get_world_size(),
                 checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
             ),
             hooks.LRScheduler(),
-            build_erf_refresh_hook(cfg, model, self.store),
+            build_erf_refresh_hook(cfg, model, self.store, self._macs),
             StatisticsHook(periods),
             CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
@@ -185,7 +214,8 @@ class JigsawTrainer(DefaultTrainer):
                 "dropped %d lines of %s from iteration %d on", dropped, metrics, self.start_iter
             )
         board = TensorboardXWriter(str(folder), purge_step=self.start_iter)
-        return [CommonMetricPrinter(self.max_iter), MeterPrinter(), JSONWriter(str(metrics)), board]
+        printers = [CommonMetricPrinter(self.max_iter), MeterPrinter(self.device)]
+        return [*printers, JSONWriter(str(metrics)), board]
 
     def train(self) -> OrderedDict | None:
         """Run to SOLVER.MAX_ITER; returns the last evaluation's metrics on the main process.
@@ -205,17 +235,23 @@ class JigsawTrainer(DefaultTrainer):
 
     def _stop_on_bad_loss(self, scalars: dict[str, float], own: dict[str, float]) -> None:
         loss = own["total_loss"]
-        if math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"iteration {self.iter}: the loss of another rank is not finite; see its log"
-            )
+        said = "" if math.isfinite(loss) else self._keep_step(loss)
+        # All wait until every step is kept: the first rank that ends takes the others with it.
+        said = [text for text in comm.all_gather(said) if text] or ["it is their sum that overflows"]
+        raise NonFiniteLossError(f"iteration {self.iter}: {'; '.join(said)}")
+
+    def _keep_step(self, loss: float) -> str:
+        """Write what ``--replay`` repeats; what to tell about it."""
         path = Path(self.cfg.OUTPUT_DIR) / f"replay_{self.iter:07d}_rank{comm.get_rank()}.pth"
-        model = self.checkpointer.model
-        save_step(path, self.cfg, self._trainer, model, self.iter, loss)
+        try:
+            save_step(path, self.cfg, self._trainer, self.checkpointer.model, self.iter, loss)
+            kept = f"Repeat the step with train_net.py --replay {path}"
+        except OSError as error:
+            kept = f"The step could not be kept ({error})"
         ids = sample_ids(self._trainer.record.batches)
-        raise NonFiniteLossError(
-            f"iteration {self.iter}: the loss is {loss}; nothing was updated. Repeat the step with "
-            f"train_net.py --replay {path}; sample ids R1..R4 of its images: {ids}"
+        return (
+            f"the loss is {loss}; nothing was updated. {kept}; "
+            f"sample ids R1..R4 of its images: {ids}"
         )
 
     def save_checkpoint(self, name: str) -> None:
@@ -238,7 +274,11 @@ class JigsawTrainer(DefaultTrainer):
         self.start_iter = self.iter + 1
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """From OUTPUT_DIR's last checkpoint, or from MODEL.WEIGHTS, or from nothing."""
+        """From OUTPUT_DIR's last checkpoint, or from MODEL.WEIGHTS, or from nothing.
+
+        Raises:
+            RunError: not all ranks start from the same.
+        """
         if resume and self.checkpointer.has_checkpoint():
             path = self.checkpointer.get_checkpoint_file()
             state = self.checkpointer.load_state(path)
@@ -247,6 +287,7 @@ class JigsawTrainer(DefaultTrainer):
             logger.info("resuming at iteration %d", self.start_iter)
         elif self.cfg.MODEL.WEIGHTS:
             load_initial_weights(self.checkpointer.model, self.cfg.MODEL.WEIGHTS, self.cfg)
+        check_same_start(self.checkpointer.model, self.start_iter, self.cfg.OUTPUT_DIR)
 
     def load_for_evaluation(self, resume: bool = False) -> None:
         """Load model and classifier of MODEL.WEIGHTS, or with ``resume`` of the last checkpoint.

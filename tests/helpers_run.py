@@ -24,6 +24,7 @@ import jigsaw_d2.commands.pretrain
 import jigsaw_d2.training.checkpointing
 from jigsaw_d2.commands import run_command
 from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.io import ConfigError
 from jigsaw_d2.trainer import JigsawTrainer
 
 
@@ -75,6 +76,8 @@ def tiny_options(folder: Path, *overrides: object) -> list[str]:
         "MODEL.JIGSAW.ERF.PERIOD": 5,
         "MODEL.JIGSAW.ERF.NUM_IMAGES": 2,
         "MODEL.JIGSAW.ERF.FIGURES": False,
+        "MODEL.JIGSAW.CHANNELS_LAST": False,  # no trial decides, so that runs can be compared
+        "SOLVER.AMP.ENABLED": False,
         "SOLVER.IMS_PER_BATCH": 4,
         "SOLVER.REFERENCE_BATCH_SIZE": 0,
         "SOLVER.BASE_LR": 0.05,
@@ -100,6 +103,8 @@ class RecordingTrainer(JigsawTrainer):
     """Appends each step's loss, to the last bit, to the file named by LOSSES."""
 
     def run_step(self) -> None:
+        if os.environ.get("FAIL") == f"step {self.iter}":
+            raise ConfigError("this rank alone is wrong")
         super().run_step()
         loss = self.storage.history("total_loss").latest()
         with open(os.environ["LOSSES"], "a") as f:
@@ -157,7 +162,7 @@ def _command(argv: list[str], environment: dict[str, str]) -> None:
 def start(argv: list[str], **environment: str) -> multiprocessing.Process:
     """Start train_net.py with ``argv`` in a child.
 
-    ``environment``: LOSSES and STDERR (files), KILL (see above), torchrun's variables.
+    ``environment``: LOSSES and STDERR (files), KILL and FAIL (see above), torchrun's variables.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jigsaw_d2.commands.pretrain", "pygments.lexers"])

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,12 @@ from detectron2.config import CfgNode
 from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.data_loader import LoaderError, build_jigsaw_eval_loader, build_jigsaw_train_loader
+from jigsaw_d2.data_loader import (
+    LoaderError,
+    build_jigsaw_eval_loader,
+    build_jigsaw_train_loader,
+    check_shared_memory,
+)
 from jigsaw_d2.jigsaw_sampler import SamplerError
 from jigsaw_d2.sample_store import SampleStore, StoreGoneError
 from jigsaw_d2.store.writer import StoreWriter
@@ -192,3 +198,18 @@ def test_several_stores_are_parts_of_one(store, tmp_path):
     both = SampleStore([*store.paths, *other.paths])
     seen = torch.cat([b["sample_ids"].flatten() for b in batches(make_cfg(both, batch=8), 4)])
     assert seen.min() < len(store) <= seen.max() < len(both)
+
+
+def test_workers_whose_batches_do_not_fit_shared_memory_are_refused(monkeypatch):
+    """A batch of 512 takes 77 MB; a container has 64 MB unless told otherwise."""
+    cfg = get_jigsaw_cfg("jigsaw_R_50.yaml", ["DATALOADER.NUM_WORKERS", "2"])
+    usage = SimpleNamespace(free=64 * 2**20)
+    monkeypatch.setattr("jigsaw_d2.data_loader.shutil.disk_usage", lambda folder: usage)
+    # 2 processes x 2 workers x 2 batches of 512 / 2 images of 3 x 224 x 224 bytes
+    needed = 2 * 2 * 2 * 256 * 3 * 224 * 224
+    with pytest.raises(LoaderError, match="294 MiB, but 64 MiB are free: .*--shm-size 1g"):
+        check_shared_memory(cfg, 2, 2)
+    usage.free = needed
+    check_shared_memory(cfg, 2, 2)
+    cfg.DATALOADER.NUM_WORKERS, usage.free = 0, 0
+    check_shared_memory(cfg, 2, 2)

@@ -106,7 +106,7 @@ class ScheduleTest(unittest.TestCase):
 
 class RefreshTest(unittest.TestCase):
     def run_hook(self, model, iteration=0, **settings):
-        hook = ErfRefreshHook(model, load_images, num_images=3, period=5, **settings)
+        hook = ErfRefreshHook(model, load_images, num_images=3, period=5, macs=7, **settings)
         hook.trainer = SimpleNamespace(iter=iteration, ledger=Ledger())
         with EventStorage(iteration) as hook.trainer.storage:
             hook.before_step()
@@ -153,7 +153,8 @@ class RefreshTest(unittest.TestCase):
         self.assertEqual(
             (stage, amounts["images"], amounts["pixels"]), ("erf_refresh", 3, 3 * 96 * 96)
         )
-        self.assertGreater(amounts["flops"], 0)
+        # Two a MAC, of a forward pass and as many for each of the 3x3 cells' backward pass.
+        self.assertEqual(amounts["flops"], 3 * 2 * 7 * (1 + 9))
 
         before = model.erf_weights.clone()
         hook = self.run_hook(model, iteration=5)  # same network, other images

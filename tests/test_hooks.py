@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from detectron2.utils.events import EventStorage
 
 from jigsaw_d2.cost import Ledger, read_ledger
@@ -13,6 +14,9 @@ from jigsaw_d2.training.hooks import (
     StatisticsHook,
     memory_mb,
 )
+
+
+CPU = torch.device("cpu")
 
 
 class Clock:
@@ -42,7 +46,7 @@ def steps(hook: MeterHook, storage: EventStorage, clock: Clock, number: int) -> 
 def test_meter_by_hand(tmp_path, monkeypatch):
     clock, storage = Clock(monkeypatch), EventStorage(0)
     ledger = Ledger(tmp_path, "CPU")
-    hook = MeterHook(ledger, images=16, pixels=100, macs=1000, world_size=2)
+    hook = MeterHook(ledger, images=16, pixels=100, macs=1000, device=CPU, world_size=2)
     steps(hook, storage, clock, 20)
     latest = {name: value for name, (value, _) in storage.latest().items()}
     assert latest["images_per_s"] == 8.0  # 16 images in 2 s
@@ -58,7 +62,9 @@ def test_meter_by_hand(tmp_path, monkeypatch):
 
 def test_what_a_checkpoint_holds_is_in_the_ledger_before_it(tmp_path, monkeypatch):
     clock, storage = Clock(monkeypatch), EventStorage(0)
-    hook = MeterHook(Ledger(tmp_path), images=1, pixels=1, macs=1, checkpoint_period=3)
+    hook = MeterHook(
+        Ledger(tmp_path), images=1, pixels=1, macs=1, device=CPU, checkpoint_period=3
+    )
     steps(hook, storage, clock, 5)
     assert read_ledger(tmp_path)["stages"]["pretraining"]["images"] == 3
     hook.after_train()
@@ -73,9 +79,9 @@ def test_printer_tells_regions_once_a_step(tmp_path, caplog):
         for region in (1, 2, 3, 4):
             storage.put_scalar(f"region/R{region}_top1", region / 10, smoothing_hint=False)
         with caplog.at_level("INFO", "jigsaw_d2.training.hooks"):
-            MeterPrinter().write()
+            MeterPrinter(CPU).write()
             storage.iter = 20
-            MeterPrinter().write()  # nothing new
+            MeterPrinter(CPU).write()  # nothing new
     (line,) = caplog.messages
     assert "12.0 images/s" in line and "data wait: 1.0%" in line and "erf: 0.2%" in line
     assert line.endswith("top-1 of R1..R4: 10.0 20.0 30.0 40.0 %")
@@ -109,4 +115,4 @@ def test_statistics_are_averaged_before_whatever_uses_them(monkeypatch):
 
 
 def test_memory_is_in_mebibytes():
-    assert 50 < memory_mb() < 10**6
+    assert 50 < memory_mb(CPU) < 10**6

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from helpers_run import read_losses, start, tiny_options, torchrun_variables, train
 from torch.multiprocessing import ProcessRaisedException
 
+from jigsaw_d2.io import ConfigError
 from jigsaw_d2.training.launching import PeerLostError, RankError, as_peer_lost, launch_job
 
 CONFIG = ["--config-file", "Base-JigsawPretrain.yaml"]
@@ -82,6 +83,32 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
         assert all(loss == expected[i] for i, loss in losses)
 
 
+def test_a_rank_that_fails_does_not_wait_for_the_others(tmp_path):
+    """It ends with its own words while the other one waits in a collective."""
+    options = tiny_options(tmp_path, "SOLVER.PEER_TIMEOUT", 60)
+    assert join(start_ranks([*CONFIG, *options], tmp_path, FAIL="step 4"), 50) == [2, 2]
+    assert "error: this rank alone is wrong" in (tmp_path / "stderr1").read_text()
+    assert "error: rank 0 lost a peer" in (tmp_path / "stderr0").read_text()
+
+
+def test_ranks_without_a_shared_folder_are_refused(tmp_path):
+    """Rank 1 has a run in its OUTPUT_DIR, and a seed; rank 0, whose disk is another, has none."""
+    options = tiny_options(tmp_path, "SOLVER.MAX_ITER", 6, "SEED", -1)
+    assert train([*CONFIG, *options], LOSSES=str(tmp_path / "one")) == 0
+    marker = (tmp_path / "run" / "last_checkpoint").write_text("model_0000002.pth")
+    assert marker
+    children = []
+    for rank, variables in enumerate(torchrun_variables(2)):
+        files = {"LOSSES": str(tmp_path / f"losses{rank}"), "STDERR": str(tmp_path / f"err{rank}")}
+        folder = ["OUTPUT_DIR", str(tmp_path / ("run" if rank else "elsewhere"))]
+        argv = ["--resume", *CONFIG, *options, *folder]
+        children.append(start(argv, **variables, **files))
+    assert join(children) == [2, 2]
+    for rank in (0, 1):
+        said = (tmp_path / f"err{rank}").read_text()
+        assert "rank 0: iteration 0; rank 1: iteration 3" in said and "shared disk" in said
+
+
 def test_a_silent_peer_is_given_up_on_in_the_stated_time(tmp_path):
     options = tiny_options(tmp_path, "SOLVER.MAX_ITER", 100000, "SOLVER.PEER_TIMEOUT", 3)
     waiting, silent = start_ranks([*CONFIG, *options], tmp_path)
@@ -123,6 +150,41 @@ def meet(folder: Path) -> None:
     time.sleep(600)
 
 
+def tell(folder: Path) -> None:
+    backend = torch.distributed.get_backend()
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    (folder / f"rank{comm.get_rank()}").write_text(f"{backend} {seen!r}")
+
+
+def test_ranks_on_cpus_leave_the_gpus_of_their_machine_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    launch_job(tell, 2, dist_url="auto", args=(tmp_path,), timeout=60, device="cpu")
+    assert [(tmp_path / f"rank{r}").read_text() for r in (0, 1)] == ["gloo ''"] * 2
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_more_processes_than_gpus_are_refused(monkeypatch, torchrun):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for name, value in torchrun_variables(2)[1].items() if torchrun else ():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="PyTorch sees 1 GPU"):
+        launch_job(print, 2)
+
+
+def test_torchruns_ranks_join_by_the_device_of_the_config(monkeypatch):
+    """A CPU run on a machine with GPUs meets by Gloo and chooses no GPU."""
+    for name, value in torchrun_variables(1)[0].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: 1 / 0)
+    found = []
+    launch_job(lambda: found.append(torch.distributed.get_backend()), 1, device="cpu")
+    assert found == ["gloo"]
+    monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
+
+
 def test_detectron2s_launch_starts_ranks_and_tells_which_died(tmp_path):
     with pytest.raises(PeerLostError, match="process 1 of this machine ended .*SIGKILL"):
         launch_job(meet, 2, dist_url="auto", args=(tmp_path,), timeout=60)
@@ -142,7 +204,7 @@ def test_an_error_of_ours_in_a_rank_is_told_in_one_line(monkeypatch, name, expec
 
     monkeypatch.setattr("jigsaw_d2.training.launching.launch", fail)
     with pytest.raises(expected, match="^process 1: what is wrong$"):
-        launch_job(print, 2)
+        launch_job(print, 2, device="cpu")
 
 
 def test_any_other_error_in_a_rank_keeps_its_traceback(monkeypatch):
@@ -151,7 +213,7 @@ def test_any_other_error_in_a_rank_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr("jigsaw_d2.training.launching.launch", fail)
     with pytest.raises(ProcessRaisedException, match="KeyError"):
-        launch_job(print, 2)
+        launch_job(print, 2, device="cpu")
 
 
 def test_one_process_is_called_directly(monkeypatch):

@@ -7,6 +7,8 @@ import torch
 
 from jigsaw_d2.training.random_state import gather_random_states, get_random_state, set_random_state
 
+CPU = torch.device("cpu")
+
 
 def draw() -> tuple:
     legacy = np.random.normal  # one half of a pair is kept inside the generator
@@ -14,13 +16,13 @@ def draw() -> tuple:
 
 
 def test_draws_repeat_after_a_round_trip_through_a_file(tmp_path):
-    outside = get_random_state()
+    outside = get_random_state(CPU)
     try:
         draw()
-        torch.save(gather_random_states(), tmp_path / "state.pth")
+        torch.save(gather_random_states(CPU), tmp_path / "state.pth")
         expected = [draw() for _ in range(3)]
         (state,) = torch.load(tmp_path / "state.pth", weights_only=True)
-        set_random_state(state)
+        set_random_state(state, CPU)
         assert [draw() for _ in range(3)] == expected
     finally:
-        set_random_state(outside)
+        set_random_state(outside, CPU)

@@ -41,16 +41,37 @@ def test_a_drawn_seed_is_kept_by_the_run(tmp_path, store):
     first, second = resolve_config(cfg, store).SEED, resolve_config(cfg, store).SEED
     assert first != second
     (tmp_path / "run").mkdir()
-    content = {"model": {}, "jigsaw": {"sampler": {"seed": 1234}}}
+    content = {"model": {}, "jigsaw": {"config": "SEED: 1234"}}
     save_atomically(content, tmp_path / "run" / "model_0000002.pth")
     (tmp_path / "run" / "last_checkpoint").write_text("model_0000002.pth")
     assert resolve_config(cfg, store).SEED == 1234
+
+
+def test_what_a_trial_said_is_kept_by_the_run(tmp_path, store, monkeypatch):
+    """A resume goes on in the same precision, whatever the machine would say today."""
+    saved = "SOLVER: {AMP: {ENABLED: true, DTYPE: bfloat16}}\nMODEL: {JIGSAW: {CHANNELS_LAST: true}}"
+    monkeypatch.setattr("jigsaw_d2.training.precision._time_candidates", lambda cfg: 1 / 0)
+    open_ = ("SOLVER.AMP.ENABLED", True, "MODEL.JIGSAW.CHANNELS_LAST", None)
+    with pytest.raises(ZeroDivisionError):
+        resolve_config(tiny_cfg(tmp_path, *open_), store)
+    (tmp_path / "run").mkdir()
+    content = {"model": {}, "jigsaw": {"config": saved}}
+    save_atomically(content, tmp_path / "run" / "model_0000002.pth")
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000002.pth")
+    cfg = resolve_config(tiny_cfg(tmp_path, *open_), store)
+    assert (cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE) == (True, "bfloat16")
+    assert cfg.MODEL.JIGSAW.CHANNELS_LAST is True
 
 
 @pytest.mark.parametrize(
     "overrides, world_size, message",
     [
         (("SOLVER.IMS_PER_BATCH", 6), 4, r"IMS_PER_BATCH 6 does not divide into 4 process"),
+        (
+            ("SOLVER.IMS_PER_BATCH", 512),
+            5,
+            "set it to 510 or 515 .* or use one of 1, 2, 4, 8, 16, 32, 64 process",
+        ),
         (("SOLVER.ACCUMULATION_STEPS", 3), 1, "ACCUMULATION_STEPS 3"),
         (("SOLVER.ACCUMULATION_STEPS", 0), 1, "ACCUMULATION_STEPS 0"),
         (("MODEL.JIGSAW.NUM_CLASSES", 80), 1, "NUM_CLASSES is 80, but the store .* has 3"),
@@ -65,6 +86,24 @@ def test_a_machine_without_gpu_says_which_key_to_set(tmp_path, store, monkeypatc
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(RunConfigError, match="add MODEL.DEVICE cpu"):
         resolve_config(tiny_cfg(tmp_path, "MODEL.DEVICE", "cuda"), store)
+
+
+def fake_gpus(monkeypatch, count: int) -> list:
+    chosen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: chosen.append(str(device)))
+    return chosen
+
+
+def test_a_numbered_gpu_becomes_the_current_one(tmp_path, store, monkeypatch):
+    chosen = fake_gpus(monkeypatch, 2)
+    resolve_config(tiny_cfg(tmp_path, "MODEL.DEVICE", "cuda:1"), store)
+    assert chosen == ["cuda:1"]
+    with pytest.raises(RunConfigError, match="cuda:2, but PyTorch sees 2 GPU"):
+        resolve_config(tiny_cfg(tmp_path, "MODEL.DEVICE", "cuda:2"), store)
+    with pytest.raises(RunConfigError, match="cuda:1 with 2 processes"):
+        resolve_config(tiny_cfg(tmp_path, "MODEL.DEVICE", "cuda:1"), store, 2)
 
 
 def test_no_store_is_named():

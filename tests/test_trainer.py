@@ -10,26 +10,30 @@ import yaml
 from detectron2.engine import HookBase
 from helpers_run import tiny_cfg, tiny_options
 from torch import nn
+from torch._dynamo.utils import counters
 
 from jigsaw_d2.commands import run_command
 from jigsaw_d2.commands.pretrain import main
+from jigsaw_d2.config import OBJECTIVES
+from jigsaw_d2.io import ConfigError, RunError
 from jigsaw_d2.trainer import JigsawTrainer
 from jigsaw_d2.training.checkpointing import CheckpointError, read_checkpoint
 from jigsaw_d2.training.norm import FrozenError
 from jigsaw_d2.training.random_state import get_random_state, set_random_state
+from jigsaw_d2.training.run_state import check_same_start
 from jigsaw_d2.training.train_step import NonFiniteLossError
 
 
 @pytest.fixture(autouse=True)
 def undisturbed():
     """Runs set seeds and reconfigure loggers of the whole process; other tests share it."""
-    state = get_random_state()
+    state = get_random_state(torch.device("cpu"))
     names = ("detectron2", "fvcore", "jigsaw_d2")
     before = {
         n: (list(logging.getLogger(n).handlers), logging.getLogger(n).propagate) for n in names
     }
     yield
-    set_random_state(state)
+    set_random_state(state, torch.device("cpu"))
     for name, (handlers, propagate) in before.items():
         logging.getLogger(name).handlers[:] = handlers
         logging.getLogger(name).propagate = propagate
@@ -142,15 +146,91 @@ def test_fast_ways_agree_with_plain_float32(tmp_path, overrides, tolerance):
     assert losses_of(tmp_path, *overrides) == pytest.approx(losses_of(tmp_path), rel=tolerance)
 
 
-def test_a_compiled_backbone_agrees(tmp_path, monkeypatch):
-    """Captured and differentiated by torch.compile; its code generator takes minutes on a CPU."""
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_compiled_backbone_agrees(tmp_path, monkeypatch, objective):
+    """Captured and differentiated by torch.compile; its code generator takes minutes on a CPU.
+
+    ERF refreshes and evaluations between the steps compile nothing more.
+    """
     compiled = functools.partialmethod(nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(nn.Module, "compile", compiled)
-    plain = losses_of(tmp_path, "MODEL.JIGSAW.OBJECTIVE", "block_wise")
-    overrides = ("MODEL.JIGSAW.OBJECTIVE", "block_wise", "MODEL.JIGSAW.COMPILE", True)
-    assert losses_of(tmp_path, *overrides) == pytest.approx(plain, rel=1e-4)
+    overrides = ("MODEL.JIGSAW.OBJECTIVE", objective, "TEST.EVAL_PERIOD", 2)
+    overrides += ("MODEL.JIGSAW.ERF.PERIOD", 2, "DATASETS.TEST", (str(tmp_path / "store"),))
+    plain = losses_of(tmp_path, *overrides)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled_losses = losses_of(tmp_path, *overrides, "MODEL.JIGSAW.COMPILE", True)
+    assert compiled_losses == pytest.approx(plain, rel=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
     names = set(read_checkpoint(tmp_path / "run" / "model_final.pth")["model"])
     assert "backbone.layers.0.weight" in names  # no prefix of the compiler's
+
+
+def test_parts_of_the_backbone_that_do_nothing_are_named(tmp_path):
+    """An output that is not classified: DistributedDataParallel would fail in the second step."""
+
+    class Idle(JigsawTrainer):
+        @classmethod
+        def build_model(cls, cfg):
+            model = super().build_model(cfg)
+            model.backbone.aside = nn.Conv2d(32, 8, 1)
+            return model
+
+    trainer = Idle(tiny_cfg(tmp_path))
+    before = trainer.model.classifier.weight.clone()
+    message = "2 parameters receive no gradient.*: backbone.aside.weight, backbone.aside.bias; let"
+    with pytest.raises(ConfigError, match=message):
+        trainer.train()
+    assert torch.equal(trainer.model.classifier.weight, before)
+
+
+def test_every_rank_waits_until_the_bad_step_is_kept(tmp_path, monkeypatch):
+    """The first rank to end takes the others with it; all tell what the bad one kept."""
+    kept = f"replay_0000000_rank1.pth lies in {tmp_path}"
+    (tmp_path / "run").mkdir()
+    for own, gathered in ((1.5, ["", kept]), (float("nan"), None)):
+        trainer = JigsawTrainer(tiny_cfg(tmp_path))
+        trainer.iter, asked = 0, []
+
+        def all_gather(text, others=gathered, asked=asked):
+            asked.append(text)
+            asked.append(sorted(p.name for p in (tmp_path / "run").glob("replay*")))
+            return others or [text]
+
+        monkeypatch.setattr("jigsaw_d2.trainer.comm.all_gather", all_gather)
+        with pytest.raises(NonFiniteLossError) as caught:
+            trainer._stop_on_bad_loss({"total_loss": float("nan")}, {"total_loss": own})
+        if gathered:  # a healthy rank says what the other one found
+            assert asked == ["", []] and kept in str(caught.value)
+        else:  # the bad one has written its file before it meets the others
+            assert asked[1] == ["replay_0000000_rank0.pth"] and "the loss is nan" in asked[0]
+
+
+def test_ranks_that_start_apart_are_told_so(monkeypatch):
+    model = nn.Linear(2, 1)
+    check_same_start(model, 5, "out")
+    starts = {}
+    monkeypatch.setattr(
+        "jigsaw_d2.training.run_state.comm.all_gather", lambda own: [own, starts.get("other", own)]
+    )
+    check_same_start(model, 5, "out")
+    _, total = (5, sum(p.double().sum() for p in model.parameters()).item())
+    for other in ((0, total), (5, total + 1)):
+        starts["other"] = other
+        with pytest.raises(RunError, match=f"rank 0: iteration 5; rank 1: iteration {other[0]}.*out"):
+            check_same_start(model, 5, "out")
+
+
+def test_a_checkpoint_goes_on_in_the_optimizers_form_of_this_machine(tmp_path):
+    JigsawTrainer(tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 3)).train()
+    path = tmp_path / "run" / "model_final.pth"
+    content = torch.load(path, weights_only=True)
+    for group in content["optimizer"]["param_groups"]:
+        group["fused"] = True  # as a GPU's
+    torch.save(content, path)
+    trainer = JigsawTrainer(tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 4))
+    trainer.resume_or_load()
+    assert not any(group["fused"] for group in trainer._trainer.optimizer.param_groups)
 
 
 def test_gradient_clipping_by_config(tmp_path):

@@ -88,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     cfg = setup(args)
     job = partial(finetune, resume=args.resume, eval_only=args.eval_only, force=args.force)
     machines = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
-    launch_job(job, *machines, args=(cfg,), timeout=cfg.SOLVER.PEER_TIMEOUT)
+    launch_job(
+        *(job, *machines), args=(cfg,), timeout=cfg.SOLVER.PEER_TIMEOUT, device=cfg.MODEL.DEVICE
+    )
     if _is_first():
         sys.stdout.write(f"results: {cfg.OUTPUT_DIR}/results.json\n")
     return 0

@@ -66,7 +66,7 @@ def load_network(
     if feature.startswith("res") and feature not in outputs:
         if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
             cfg.MODEL.RESNETS.OUT_FEATURES = [*outputs, feature]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # it is made on the CPU
         torch.manual_seed(seed)
         backbone = build_backbone(cfg).to(cfg.MODEL.DEVICE).eval()
     names = list(backbone.output_shape())

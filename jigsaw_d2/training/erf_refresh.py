@@ -10,7 +10,6 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from jigsaw_d2.cost import backbone_flops
 from jigsaw_d2.erf import ErfMeasurement, check_grad, measure_erf
 from jigsaw_d2.erf_weights import (
     ErfError,
@@ -21,12 +20,14 @@ from jigsaw_d2.erf_weights import (
 )
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.training.erf_inputs import jigsaw_stream
-from jigsaw_d2.training.network_state import measuring, unwrap
+from jigsaw_d2.training.network_state import unwrap
 from jigsaw_d2.training.precision import Precision
 from jigsaw_d2.visualization.erf import erf_figure, figure_pixels
 
 logger = logging.getLogger(__name__)
 
+# Images of one backward pass; the sums do not depend on it.
+BATCH_SIZES = {"cuda": 64, "cpu": 16}
 # Probes per period when MAX_DRIFT watches the weights: ten times the refresh cost, still under 1 %.
 PROBES_PER_PERIOD = 10
 
@@ -51,6 +52,7 @@ class ErfRefreshHook(HookBase):
         max_drift: float = 0.0,
         amp_dtype: torch.dtype | None = None,
         figures: bool = False,
+        macs: int = 0,
     ) -> None:
         """
         Args:
@@ -65,6 +67,7 @@ class ErfRefreshHook(HookBase):
             amp_dtype: precision of the measurement; None = the network's own. Should it overflow,
                 that measurement is repeated in the network's own.
             figures: put the regions' maps into the event storage at each refresh.
+            macs: multiply-accumulates of one image's forward pass, for the ledger.
 
         Raises:
             ErfError: a period, first iteration, number of images, drift or ``grad`` that makes no
@@ -85,7 +88,8 @@ class ErfRefreshHook(HookBase):
         self._max_drift = max_drift
         self._amp_dtype = amp_dtype
         self._figures = figures
-        self._flops = 0
+        # One forward pass, and one backward pass to the input a cell: as many products again.
+        self._flops = 2 * macs * (1 + self._model.cell_regions.numel())
 
     def before_step(self) -> None:
         """Refresh or probe, where this iteration is one for it."""
@@ -139,6 +143,7 @@ class ErfRefreshHook(HookBase):
                 model.template,
                 model.in_feature,
                 self._grad,
+                batch_size=BATCH_SIZES[model.device.type],
                 with_maps=self._figures and comm.is_main_process(),
                 amp_dtype=amp_dtype,
             )
@@ -159,7 +164,8 @@ class ErfRefreshHook(HookBase):
     ) -> None:
         """Log and event storage; the summary shows the weights in force from now on."""
         model, storage = self._model, self.trainer.storage
-        outside = outside_shares(measured.region_sums, model.cell_regions).tolist()
+        sums, regions = measured.region_sums.cpu(), model.cell_regions.cpu()
+        outside = outside_shares(sums, regions).tolist()
         if not first:
             storage.put_scalar("erf/drift", drift, smoothing_hint=False)
         for r, share in enumerate(outside):
@@ -167,14 +173,14 @@ class ErfRefreshHook(HookBase):
         storage.put_scalar("erf/seconds", seconds, smoothing_hint=False)
         change = "first measurement" if first else f"drift {drift:.4f}"
         verb = "ERF weights renewed" if installed else "ERF probed, weights kept"
-        table = format_summary(measured.region_sums, model.erf_weights, model.cell_regions)
+        table = format_summary(sums, model.erf_weights.cpu(), regions)
         logger.info(
             "%s at iteration %d: %d images, %.1f s, %s%s",
             *(verb, iteration, measured.num_images, seconds, change),
             f"\n{table}" if installed else "",
         )
         if installed and measured.region_maps is not None:
-            shares = region_shares(measured.region_sums, model.cell_regions)
+            shares = region_shares(sums, regions)
             figure = erf_figure([""], [measured.region_maps], [shares], model.template)
             storage.put_image("erf/regions", figure_pixels(figure))
 
@@ -184,11 +190,6 @@ class ErfRefreshHook(HookBase):
         if ledger is None:
             return
         height, width = self._model.template.height, self._model.template.width
-        if not self._flops:
-            # One forward pass, and one backward pass to the input a cell: as many products again.
-            passes = 1 + self._model.cell_regions.numel()
-            with measuring(self._model.backbone) as backbone:
-                self._flops = passes * backbone_flops(backbone, height, width)
         ledger.record(
             "erf_refresh",
             images=self._num_images,
@@ -206,7 +207,7 @@ def _broadcast(*tensors: Tensor) -> None:
 
 
 def build_erf_refresh_hook(
-    cfg: CfgNode, model: nn.Module, store: SampleStore
+    cfg: CfgNode, model: nn.Module, store: SampleStore, macs: int = 0
 ) -> ErfRefreshHook | None:
     """The hook of a configuration; None where the objective uses no ERF.
 
@@ -227,4 +228,5 @@ def build_erf_refresh_hook(
         max_drift=erf.MAX_DRIFT,
         amp_dtype=Precision.from_config(cfg).dtype if erf.AMP else None,
         figures=erf.FIGURES,
+        macs=macs,
     )

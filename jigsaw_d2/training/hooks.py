@@ -35,12 +35,14 @@ class MeterHook(HookBase):
         images: int,
         pixels: int,
         macs: int,
+        device: torch.device,
         world_size: int = 1,
         checkpoint_period: int = 0,
     ) -> None:
         """
         Args:
             ledger: of the run.
+            device: whose memory is looked at.
             images: per step, over all ranks.
             pixels: per image.
             macs: multiply-accumulates of one image's forward pass.
@@ -51,6 +53,7 @@ class MeterHook(HookBase):
         self._images = images
         self._pixels = pixels
         self._macs = macs
+        self._device = device
         self._world_size = world_size
         self._checkpoint_period = checkpoint_period
         self._steps = 0
@@ -77,7 +80,7 @@ class MeterHook(HookBase):
         storage.put_scalar("erf_share", self._erf_seconds / self._run_seconds, smoothing_hint=False)
         done = self.trainer.iter + 1
         if done % WRITE_PERIOD == 0:
-            storage.put_scalar("memory_mb", memory_mb(), smoothing_hint=False)
+            storage.put_scalar("memory_mb", memory_mb(self._device), smoothing_hint=False)
             self._flush()
         elif self._checkpoint_period > 0 and done % self._checkpoint_period == 0:
             self._flush()
@@ -103,15 +106,18 @@ class MeterHook(HookBase):
         self._steps, self._seconds = 0, 0.0
 
 
-def memory_mb() -> float:
-    """Most memory held at once, in MiB: by PyTorch on the GPU, or by this process without one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+def memory_mb(device: torch.device) -> float:
+    """Most memory held at once, in MiB: by PyTorch on a GPU, by this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 class MeterPrinter(EventWriter):
     """The log line that Detectron2's printer leaves out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def write(self) -> None:
         storage = get_event_storage()
@@ -122,7 +128,7 @@ class MeterPrinter(EventWriter):
         line = (
             f" iter: {storage.iter}  {value['images_per_s']:.1f} images/s"
             f"  data wait: {value['data_wait_share']:.1%}  erf: {value['erf_share']:.1%}"
-            f"  memory: {value.get('memory_mb', memory_mb()):.0f}M"
+            f"  memory: {value.get('memory_mb', memory_mb(self._device)):.0f}M"
         )
         tops = [
             f"{100 * value[f'region/R{r}_top1']:.1f}" for r in range(1, 5) if self._has(value, r)
@@ -182,7 +188,7 @@ class ContinueHook(HookBase):
                 self.trainer.storage.put_scalar(name, value)
         self.trainer.storage.iter = self.trainer.iter
         if resumed["random_state"] is not None:
-            set_random_state(resumed["random_state"])
+            set_random_state(resumed["random_state"], self.trainer.device)
 
 
 class FirstBatchHook(HookBase):

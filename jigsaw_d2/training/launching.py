@@ -1,10 +1,11 @@
 """One process or many, on one machine or several: Detectron2's ``launch``, or ``torchrun``."""
 
+import contextlib
 import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.io import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ def launch_job(
     dist_url: str | None = None,
     args: tuple = (),
     timeout: float = 600,
+    device: str = "cuda",
 ) -> None:
     """Run ``main_func(*args)`` in every process of the job.
 
@@ -55,23 +58,33 @@ def launch_job(
 
     Args:
         timeout: seconds without a sign of life after which the others give up on a process.
+        device: MODEL.DEVICE; with "cpu" the processes leave the machine's GPUs alone.
 
     Raises:
+        ConfigError: more processes than GPUs.
         PeerLostError: a process of the job was killed, or did not answer in time.
         RankError: one that ``launch`` started met an error of this project's.
     """
+    on_gpu = torch.device(device).type == "cuda"
     if all(name in os.environ for name in _TORCHRUN_VARIABLES):
-        _join_torchrun(timeout)
-        try:
-            main_func(*args)
-        finally:
-            leave_group()
+        _join_torchrun(timeout, on_gpu)
+        # Not in a finally: a rank that failed would wait in there for the others, and they for it.
+        _run_and_leave(timeout, main_func, *args)
         return
+    if num_gpus * num_machines == 1:
+        main_func(*args)
+        return
+    if on_gpu and torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
+        raise ConfigError(
+            f"--num-gpus is {num_gpus}, but PyTorch sees {torch.cuda.device_count()} GPU(s)"
+        )
     limit = timedelta(seconds=timeout)
     try:
-        if num_gpus * num_machines > 1:
-            main_func, args = _run_and_leave, (main_func, *args)
-        launch(main_func, num_gpus, num_machines, machine_rank, dist_url, args, limit)
+        with contextlib.nullcontext() if on_gpu else _hidden_gpus():
+            launch(
+                *(_run_and_leave, num_gpus, num_machines, machine_rank, dist_url),
+                *((timeout, main_func, *args), limit),
+            )
     except ProcessExitedException as error:
         raise PeerLostError(
             f"process {error.error_index} of this machine ended ({error.msg.splitlines()[0]}); the "
@@ -85,7 +98,25 @@ def launch_job(
         raise kind(f"process {error.error_index}: {said[-1][1]}") from error
 
 
-def _run_and_leave(main_func: Callable[..., Any], *args: Any) -> None:
+@contextlib.contextmanager
+def _hidden_gpus() -> Iterator[None]:
+    """Processes started meanwhile see no GPU: Detectron2 would join them by NCCL if they did."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def _run_and_leave(timeout: float, main_func: Callable[..., Any], *args: Any) -> None:
+    if torch.distributed.get_backend() == "nccl":
+        # Detectron2 makes this group on its first use, with half an hour's patience.
+        side = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        comm._get_global_gloo_group = lambda: side
     main_func(*args)
     leave_group()
 
@@ -101,14 +132,18 @@ def leave_group() -> None:
     torch.distributed.destroy_process_group()
 
 
-def _join_torchrun(timeout: float) -> None:
+def _join_torchrun(timeout: float, on_gpu: bool) -> None:
     """Do for a process of torchrun what ``launch`` does for its own."""
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
+    if on_gpu:
+        if local_size > torch.cuda.device_count():
+            raise ConfigError(
+                f"torchrun started {local_size} processes here, but PyTorch sees "
+                f"{torch.cuda.device_count()} GPU(s); start as many, or set MODEL.DEVICE cpu"
+            )
         torch.cuda.set_device(local_rank)
     torch.distributed.init_process_group(
-        "nccl" if has_gpu else "gloo", timeout=timedelta(seconds=timeout)
+        "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout)
     )
     machines = torch.distributed.get_world_size() // local_size
     mine = torch.distributed.get_rank() // local_size

@@ -37,6 +37,8 @@ def resolve_norm(cfg: CfgNode, world_size: int) -> str:
     if norm == AUTO_NORM:
         chosen = "SyncBN" if can_sync and images < MIN_IMAGES_PER_GPU else "BN"
         where = f"{world_size} process(es) on {'GPU' if on_gpu else 'CPU'}, {images} images each"
+        if chosen == "SyncBN":
+            where += f"; from {MIN_IMAGES_PER_GPU} on it would be BN, faster: SyncBN waits a layer"
         logger.info("MODEL.RESNETS.NORM auto -> %s (%s)", chosen, where)
         return chosen
     if norm in _SYNC_NORMS and world_size == 1:

@@ -1,25 +1,27 @@
-"""Number formats of a training step: AMP with or without loss scaling, TF32."""
+"""Number formats of a training step, and which of them this machine runs fastest."""
 
 import contextlib
+import logging
+import os
+import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
 
 from jigsaw_d2.config import AMP_DTYPES
-from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.io import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# CPU flags of units that multiply bfloat16 matrices: x86 (AMX) and ARM. AVX-512's avx512_bf16 is
-# left out: on a Xeon that has it without AMX, a ResNet-18 step in bfloat16 took 1.5 times as long
-# as one in float32. Where it is fast, SOLVER.AMP.DTYPE bfloat16 insists.
-_BFLOAT16_FLAGS = {"amx_bf16", "bf16"}
-_CPUINFO = Path("/proc/cpuinfo")
-
-
-class PrecisionError(JigsawError, ValueError):
-    """An AMP setting that does not exist."""
+# Of a trial, by kind of device: images in its batch, at most; steps before, and steps that count.
+_TRIAL_IMAGES = {"cuda": 64, "cpu": 4}
+_TRIAL_STEPS = {"cuda": (3, 5), "cpu": (1, 2)}
+# No further candidate is tried after so many seconds; what was timed until then decides.
+_TRIAL_SECONDS = {"cuda": 30.0, "cpu": 3.0}
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,19 @@ class Precision:
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "Precision":
-        """What SOLVER.AMP means on MODEL.DEVICE, on this machine."""
-        device_type = torch.device(cfg.MODEL.DEVICE).type
-        if not cfg.SOLVER.AMP.ENABLED:
+        """What SOLVER.AMP means on MODEL.DEVICE.
+
+        Raises:
+            ConfigError: AMP.DTYPE does not exist, or is "auto", which ``settle_precision`` settles.
+        """
+        device_type, amp = torch.device(cfg.MODEL.DEVICE).type, cfg.SOLVER.AMP
+        if not amp.ENABLED:
             return cls(device_type)
-        return cls(device_type, resolve_amp_dtype(cfg.SOLVER.AMP.DTYPE, device_type))
+        if amp.DTYPE not in _DTYPES:
+            raise ConfigError(
+                f"SOLVER.AMP.DTYPE is {amp.DTYPE!r}; choose one of {', '.join(AMP_DTYPES)}"
+            )
+        return cls(device_type, _DTYPES[amp.DTYPE])
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Context of the forward pass and the loss."""
@@ -48,35 +58,124 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.dtype is torch.float16)
 
 
-def resolve_amp_dtype(name: str, device_type: str) -> torch.dtype | None:
-    """The dtype that SOLVER.AMP.DTYPE stands for; None = float32, "auto" without fast hardware.
-
-    Raises:
-        PrecisionError: ``name`` is not one of ``config.AMP_DTYPES``.
-    """
-    if name not in AMP_DTYPES:
-        raise PrecisionError(f"SOLVER.AMP.DTYPE is {name!r}; choose one of {', '.join(AMP_DTYPES)}")
-    if name != "auto":
-        return _DTYPES[name]
-    if has_bfloat16(device_type):
-        return torch.bfloat16
-    return torch.float16 if device_type == "cuda" else None
-
-
-def has_bfloat16(device_type: str) -> bool:
-    """Whether the hardware multiplies bfloat16 faster than float32."""
-    if device_type == "cuda":
-        return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    if not _CPUINFO.is_file():
-        return False
-    lines = (line.lower() for line in _CPUINFO.read_text().splitlines())
-    flags = (
-        line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "features"))
+def is_settled(cfg: CfgNode) -> bool:
+    """Whether nothing about the number formats is left to a trial."""
+    amp = cfg.SOLVER.AMP
+    return cfg.MODEL.JIGSAW.CHANNELS_LAST is not None and not (
+        amp.ENABLED and amp.DTYPE == "auto"
     )
-    return bool(_BFLOAT16_FLAGS.intersection(next(flags, ())))
 
 
-def set_tf32(enabled: bool) -> None:
-    """Allow or forbid TF32 in float32 matrix products and convolutions, for the whole process."""
-    torch.backends.cuda.matmul.allow_tf32 = enabled
-    torch.backends.cudnn.allow_tf32 = enabled
+def settle_precision(cfg: CfgNode) -> CfgNode:
+    """A config whose AMP.DTYPE "auto" and CHANNELS_LAST None are what a few timed steps say.
+
+    Every candidate makes steps of the whole pre-training network on noise, forward and backward:
+    float16 and bfloat16 on a GPU (float16 alone where it has no bfloat16), float32 and bfloat16
+    on a CPU, in both memory formats unless one is given. Flags of the processor do not tell: with
+    the same one, a ResNet-18 step was 1.8 times faster and 1.5 times slower in bfloat16.
+
+    Args:
+        cfg: left as it is; NUM_CLASSES and NORM are definite.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    if is_settled(cfg):
+        return cfg
+    seconds = _time_candidates(cfg.clone())
+    dtype, channels_last = min(seconds, key=seconds.__getitem__)
+    cfg.MODEL.JIGSAW.CHANNELS_LAST = channels_last
+    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "auto":
+        cfg.SOLVER.AMP.ENABLED = dtype != "float32"
+        cfg.SOLVER.AMP.DTYPE = dtype if cfg.SOLVER.AMP.ENABLED else "auto"
+    timed = ", ".join(
+        f"{name}{' channels_last' if last else ''} {1000 * s:.0f} ms"
+        for (name, last), s in seconds.items()
+    )
+    logger.info(
+        "fastest in a trial: %s%s (a step in %s)",
+        *(dtype, " channels_last" if channels_last else "", timed),
+    )
+    return cfg
+
+
+def _time_candidates(cfg: CfgNode) -> dict[tuple[str, bool], float]:
+    """Seconds of a step by (dtype, channels_last), for as many as the time allows."""
+    device = torch.device(cfg.MODEL.DEVICE)
+    if "Sync" in cfg.MODEL.RESNETS.NORM:
+        cfg.MODEL.RESNETS.NORM = "BN"  # this process is alone in its trial
+    begun, seconds = time.perf_counter(), {}
+    cuda = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        batch = _noise_batch(cfg, device)
+        for channels_last in _formats(cfg):
+            cfg.MODEL.JIGSAW.CHANNELS_LAST = channels_last
+            model = build_model(cfg).train()
+            for dtype in _dtypes(cfg, device):
+                if seconds and time.perf_counter() - begun > _TRIAL_SECONDS[device.type]:
+                    return seconds
+                precision = Precision(device.type, _DTYPES.get(dtype))
+                seconds[dtype, channels_last] = _step_seconds(model, batch, precision)
+            del model
+    if cuda:
+        torch.cuda.empty_cache()
+    return seconds
+
+
+def _formats(cfg: CfgNode) -> list[bool]:
+    given = cfg.MODEL.JIGSAW.CHANNELS_LAST
+    return [True, False] if given is None else [given]
+
+
+def _dtypes(cfg: CfgNode, device: torch.device) -> list[str]:
+    """Names of the candidates: all that "auto" may mean, or the one that is given."""
+    amp = cfg.SOLVER.AMP
+    if not amp.ENABLED:
+        return ["float32"]
+    if amp.DTYPE != "auto":
+        return [amp.DTYPE]
+    if device.type == "cpu":
+        return ["float32", "bfloat16"]
+    return ["float16", *(["bfloat16"] if torch.cuda.is_bf16_supported(False) else [])]
+
+
+def _noise_batch(cfg: CfgNode, device: torch.device) -> dict[str, torch.Tensor]:
+    count = min(max(cfg.SOLVER.IMS_PER_BATCH, 1), _TRIAL_IMAGES[device.type])
+    height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
+    # Noise: on blank images batch norm makes subnormal numbers, with which a CPU crawls.
+    return {
+        "image": torch.randint(256, (count, 3, height, width), dtype=torch.uint8, device=device),
+        "gt_classes": torch.zeros(count, 4, dtype=torch.int64, device=device),
+    }
+
+
+def _step_seconds(model: nn.Module, batch: dict, precision: Precision) -> float:
+    """Seconds of a forward and backward pass, the mean of some after others that do not count."""
+    warm, counted = _TRIAL_STEPS[precision.device_type]
+    for number in range(warm + counted):
+        if number == warm:
+            _synchronize(precision.device_type)
+            start = time.perf_counter()
+        with precision.autocast():
+            loss = sum(model(batch).values())
+        loss.backward()
+        model.zero_grad()
+    _synchronize(precision.device_type)
+    return (time.perf_counter() - start) / counted
+
+
+def _synchronize(device_type: str) -> None:
+    if device_type == "cuda":
+        torch.cuda.synchronize()
+
+
+def configure_backends(cfg: CfgNode) -> None:
+    """TF32, cuDNN's trial of algorithms and determinism, for the whole process."""
+    deterministic = cfg.SOLVER.DETERMINISTIC
+    torch.backends.cuda.matmul.allow_tf32 = cfg.SOLVER.TF32
+    torch.backends.cudnn.allow_tf32 = cfg.SOLVER.TF32
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    # Memory filled with nan before use finds bugs, and costs a write of every activation.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    if deterministic:  # what cuBLAS asks for, and it is read when its first handle is made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -12,10 +12,13 @@ import torch
 from detectron2.utils import comm
 
 
-def get_random_state() -> dict[str, Any]:
+def get_random_state(device: torch.device) -> dict[str, Any]:
     """States of Python's, NumPy's and PyTorch's global generators: tensors, numbers and strings.
 
     ``torch.load(weights_only=True)`` reads them back.
+
+    Args:
+        device: its generator is among them where it is a GPU.
     """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
@@ -24,26 +27,22 @@ def get_random_state() -> dict[str, Any]:
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Continue where ``get_random_state`` was called; a CUDA state matters with a GPU only."""
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Continue where ``get_random_state`` was called; a CUDA state matters on a GPU only."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def gather_random_states() -> list[dict[str, Any]]:
+def gather_random_states(device: torch.device) -> list[dict[str, Any]]:
     """States of all ranks, in order, on every rank; all of them must call it."""
-    if comm.get_world_size() == 1:
-        return [get_random_state()]
-    states: list[Any] = [None] * comm.get_world_size()
-    torch.distributed.all_gather_object(states, get_random_state())
-    return states
+    return comm.all_gather(get_random_state(device))

@@ -95,7 +95,7 @@ def replay_step(path: str | Path, overrides: list[str] | None = None) -> Replay:
     step.feed(content["batches"])
     bad_parameters = [n for n, p in model.named_parameters() if not p.isfinite().all()]
     bad_modules = _watch(model)
-    set_random_state(content["random_state"])
+    set_random_state(content["random_state"], model.device)
     scalars, _ = step._accumulate().wait()
     bad_gradients = [
         n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()

@@ -1,6 +1,7 @@
 """A configuration as one run on this machine uses it: all "auto", 0 or scaled made definite."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.training.checkpointing import read_checkpoint
 from jigsaw_d2.training.lr_schedule import scale_to_batch
 from jigsaw_d2.training.norm import check_trainable_config, resolve_norm
+from jigsaw_d2.training.precision import is_settled, settle_precision
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +43,10 @@ def resolve_config(cfg: CfgNode, store: SampleStore, world_size: int = 1) -> Cfg
 
     1. Batch: IMS_PER_BATCH divides over ranks and ACCUMULATION_STEPS; rate and lengths scaled once.
     2. Machine: MODEL.DEVICE exists; the norm of "auto" is chosen.
-    3. Data: NUM_CLASSES is the store's; a SEED below 0 becomes the one that OUTPUT_DIR's run
-       drew, or a new one.
+    3. Data: NUM_CLASSES is the store's.
     4. Nothing is frozen, and the classified feature is built.
+    5. Chance and trials: a SEED below 0, AMP.DTYPE "auto" and CHANNELS_LAST None become what
+       OUTPUT_DIR's run has, or new ones; the same on every rank.
 
     Raises:
         RunConfigError, ScheduleError, FrozenError: naming the key.
@@ -51,7 +54,7 @@ def resolve_config(cfg: CfgNode, store: SampleStore, world_size: int = 1) -> Cfg
     cfg = scale_to_batch(cfg)
     cfg.defrost()
     _check_batch(cfg, world_size)
-    check_device(cfg)
+    use_device(cfg, world_size)
     cfg.MODEL.RESNETS.NORM = resolve_norm(cfg, world_size)
     classes = len(store.categories)
     if cfg.MODEL.JIGSAW.NUM_CLASSES not in (0, classes):
@@ -60,9 +63,10 @@ def resolve_config(cfg: CfgNode, store: SampleStore, world_size: int = 1) -> Cfg
             f"{', '.join(cfg.DATASETS.TRAIN)} has {classes} categories; set that or 0"
         )
     cfg.MODEL.JIGSAW.NUM_CLASSES = classes
-    if cfg.SEED < 0:
-        cfg.SEED = _draw_seed(Path(cfg.OUTPUT_DIR))
     check_trainable_config(cfg)
+    if cfg.SEED < 0 or not is_settled(cfg):
+        decided = comm.all_gather(_decide(cfg) if comm.is_main_process() else [])[0]
+        cfg.merge_from_list(decided)
     cfg.freeze()
     return cfg
 
@@ -81,14 +85,30 @@ def open_store(cfg: CfgNode) -> SampleStore:
     return SampleStore(list(cfg.DATASETS.TRAIN))
 
 
-def check_device(cfg: CfgNode) -> None:
-    """Refuse MODEL.DEVICE cuda on a machine without it.
+def use_device(cfg: CfgNode, world_size: int = 1) -> None:
+    """Make MODEL.DEVICE this process's current device, whose streams and figures are meant.
 
     Raises:
-        RunConfigError: with the key to set.
+        RunConfigError: it does not exist, or several processes would share it.
     """
-    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+    device = torch.device(cfg.MODEL.DEVICE)
+    if device.type != "cuda":
+        return
+    if not torch.cuda.is_available():
         raise RunConfigError("MODEL.DEVICE is cuda, but PyTorch sees no GPU; add MODEL.DEVICE cpu")
+    if device.index is None:
+        return
+    if world_size > 1:
+        raise RunConfigError(
+            f"MODEL.DEVICE is {device} with {world_size} processes, each of which has its own GPU; "
+            "set MODEL.DEVICE cuda, and choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
+    if device.index >= torch.cuda.device_count():
+        raise RunConfigError(
+            f"MODEL.DEVICE is {device}, but PyTorch sees {torch.cuda.device_count()} GPU(s), "
+            "counted from cuda:0"
+        )
+    torch.cuda.set_device(device)
 
 
 def warn_of_changes(cfg: CfgNode, saved: str) -> list[str]:
@@ -117,20 +137,45 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _draw_seed(folder: Path) -> int:
-    """Of the run in ``folder``, so that a resume sees the same images; else new, on every rank."""
+def _decide(cfg: CfgNode) -> list[Any]:
+    """KEY, VALUE ... of what ``cfg`` leaves open: as the run in OUTPUT_DIR has it, else new."""
+    cfg = cfg.clone()
+    earlier = _earlier_config(Path(cfg.OUTPUT_DIR))
+    if cfg.SEED < 0:
+        cfg.SEED = earlier.get("SEED", int.from_bytes(os.urandom(4), "little") % 2**31)
+    amp, formats = cfg.SOLVER.AMP, cfg.MODEL.JIGSAW
+    if formats.CHANNELS_LAST is None:
+        formats.CHANNELS_LAST = earlier.get("MODEL.JIGSAW.CHANNELS_LAST")
+    if amp.ENABLED and amp.DTYPE == "auto":
+        amp.ENABLED = earlier.get("SOLVER.AMP.ENABLED", True)
+        amp.DTYPE = earlier.get("SOLVER.AMP.DTYPE", "auto")
+    cfg = settle_precision(cfg)
+    keys = {
+        "SEED": cfg.SEED,
+        "MODEL.JIGSAW.CHANNELS_LAST": cfg.MODEL.JIGSAW.CHANNELS_LAST,
+        "SOLVER.AMP.ENABLED": cfg.SOLVER.AMP.ENABLED,
+        "SOLVER.AMP.DTYPE": cfg.SOLVER.AMP.DTYPE,
+    }
+    return [item for pair in keys.items() for item in pair]
+
+
+def _earlier_config(folder: Path) -> dict[str, Any]:
+    """The config, by full keys, of the run whose last checkpoint lies in ``folder``; {} if none."""
     marker = folder / "last_checkpoint"
-    if marker.is_file():
-        return int(
-            read_checkpoint(folder / marker.read_text().strip())["jigsaw"]["sampler"]["seed"]
-        )
-    return int(comm.shared_random_seed() % 2**31)
+    if not marker.is_file():
+        return {}
+    checkpoint = read_checkpoint(folder / marker.read_text().strip())
+    return dict(_flat(yaml.safe_load(checkpoint["jigsaw"]["config"])))
 
 
 def _check_batch(cfg: CfgNode, world_size: int) -> None:
     batch, steps = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
     if steps < 1 or batch % (world_size * steps):
+        share = world_size * max(steps, 1)
+        low, high = max(batch // share, 1) * share, -(-batch // share) * share
+        fit = [n for n in range(1, 65) if batch % (n * max(steps, 1)) == 0]
         raise RunConfigError(
             f"SOLVER.IMS_PER_BATCH {batch} does not divide into {world_size} process(es) x "
-            f"SOLVER.ACCUMULATION_STEPS {steps}; change one of them"
+            f"SOLVER.ACCUMULATION_STEPS {steps}; set it to {low} or {high} (the rate and the "
+            f"schedule follow), or use one of {', '.join(map(str, fit)) or 'no'} process(es)"
         )

@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from torch import nn
+from torch.optim import Optimizer
 
 from jigsaw_d2 import __version__
+from jigsaw_d2.io import RunError
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.store.format import hash_image_ids
 from jigsaw_d2.training.checkpointing import CheckpointError
@@ -44,7 +47,7 @@ def collect_state(trainer: "JigsawTrainer") -> dict[str, Any]:
             "config": cfg.dump(),
             "store": describe_store(trainer.store),
             "sampler": {"seed": cfg.SEED, "position": images_seen},
-            "rng": gather_random_states(),
+            "rng": gather_random_states(trainer.device),
             "events": smoothed_events(trainer.storage),
             "images_seen": images_seen,
             "code_version": __version__,
@@ -72,7 +75,7 @@ def restore_state(trainer: "JigsawTrainer", state: dict[str, Any]) -> dict[str, 
             "was written; give the old store back, or start a run in another OUTPUT_DIR with "
             "MODEL.WEIGHTS set to the checkpoint"
         )
-    trainer._trainer.optimizer.load_state_dict(state["optimizer"])
+    _restore_optimizer(trainer._trainer.optimizer, state["optimizer"])
     trainer.scheduler.load_state_dict(state["scheduler"])
     if "grad_scaler" in state:
         trainer._trainer.grad_scaler.load_state_dict(state["grad_scaler"])
@@ -86,6 +89,31 @@ def restore_state(trainer: "JigsawTrainer", state: dict[str, Any]) -> dict[str, 
         )
     random_state = states[comm.get_rank()] if len(states) == size else None
     return {"events": jigsaw["events"], "random_state": random_state}
+
+
+def check_same_start(model: nn.Module, start_iter: int, output_dir: str) -> None:
+    """Refuse ranks that would go on from different iterations or weights; every rank calls it.
+
+    Raises:
+        RunError: on every rank, with what each of them found.
+    """
+    total = sum(p.detach().double().sum() for p in model.parameters()).item()
+    starts = comm.all_gather((start_iter, total))
+    if len(set(starts)) > 1:
+        found = "; ".join(f"rank {r}: iteration {i}" for r, (i, _) in enumerate(starts))
+        raise RunError(
+            f"the ranks do not start from the same weights ({found}): OUTPUT_DIR {output_dir} and "
+            "MODEL.WEIGHTS must be the same files on every machine; put them on a shared disk, or "
+            "copy the checkpoints and last_checkpoint to all machines"
+        )
+
+
+def _restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load its state, but go on in the form that suits this machine, whatever the saved one was."""
+    forms = [(group["fused"], group["foreach"]) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, (fused, foreach) in zip(optimizer.param_groups, forms):
+        group["fused"], group["foreach"] = fused, foreach
 
 
 def describe_store(store: SampleStore) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 import contextlib
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.io import ConfigError
+from jigsaw_d2.training.network_state import unwrap
 from jigsaw_d2.training.precision import Precision
 from jigsaw_d2.training.random_state import get_random_state
 
 Batch = dict[str, Any]
+# What of a batch the network takes.
+_INPUTS = ("image", "gt_classes")
 
 
 class NonFiniteLossError(JigsawError, FloatingPointError):
@@ -38,8 +43,12 @@ class LossReport:
             device: where they are reduced.
         """
         self.names = list(values)
+        # torch.full writes a number by a kernel; torch.as_tensor would copy it, and wait for that.
         local = torch.stack(
-            [torch.as_tensor(v, dtype=torch.float32, device=device) for v in values.values()]
+            [
+                v.float() if isinstance(v, Tensor) else torch.full((), v, device=device)
+                for v in values.values()
+            ]
         )
         mean = local
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -51,8 +60,7 @@ class LossReport:
         if device.type == "cuda":
             self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
             self._host.copy_(both, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            self._event = torch.cuda.current_stream(device).record_event()
         else:
             self._host = both
 
@@ -62,6 +70,61 @@ class LossReport:
             self._event.synchronize()
         mean, local = self._host.tolist()
         return dict(zip(self.names, mean)), dict(zip(self.names, local))
+
+
+class DeviceBatches:
+    """Batches on the device. On a GPU each is copied there while the step before it runs.
+
+    Attributes:
+        waited: seconds for which the device had nothing to do but to wait for data.
+    """
+
+    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
+        """
+        Args:
+            batches: of a loader; in pinned memory for a GPU.
+            device: of the network.
+        """
+        self._batches = batches
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: tuple[Batch, Batch] | None = None
+        self.waited = 0.0
+
+    def take(self) -> tuple[Batch, Batch]:
+        """The next batch as the loader made it, and with the network's inputs on the device."""
+        if self._ahead is None:
+            self._ahead = self._fetch()
+        (batch, moved), self._ahead = self._ahead, None
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for value in moved.values():
+                if isinstance(value, Tensor) and value.is_cuda:
+                    value.record_stream(current)  # its memory is the other stream's
+        return batch, moved
+
+    def fetch_ahead(self) -> None:
+        """On a GPU, once a step's work is queued: start the next batch on its way there."""
+        if self._stream is not None and self._ahead is None:
+            queued = torch.cuda.current_stream(self._device).record_event()
+            with contextlib.suppress(StopIteration):  # ``take`` will say so, if it is called
+                self._ahead = self._fetch(queued)
+
+    def _fetch(self, queued: torch.cuda.Event | None = None) -> tuple[Batch, Batch]:
+        start = time.perf_counter()
+        batch = next(self._batches)
+        if queued is None or queued.query():  # else the device was busy all the while
+            self.waited += time.perf_counter() - start
+        if self._stream is None or not isinstance(batch, Mapping):
+            return batch, batch
+        with torch.cuda.stream(self._stream):
+            inputs = {
+                key: batch[key].to(self._device, non_blocking=True)
+                for key in _INPUTS
+                if key in batch
+            }
+        return batch, {**batch, **inputs}
 
 
 @dataclass
@@ -97,9 +160,11 @@ class TrainStep:
         self.optimizer = optimizer
         self.precision = precision
         self.accumulation_steps = accumulation_steps
+        self.device = next(model.parameters()).device
         self.grad_scaler = precision.grad_scaler()
         self.data_loader: Iterable[Batch] = ()
-        self._batches: Iterator[Batch] = iter(())
+        self._batches = DeviceBatches(iter(()), self.device)
+        self._is_first = True
         self.record = StepRecord()
 
     def feed(self, data_loader: Iterable[Batch]) -> None:
@@ -110,7 +175,7 @@ class TrainStep:
         """
         self.data_loader = data_loader
         batches = iter(data_loader)
-        self._batches = itertools.chain([next(batches)], batches)
+        self._batches = DeviceBatches(itertools.chain([next(batches)], batches), self.device)
 
     def run(self, on_bad_loss: Callable[[dict[str, float], dict[str, float]], None]) -> dict:
         """One step.
@@ -121,13 +186,19 @@ class TrainStep:
 
         Returns:
             Scalars averaged over ranks: "total_loss", the losses by name where there are several,
-            and "data_time", the seconds waited for data.
+            and "data_time", the seconds for which the device waited for data.
+
+        Raises:
+            ConfigError: in the first step, naming parameters that receive no gradient.
         """
-        self.record = StepRecord(random_state=get_random_state())
+        self.record = StepRecord(random_state=get_random_state(self.device))
         self.optimizer.zero_grad(set_to_none=True)
         report = self._accumulate()
+        if self._is_first:
+            self._check_gradients()
+            self._is_first = False
         scalars, own = report.wait()
-        if not torch.isfinite(torch.tensor(scalars["total_loss"])):
+        if not math.isfinite(scalars["total_loss"]):
             on_bad_loss(scalars, own)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
@@ -138,18 +209,19 @@ class TrainStep:
         sums: dict[str, Tensor | float] = {"data_time": 0.0}
         for n in range(self.accumulation_steps):
             last = n == self.accumulation_steps - 1
-            batch, seconds = self._next_batch()
+            batch, moved = self._batches.take()
             self.record.batches.append(batch)
-            sums["data_time"] += seconds
             with contextlib.nullcontext() if last else self._without_sync():
-                losses = self._forward(batch)
+                losses = self._forward(moved)
                 loss = sum(losses.values())
                 terms = {"total_loss": loss, **(losses if len(losses) > 1 else {})}
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0.0) + value.detach().float()
                 if last:
+                    sums["data_time"], self._batches.waited = self._batches.waited, 0.0
                     report = LossReport(sums, loss.device)
                 self.grad_scaler.scale(loss).backward()
+            self._batches.fetch_ahead()
         return report
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -158,10 +230,16 @@ class TrainStep:
             losses = self.model(batch)
         return {name: value / self.accumulation_steps for name, value in losses.items()}
 
-    def _next_batch(self) -> tuple[Batch, float]:
-        start = time.perf_counter()
-        batch = next(self._batches)
-        return batch, time.perf_counter() - start
+    def _check_gradients(self) -> None:
+        """Refuse a network of which parts do nothing: they would stay random, and stop DDP."""
+        parameters = unwrap(self.model).named_parameters()
+        idle = [name for name, p in parameters if p.requires_grad and p.grad is None]
+        if idle:
+            raise ConfigError(
+                f"{len(idle)} parameters receive no gradient, for MODEL.JIGSAW.IN_FEATURE does not "
+                f"depend on them: {', '.join(idle[:5])}{' ...' if len(idle) > 5 else ''}; let the "
+                "backbone build that output alone (MODEL.RESNETS.OUT_FEATURES or the like)"
+            )
 
     def _without_sync(self) -> contextlib.AbstractContextManager:
         """Passes before the last keep their gradients to themselves."""

@@ -62,7 +62,7 @@ def erf_figure(
             outside = 1 - float(shares[row][region, region])
             panel.set_title(f"cells of R{region + 1}: {outside:.1%} outside", fontsize=9)
         axes[row, 0].set_ylabel(name, fontsize=10)
-        _share_table(axes[row, 4], np.asarray(shares[row]))
+        _share_table(axes[row, 4], shares[row].cpu().numpy())
     bar = figure.colorbar(image, ax=axes[:, :4], location="bottom", fraction=0.05, aspect=60)
     bar.set_label(
         "ERF density (1 = spread evenly over the canvas; square-root colours)", fontsize=9
