@@ -15,7 +15,6 @@ from pathlib import Path
 import detectron2.engine.defaults
 import fake_cuda
 import torch
-from detectron2.utils import comm
 from helpers_run import tiny_options
 
 import jigsaw_d2.commands.pretrain
@@ -129,7 +128,6 @@ def rank(folder: Path) -> dict:
         json.loads(os.environ["TORCHRUN"]), PRECISIONS.items()
     ):
         os.environ.update(variables)
-        comm._get_global_gloo_group.cache_clear()  # of the run before
         found[name] = pretrain(folder / name, "Base-JigsawPretrain.yaml", *LONG_RUN, *overrides)
     return found
 
