@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+_OVERRIDES = torch.library.Library("aten", "IMPL")
 HERE = Path(__file__).parent
 # driver_types.h of the release that fake_cuda.c was written for; PyTorch's wheels bring it along.
 INCLUDE = Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "include"
@@ -49,14 +50,9 @@ def environment(library: Path) -> dict[str, str]:
 def make_usable() -> None:
     """In such a process, before it computes: go around what the library does not have."""
     torch.backends.cudnn.enabled = False
-    plain = torch.Tensor.all
-
-    def hopeful_all(self: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
-        """Unwritten memory is false, and "all finite" is what the code asks of it."""
-        found = plain(self, *args, **options)
-        return torch.ones_like(found, device="cpu") if self.is_cuda else found
-
-    torch.Tensor.all = hopeful_all
+    # What no kernel wrote is false, but "all finite" and "all positive" is what code asks for.
+    truth = [torch.ones((), dtype=torch.bool).to(f"cuda:{n}") for n in range(2)]
+    _OVERRIDES.impl("all", lambda values: truth[values.device.index].clone(), "CUDA")
 
 
 @contextlib.contextmanager
