@@ -72,6 +72,8 @@ def bare_steps(cfg: CfgNode) -> Callable[[int], None]:
     device, precision = model.device, Precision.from_config(cfg)
     bare = Bare(model.backbone, cfg.MODEL.JIGSAW.IN_FEATURE, cfg.MODEL.JIGSAW.NUM_CLASSES + 1)
     bare.to(device).train()
+    if cfg.MODEL.JIGSAW.COMPILE:
+        bare.backbone.compile()
     optimizer, scaler = build_optimizer(cfg, bare), precision.grad_scaler()
     size = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATION_STEPS
     images = torch.randn(size, 3, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE, device=device)
@@ -125,9 +127,10 @@ def build(row: str, cfg: CfgNode, folder: str) -> tuple[Callable[[int], None], J
     return (bare_steps(trainer.cfg) if row == "a" else trainer_steps(trainer)), trainer
 
 
-def measure_speed(cfg: CfgNode, rounds: int, iters: int, folder: str) -> dict[str, list[float]]:
+def measure_speed(
+    built: dict[str, tuple[Callable[[int], None], JigsawTrainer]], rounds: int, iters: int
+) -> dict[str, list[float]]:
     """Images per second of each row in each round; the first round warms up and is dropped."""
-    built = {row: build(row, cfg, folder) for row in ROWS}
     found: dict[str, list[float]] = {row: [] for row in ROWS}
     for number in range(rounds + 1):
         for row, (steps, trainer) in built.items():
@@ -189,7 +192,9 @@ def bench_cfg(args: argparse.Namespace) -> CfgNode:
 
 
 def print_speed(args: argparse.Namespace, cfg: CfgNode, folder: str) -> None:
-    found = measure_speed(cfg, args.rounds, args.iters, folder)
+    built = {row: build(row, cfg, folder) for row in ROWS}
+    found = measure_speed(built, args.rounds, args.iters)
+    cfg = built["a"][1].cfg
     device = torch.device(cfg.MODEL.DEVICE)
     macs = backbone_macs(cfg, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE)
     dtype = Precision.from_config(cfg).dtype or torch.float32

@@ -18,7 +18,7 @@ from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops
 from jigsaw_d2.detection.finetune_config import load_detection_config
 from jigsaw_d2.jobs.pipeline import DetectionSet
 from jigsaw_d2.training.lr_schedule import scale_to_batch
-from jigsaw_d2.training.precision import Precision
+from jigsaw_d2.training.precision import Precision, settle_precision
 
 _TRIAL_STEPS = 3  # the fastest counts
 _TRIAL_SECONDS = 10.0  # of each training, after which no larger batch is tried
@@ -108,6 +108,8 @@ def measured_speed(plan: Plan) -> Speed:
 def pretrain_step_seconds(cfg: CfgNode, devices: int = 1) -> float:
     """Seconds of a forward and backward pass of the backbone on one device's Jigsaw images."""
     cfg = _trial_cfg(cfg)
+    cfg.MODEL.JIGSAW.NUM_CLASSES = cfg.MODEL.JIGSAW.NUM_CLASSES or 1
+    cfg = settle_precision(cfg)
     form = torch.channels_last if cfg.MODEL.JIGSAW.CHANNELS_LAST else torch.contiguous_format
     backbone = build_backbone(cfg).to(cfg.MODEL.DEVICE, memory_format=form).train()
     precision = Precision.from_config(cfg)
