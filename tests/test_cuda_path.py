@@ -1,16 +1,13 @@
 """Pre-training on PyTorch's CUDA path, on devices that compute nothing: see ``fake_cuda``."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import fake_cuda
 import pytest
-from cuda_child import PRECISIONS, shipped_configs
-from helpers_run import torchrun_variables
-from helpers_store import make_store
+from cuda_child import PRECISIONS, RUNS, shipped_configs
 
 pytestmark = pytest.mark.skipif(bool(fake_cuda.missing()), reason=fake_cuda.missing() or "-")
 
@@ -22,36 +19,14 @@ PLAIN_STEPS = range(13, 21)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What ``cuda_child.py`` found: {"one_rank", "second_device", "rank0", "rank1"}."""
+    """What ``cuda_child.py`` found, by job: "one_rank", "second_device", "rank0", "rank1"."""
     folder = tmp_path_factory.mktemp("cuda")
     variables = fake_cuda.environment(fake_cuda.build(folder))
-    groups = [torchrun_variables(2) for _ in PRECISIONS]
-    # Zeros everywhere; but PyTorch counts no memory then.
-    fresh = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    children = {"one_rank": ("one_rank", fresh), "second_device": ("second_device", {})}
-    for r in range(2):
-        own = {"TORCHRUN": json.dumps([group[r] for group in groups])}
-        children[f"rank{r}"] = ("rank", fresh | own)
-    folders = {scenario: folder / scenario for scenario, _ in children.values()}
-    for place in folders.values():
-        make_store(place / "store")
-    started = {}
-    for name, (scenario, more) in children.items():
-        command = [sys.executable, str(Path(__file__).with_name("cuda_child.py"))]
-        command += [scenario, str(folders[scenario]), str(folder / f"{name}.json")]
-        with open(folder / f"{name}.log", "w") as log:
-            started[name] = subprocess.Popen(
-                command, env=variables | more, stdout=log, stderr=subprocess.STDOUT
-            )
-    found = {}
-    for name, child in started.items():
-        try:
-            child.wait(240)
-        finally:
-            child.kill()
-        assert child.returncode == 0, (folder / f"{name}.log").read_text()[-3000:]
-        found[name] = json.loads((folder / f"{name}.json").read_text())
-    return found
+    child = str(Path(__file__).with_name("cuda_child.py"))
+    done = subprocess.run([sys.executable, child, str(folder)], env=variables)
+    logs = {path.stem: path.read_text()[-2000:] for path in folder.glob("*.log")}
+    assert done.returncode == 0, "\n".join(f"{job}: {log}" for job, log in logs.items())
+    return {job: json.loads((folder / f"{job}.json").read_text()) for job in logs}
 
 
 def waits(told: list) -> list[str]:
@@ -74,7 +49,7 @@ def test_no_backbone_or_objective_adds_a_wait(runs, config):
 
 
 @pytest.mark.parametrize("job", ["one_rank", "rank0", "rank1"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", RUNS)
 def test_the_host_waits_once_a_step_and_once_more_for_metrics(runs, job, precision):
     run = runs[job][precision]
     assert not run["error"], run["error"][-3000:]
@@ -94,20 +69,29 @@ def test_steps_copy_to_the_device_from_pinned_memory(runs, job, precision):
         assert all(copy.startswith("copy pinned") for copy in copies), copies
 
 
-def test_a_compiled_backbone_goes_through_erf_refresh_and_evaluation(runs):
-    assert not runs["one_rank"]["compiled"]["error"], runs["one_rank"]["compiled"]["error"][-3000:]
+@pytest.mark.parametrize("job", ["one_rank", "rank0", "rank1"])
+def test_a_compiled_backbone_goes_through_erf_refresh_and_evaluation(runs, job):
+    """Without being compiled again for or after them."""
+    run = runs[job]["compiled"]
+    assert not run["error"], run["error"][-3000:]
+    assert run["graphs"]["21"] == run["graphs"]["0"] > 0
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_both_ranks_call_the_same_collectives(runs, precision):
+@pytest.mark.parametrize("name", RUNS)
+def test_both_ranks_call_the_same_collectives(runs, name):
     """Through steps, ERF refreshes, evaluation and checkpoints."""
     called = []
     for job in ("rank0", "rank1"):
-        run = runs[job][precision]
+        run = runs[job][name]
         assert not run["error"], run["error"][-3000:]
         called.append([(what, n) for what, n, _ in run["told"] if what in COLLECTIVES])
     assert called[0] == called[1]
     assert {what for what, _ in called[0]} >= {"all_reduce", "broadcast"}
+
+
+@pytest.mark.parametrize("command", ["convert", "C4", "FPN"])
+def test_detectors_train_and_evaluate_from_the_weights(runs, command):
+    assert not runs["one_rank"][command]["error"], runs["one_rank"][command]["error"][-3000:]
 
 
 def test_the_second_device_of_two(runs):

@@ -53,6 +53,12 @@ def make_usable() -> None:
     # What no kernel wrote is false, but "all finite" and "all positive" is what code asks for.
     truth = [torch.ones((), dtype=torch.bool).to(f"cuda:{n}") for n in range(2)]
     _OVERRIDES.impl("all", lambda values: truth[values.device.index].clone(), "CUDA")
+    _OVERRIDES.impl("repeat_interleave.Tensor", _repeat_on_host, "CUDA")
+
+
+def _repeat_on_host(repeats: torch.Tensor, output_size: int | None = None) -> torch.Tensor:
+    """It reads the length of its result from the device, and loops for ever on what is there."""
+    return torch.repeat_interleave(repeats.cpu()).to(repeats.device)
 
 
 @contextlib.contextmanager
@@ -64,8 +70,8 @@ def listening() -> Iterator[list[tuple[str, int, str]]]:
 
     @signature
     def note(what: bytes, amount: int) -> None:
-        stack = traceback.walk_stack(sys._getframe(1))
-        lines = [f"{frame.f_code.co_filename}:{line}" for frame, line in stack]
+        stack = traceback.walk_stack(sys._getframe())
+        lines = [f"{frame.f_code.co_filename}:{line}" for frame, line in stack][1:]
         own = [line for line in lines if "site-packages" not in line][:3]
         where = [Path(line).name for line in [*lines[:1], *own]]
         told.append((what.decode(), amount, " < ".join(dict.fromkeys(where))))
