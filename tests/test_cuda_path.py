@@ -1,0 +1,104 @@
+"""Pre-training on PyTorch's CUDA path, on devices that compute nothing: see ``fake_cuda``."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_cuda
+import pytest
+from cuda_child import PRECISIONS, RUNS, shipped_configs
+
+pytestmark = pytest.mark.skipif(bool(fake_cuda.missing()), reason=fake_cuda.missing() or "-")
+
+COLLECTIVES = ("all_reduce", "broadcast", "all_gather")
+# Without refresh, evaluation or checkpoint, and after the first ten, in which DistributedDataParallel
+# waits to measure itself.
+PLAIN_STEPS = range(13, 21)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What ``cuda_child.py`` found, by job: "one_rank", "second_device", "rank0", "rank1"."""
+    folder = tmp_path_factory.mktemp("cuda")
+    variables = fake_cuda.environment(fake_cuda.build(folder))
+    child = str(Path(__file__).with_name("cuda_child.py"))
+    done = subprocess.run([sys.executable, child, str(folder)], env=variables)
+    logs = {path.stem: path.read_text()[-2000:] for path in folder.glob("*.log")}
+    assert done.returncode == 0, "\n".join(f"{job}: {log}" for job, log in logs.items())
+    return {job: json.loads((folder / f"{job}.json").read_text()) for job in logs}
+
+
+def waits(told: list) -> list[str]:
+    return [f"{what} at {where}" for what, _, where in told if what.startswith("wait")]
+
+
+@pytest.mark.parametrize("config, same_code", shipped_configs().items())
+def test_every_configuration_trains_and_resumes(runs, config, same_code):
+    """With ERF figures, evaluation and checkpoint."""
+    for name in (same_code, f"{same_code} resumed"):
+        run = runs["one_rank"][name]
+        assert not run["error"], run["error"][-3000:]
+    assert list(runs["one_rank"][f"{same_code} resumed"]["steps"]) == ["2", "3"]
+
+
+@pytest.mark.parametrize("config", set(shipped_configs().values()))
+def test_no_backbone_or_objective_adds_a_wait(runs, config):
+    step = runs["one_rank"][config]["steps"]["1"]
+    assert len(waits(step)) == 1, waits(step)
+
+
+@pytest.mark.parametrize("job", ["one_rank", "rank0", "rank1"])
+@pytest.mark.parametrize("precision", RUNS)
+def test_the_host_waits_once_a_step_and_once_more_for_metrics(runs, job, precision):
+    run = runs[job][precision]
+    assert not run["error"], run["error"][-3000:]
+    found = {i: waits(run["steps"][str(i)]) for i in PLAIN_STEPS}
+    numbers = {i: len(told) for i, told in found.items()}
+    assert numbers == {i: 2 if i == 19 else 1 for i in PLAIN_STEPS}, found
+    assert all(any(wait.startswith("wait for an event") for wait in told) for told in found.values())
+
+
+@pytest.mark.parametrize("job", ["one_rank", "rank0", "rank1"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_steps_copy_to_the_device_from_pinned_memory(runs, job, precision):
+    steps = [runs[job][precision]["steps"][str(i)] for i in PLAIN_STEPS]
+    for told in steps:
+        copies = [f"{what} at {where}" for what, _, where in told if what.endswith("to device")]
+        assert copies
+        assert all(copy.startswith("copy pinned") for copy in copies), copies
+
+
+@pytest.mark.parametrize("job", ["one_rank", "rank0", "rank1"])
+def test_a_compiled_backbone_goes_through_erf_refresh_and_evaluation(runs, job):
+    """Without being compiled again for or after them."""
+    run = runs[job]["compiled"]
+    assert not run["error"], run["error"][-3000:]
+    assert run["graphs"]["21"] == run["graphs"]["0"] > 0
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_both_ranks_call_the_same_collectives(runs, name):
+    """Through steps, ERF refreshes, evaluation and checkpoints."""
+    called = []
+    for job in ("rank0", "rank1"):
+        run = runs[job][name]
+        assert not run["error"], run["error"][-3000:]
+        called.append([(what, n) for what, n, _ in run["told"] if what in COLLECTIVES])
+    assert called[0] == called[1]
+    assert {what for what, _ in called[0]} >= {"all_reduce", "broadcast"}
+
+
+@pytest.mark.parametrize("command", ["convert", "C4", "FPN"])
+def test_detectors_train_and_evaluate_from_the_weights(runs, command):
+    assert not runs["one_rank"][command]["error"], runs["one_rank"][command]["error"][-3000:]
+
+
+def test_the_second_device_of_two(runs):
+    """Its loss is read when it has arrived; memory and random state are its own."""
+    whole, begun, resumed = (runs["second_device"][n] for n in ("whole", "begun", "resumed"))
+    for run in (whole, begun, resumed):
+        assert not run["error"], run["error"][-3000:]
+    assert all(memory for memory in whole["memory_mb"] if memory is not None)
+    assert begun["random_state"] != whole["random_state"]
+    assert resumed["random_state"] == whole["random_state"]
