@@ -257,7 +257,7 @@ class JigsawTrainer(DefaultTrainer):
         ids = sample_ids(self._trainer.record.batches)
         return (
             f"the loss is {loss}; nothing was updated. {kept}; "
-            f"sample ids R1..R4 of its images: {ids}"
+            f"sample ids R1..R4 of its images: {ids[:8]}{' ... (all in the file)' * (len(ids) > 8)}"
         )
 
     def save_checkpoint(self, name: str) -> None:
