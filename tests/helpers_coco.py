@@ -56,7 +56,9 @@ def make_coco(
 
 def annotation(image_id: int, box: list, category: int = 1, crowd: int = 0) -> dict:
     """One COCO annotation without its id, which ``write_json`` gives."""
-    return {"image_id": image_id, "bbox": box, "category_id": category, "iscrowd": crowd}
+    area = box[2] * box[3]
+    keys = {"image_id": image_id, "bbox": box, "area": area, "iscrowd": crowd}
+    return {**keys, "category_id": category}
 
 
 def write_json(path: Path, images: list[dict], annotations: list[dict]) -> Path:

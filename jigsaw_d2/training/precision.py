@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from torch import nn
 
 from jigsaw_d2.config import AMP_DTYPES
@@ -17,8 +18,10 @@ from jigsaw_d2.io import ConfigError
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# Of a trial, by kind of device: images in its batch, at most; steps before, and steps that count.
-_TRIAL_IMAGES = {"cuda": 64, "cpu": 4}
+# Of a trial: images in its batch on a CPU, where few tell as much as many (on a GPU it is the run's:
+# at batch 64 an H200 took bfloat16, at 512 it was a fifth faster in float16); steps before those
+# that count, and these.
+_CPU_IMAGES = 4
 _TRIAL_STEPS = {"cuda": (3, 5), "cpu": (1, 2)}
 # No further candidate is tried after so many seconds; what was timed until then decides.
 _TRIAL_SECONDS = {"cuda": 30.0, "cpu": 3.0}
@@ -105,6 +108,7 @@ def _time_candidates(cfg: CfgNode) -> dict[tuple[str, bool], float]:
         cfg.MODEL.RESNETS.NORM = "BN"  # this process is alone in its trial
     begun, seconds = time.perf_counter(), {}
     cuda = [torch.cuda.current_device()] if device.type == "cuda" else []
+    configure_backends(cfg)
     with torch.random.fork_rng(cuda):
         batch = _noise_batch(cfg, device)
         for channels_last in _formats(cfg):
@@ -139,7 +143,9 @@ def _dtypes(cfg: CfgNode, device: torch.device) -> list[str]:
 
 
 def _noise_batch(cfg: CfgNode, device: torch.device) -> dict[str, torch.Tensor]:
-    count = min(max(cfg.SOLVER.IMS_PER_BATCH, 1), _TRIAL_IMAGES[device.type])
+    solver = cfg.SOLVER
+    count = max(solver.IMS_PER_BATCH // (comm.get_world_size() * solver.ACCUMULATION_STEPS), 1)
+    count = min(count, _CPU_IMAGES) if device.type == "cpu" else count
     height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
     # Noise: on blank images batch norm makes subnormal numbers, with which a CPU crawls.
     return {
