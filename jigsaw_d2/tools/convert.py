@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import reduce
 from typing import Any
 
 from jigsaw_d2.tools.arguments import add_overrides, add_register, add_trust, import_registered
@@ -83,8 +84,5 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in flat.items():
         *nodes, last = key.split(".")
-        node = result
-        for part in nodes:
-            node = node.setdefault(part, {})
-        node[last] = value
+        reduce(lambda node, part: node.setdefault(part, {}), nodes, result)[last] = value
     return result
