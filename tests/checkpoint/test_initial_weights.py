@@ -50,9 +50,11 @@ def test_every_accepted_form_fills_the_backbone(trained, tmp_path, file):
         (("MODEL.RESNETS.DEPTH", 34), r"not in the file \(80\):\n    res2.2.conv1"),
         (("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256), "Other shapes"),
         (("MODEL.RESNETS.NORM", "GN"), "In the file, not in the network"),
+        (("INPUT.FORMAT", "BGR"), "input_format: file RGB, network BGR"),
+        (("MODEL.PIXEL_STD", [1.0, 1.0, 1.0]), r"pixel_std: file \(58.395, 57.12, 57.375\), netw"),
     ],
 )
-def test_another_network_is_refused_whole(trained, tmp_path, overrides, message):
+def test_another_network_or_input_is_refused_whole(trained, tmp_path, overrides, message):
     torch.manual_seed(5)
     folder, _ = trained
     trainer = JigsawTrainer(
@@ -63,21 +65,6 @@ def test_another_network_is_refused_whole(trained, tmp_path, overrides, message)
         trainer.resume_or_load()
     after = trainer.checkpointer.model.state_dict()
     assert all(torch.equal(before[n], after[n]) for n in before)
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (("INPUT.FORMAT", "BGR"), "input_format: file RGB, network BGR"),
-        (
-            ("MODEL.PIXEL_STD", [1.0, 1.0, 1.0]),
-            r"pixel_std: file \(58.395, 57.12, 57.375\), network \(1.0",
-        ),
-    ],
-)
-def test_other_input_than_the_weights_expect_is_refused(trained, tmp_path, overrides, message):
-    with pytest.raises(WeightsError, match=message):
-        started(tmp_path, trained[0] / "weights.pkl", *overrides)
 
 
 def test_a_shorter_network_takes_what_it_has_room_for(trained, tmp_path, caplog):

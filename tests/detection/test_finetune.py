@@ -37,23 +37,22 @@ def weights(tmp_path: Path) -> Path:
     return convert(tmp_path, *THIN)
 
 
-def data(tmp_path: Path, name: str, masks: bool = True) -> list[str]:
+def settings(tmp_path: Path, name: str, *more: str, masks: bool = True) -> list[str]:
+    """Two small steps, which learn nothing and break nothing, on a set of this name of 4 images."""
     files = make_coco(tmp_path / name, masks=masks)
     sets = str((files[0][0],))
-    return ["DATASETS.COCO_FILES", str(files), "DATASETS.TRAIN", sets, "DATASETS.TEST", sets]
-
-
-# Two small steps learn nothing and break nothing; without a threshold some boxes are scored.
-SHORT = ["SOLVER.BASE_LR", "0.0001"]
-SHORT += ["SOLVER.MAX_ITER", "2", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "SEED", "1"]
+    data = ["DATASETS.COCO_FILES", str(files), "DATASETS.TRAIN", sets, "DATASETS.TEST", sets]
+    short = ["SOLVER.BASE_LR", "0.0001", "SOLVER.MAX_ITER", "2", "SEED", "1"]
+    # without a threshold some boxes are scored
+    short += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "OUTPUT_DIR", str(tmp_path / "out")]
+    return [*SMALL, *THIN, *short, *data, *more]
 
 
 @pytest.mark.parametrize(("config", "tasks"), [(C4, {"bbox"}), (MASK, {"bbox", "segm"})])
 def test_train_and_evaluate(config: str, tasks: set, weights: Path, tmp_path: Path, capsys) -> None:
     """What the user gets: changes as YAML, the full config, AP per class, metadata, cost."""
-    settings = [*SMALL, *THIN, *SHORT, *data(tmp_path, f"whole_{len(tasks)}")]
-    arguments = ["--config-file", config, "--weights", str(weights), *settings]
-    assert main([*arguments, "OUTPUT_DIR", str(tmp_path / "out")]) == 0
+    arguments = ["--config-file", config, "--weights", str(weights)]
+    assert main([*arguments, *settings(tmp_path, f"whole_{len(tasks)}")]) == 0
     said = capsys.readouterr().out
     assert "PIXEL_STD: [58.395, 57.12, 57.375]" in said and "FORMAT: RGB" in said
     out = tmp_path / "out"
@@ -96,9 +95,8 @@ def test_compute_is_counted_with_the_padding_and_only_while_open(tmp_path: Path)
 
 
 def test_evaluations_are_no_part_of_the_training(weights: Path, tmp_path: Path) -> None:
-    settings = [*SMALL, *THIN, *SHORT, *data(tmp_path, "evaluated_within")]
-    settings += ["TEST.EVAL_PERIOD", "1", "OUTPUT_DIR", str(tmp_path / "out")]
-    finetune(setup_finetune(FPN, weights, settings))
+    within = settings(tmp_path, "evaluated_within", "TEST.EVAL_PERIOD", "1")
+    finetune(setup_finetune(FPN, weights, within))
     stages = read_cost_log(tmp_path / "out")["stages"]
     assert stages["finetuning"]["images"] == 2 and stages["evaluation"]["images"] == 2 * 4
 
@@ -167,8 +165,7 @@ def test_faster_coco_eval_gives_pycocotools_numbers(
 
 def test_stop_and_resume(weights: Path, tmp_path: Path) -> None:
     """A run is never started over; resumed, it goes on from its last checkpoint to the same end."""
-    settings = [*SMALL, *THIN, *SHORT, *data(tmp_path, "resumed")]
-    cfg = setup_finetune(FPN, weights, [*settings, "OUTPUT_DIR", str(tmp_path / "out")])
+    cfg = setup_finetune(FPN, weights, settings(tmp_path, "resumed"))
     finetune(cfg)
     with pytest.raises(RunError, match="holds a run already: --resume"):
         finetune(cfg)
@@ -187,16 +184,14 @@ def test_stop_and_resume(weights: Path, tmp_path: Path) -> None:
 
 def test_proposals_without_res5(weights: Path, tmp_path: Path) -> None:
     """Detectron2's RPN on C4 has no res5; it is trained and evaluated all the same."""
-    settings = [*SMALL, *THIN, *SHORT, *data(tmp_path, "proposals")]
-    settings += ["OUTPUT_DIR", str(tmp_path / "out")]
-    cfg = setup_finetune("COCO-Detection/rpn_R_50_C4_1x.yaml", weights, settings)
+    rpn = "COCO-Detection/rpn_R_50_C4_1x.yaml"
+    cfg = setup_finetune(rpn, weights, settings(tmp_path, "proposals"))
     assert set(finetune(cfg)) == {"box_proposals"}
     assert "the network has no res5; left out 50" in (tmp_path / "out" / "log.txt").read_text()
 
 
 def test_evaluation_alone(weights: Path, tmp_path: Path) -> None:
-    settings = [*SMALL, *THIN, *SHORT, *data(tmp_path, "evaluated")]
-    cfg = setup_finetune(FPN, weights, [*settings, "OUTPUT_DIR", str(tmp_path / "out")])
+    cfg = setup_finetune(FPN, weights, settings(tmp_path, "evaluated"))
     with pytest.raises(RunError, match="no checkpoint to evaluate"):
         finetune(cfg, eval_only=True)
     trained = finetune(cfg)
@@ -204,30 +199,22 @@ def test_evaluation_alone(weights: Path, tmp_path: Path) -> None:
 
 
 def test_several_scales_at_test_time(weights: Path, tmp_path: Path) -> None:
-    scales = [
-        "TEST.AUG.ENABLED",
-        "True",
-        "TEST.AUG.MIN_SIZES",
-        "(48, 64)",
-        "TEST.AUG.MAX_SIZE",
-        "96",
-    ]
-    settings = [*SMALL, *THIN, *SHORT, *data(tmp_path, "scaled"), *scales]
-    cfg = setup_finetune(FPN, weights, [*settings, "OUTPUT_DIR", str(tmp_path / "out")])
+    scales = ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(48, 64)"]
+    scaled = settings(tmp_path, "scaled", *scales, "TEST.AUG.MAX_SIZE", "96")
+    cfg = setup_finetune(FPN, weights, scaled)
     assert set(finetune(cfg)) == {"bbox", "bbox_TTA"}
     # Plain: 4 images. Augmented: 4 images x 2 scales x 2 flips.
     assert read_cost_log(tmp_path / "out")["stages"]["evaluation"]["images"] == 4 + 16
-    cfg = setup_finetune(RETINANET, weights, [*settings, "OUTPUT_DIR", str(tmp_path / "retina")])
+    cfg = setup_finetune(RETINANET, weights, [*scaled, "OUTPUT_DIR", str(tmp_path / "retina")])
     with pytest.raises(RunError, match="RetinaNet at one scale only"):
         finetune(cfg)
 
 
 def test_from_scratch(tmp_path: Path) -> None:
     """Random weights, batch norm that trains, nothing frozen: every parameter moves."""
-    settings = [*SMALL, *THIN, *SHORT, *data(tmp_path, "scratch"), "MODEL.RESNETS.NORM", "BN"]
-    settings += ["SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.WARMUP_ITERS", "0"]
-    settings += ["SOLVER.BASE_LR", "0.01"]
-    cfg = setup_finetune(FPN, "none", [*settings, "OUTPUT_DIR", str(tmp_path / "out")])
+    free = ["MODEL.RESNETS.NORM", "BN", "SOLVER.CHECKPOINT_PERIOD", "1"]
+    free += ["SOLVER.WARMUP_ITERS", "0", "SOLVER.BASE_LR", "0.01"]
+    cfg = setup_finetune(FPN, "none", settings(tmp_path, "scratch", *free))
     finetune(cfg)
     one, two = (
         torch.load(tmp_path / "out" / f"model_000000{i}.pth", weights_only=True)["model"]
@@ -240,18 +227,10 @@ def test_from_scratch(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_network_stop_the_run(weights: Path, tmp_path: Path) -> None:
-    settings = [
-        *SMALL,
-        *THIN,
-        *SHORT,
-        *data(tmp_path, "other_network"),
-        "MODEL.RESNETS.DEPTH",
-        "101",
-    ]
-    settings += ["OUTPUT_DIR", str(tmp_path / "out")]
+    deeper = settings(tmp_path, "other_network", "MODEL.RESNETS.DEPTH", "101")
     with pytest.raises(ConfigError, match="config 101, weights 50"):
-        setup_finetune(FPN, weights, settings)
-    cfg = setup_finetune(FPN, weights, settings, force=True)
+        setup_finetune(FPN, weights, deeper)
+    cfg = setup_finetune(FPN, weights, deeper, force=True)
     with pytest.raises(WeightsError, match="res4.22"):
         finetune(cfg)
 
@@ -259,14 +238,12 @@ def test_weights_of_another_network_stop_the_run(weights: Path, tmp_path: Path) 
 def test_a_detector_that_detectron2_lacks(tmp_path: Path) -> None:
     deform = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, True, True, True]"]
     weights = convert(tmp_path, *THIN, *deform)
-    settings = [*SMALL, *THIN, *SHORT, *deform, *data(tmp_path, "deformable")]
-    cfg = setup_finetune(C4, weights, [*settings, "OUTPUT_DIR", str(tmp_path / "out")])
+    cfg = setup_finetune(C4, weights, settings(tmp_path, "deformable", *deform))
     with pytest.raises(RunError, match="cannot build.*not yet supported in res5"):
         finetune(cfg)
 
 
 def test_masks_without_segmentation_stop_the_run(weights: Path, tmp_path: Path) -> None:
-    settings = [*SMALL, *THIN, *SHORT, *data(tmp_path, "maskless", masks=False)]
-    cfg = setup_finetune(MASK, weights, [*settings, "OUTPUT_DIR", str(tmp_path / "out")])
+    cfg = setup_finetune(MASK, weights, settings(tmp_path, "maskless", masks=False))
     with pytest.raises(DataError, match="no segmentation"):
         finetune(cfg)
