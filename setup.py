@@ -70,6 +70,7 @@ setup(
         "msgspec>=0.18",
         "pillow>=9.1",
         "pycocotools>=2.0.6",
+        "faster-coco-eval>=1.8",
         "matplotlib>=3.6",
         "fvcore>=0.1.5,<0.1.6",
         "PyYAML>=6.0",

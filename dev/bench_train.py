@@ -23,11 +23,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
+from tabulate import tabulate
 from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_macs, device_name
-from jigsaw_d2.cost_table import format_table
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.trainer import JigsawTrainer
 from jigsaw_d2.training.precision import Precision
@@ -216,7 +216,7 @@ def print_speed(args: argparse.Namespace, cfg: CfgNode, folder: str) -> None:
     print(
         f"{args.rounds} rounds of {args.iters} steps; matrix ceiling {ceiling / 1e12:.2f} TFLOP/s"
     )
-    print(format_table(rows))
+    print(tabulate(rows, "firstrow"))
     print(f"data wait of (c): {statistics.mean(found['wait']):.1%} of the step")
 
 
@@ -228,7 +228,7 @@ def print_memory(args: argparse.Namespace, argv: list[str]) -> None:
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         peaks[row] = json.loads(out.splitlines()[-1])
         rows.append([f"({row}) {name}", f"{peaks[row]:.0f}", f"{peaks[row] / peaks['a']:.3f}"])
-    print(format_table(rows))
+    print(tabulate(rows, "firstrow"))
 
 
 def main(argv: list[str] | None = None) -> None:

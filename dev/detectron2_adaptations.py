@@ -227,6 +227,13 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         r'torch.meshgrid(\1, indexing="ij")',
         "PyTorch warns at every call that leaves the indexing out",
     ),
+    Rewrite(
+        "detectron2/modeling/meta_arch/retinanet.py",
+        r"get_norm\(norm, 1\)",
+        "get_norm(norm, 32)",
+        "GroupNorm refuses 32 groups of the one channel with which the head asks for the norm's "
+        "class: FCOS, and RetinaNet with group norm, did not build",
+    ),
 )
 
 

@@ -8,16 +8,16 @@ Where what lives, along the way of the data:
     jigsaw_sampler, data_loader                samples -> batches of Jigsaw images
     meta_arch, losses, erf, erf_weights        backbone + classifier, objectives, region weights
     trainer, evaluation, training/             pre-training in Detectron2's engine
-    checkpoint, weights/                       checkpoint -> weights with a passport -> detector
+    checkpoint/                                checkpoint -> weights with metadata -> detector
     detection/                                 training the detector
-    cost, cost_table                           the ledger of compute
+    cost                                       the cost log
     jobs/, comparison/                         whole jobs, and comparisons over seeds
     config, datasets, errors                   what everything shares
     commands/, visualization/                  command lines; figures
 """
 
 from jigsaw_d2 import meta_arch as _  # only registration: JigsawPretrainer
-from jigsaw_d2.checkpoint import convert_checkpoint
+from jigsaw_d2.checkpoint.convert import convert_checkpoint
 from jigsaw_d2.config import add_jigsaw_config, get_jigsaw_cfg
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.template import JigsawTemplate

@@ -14,7 +14,7 @@ COMMANDS = {
     "finetune": "train a detector from converted weights",
     "visualize": "figures: samples, jigsaw, erf, labels",
     "erf": "effective receptive field of any Detectron2 backbone",
-    "cost": "ledger of a run's compute",
+    "cost": "what a run cost, beside ImageNet",
     "compare": "initialisations at equal budget, over seeds",
     "demo": "all of it on a set drawn from a seed",
 }

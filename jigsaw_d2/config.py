@@ -4,9 +4,16 @@ The defaults here are the paper's values ("Cheaper Pre-training Lunch", arXiv 20
 the paper is silent, our decision with its reason beside the key (marked "ours").
 """
 
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
+import detectron2
+import yaml
 from detectron2.config import CfgNode, get_cfg
+
+from jigsaw_d2.io import ConfigError
 
 OBJECTIVES = ("erf_adaptive", "block_wise", "global")
 FIT_METHODS = ("pad_crop", "warp", "resize")
@@ -133,21 +140,27 @@ def config_dir() -> Path:
     )
 
 
-def get_jigsaw_cfg(config_file: str = "", overrides: list[str] | None = None) -> CfgNode:
+def get_jigsaw_cfg(
+    config_file: str = "", overrides: list[str] | None = None, trust: bool = False
+) -> CfgNode:
     """Detectron2's defaults + our keys + ``config_file`` + ``KEY VALUE`` overrides, not frozen.
 
     Args:
         config_file: a path; or a name relative to ``configs/`` ("jigsaw_R_50.yaml", with or
             without a leading "configs/"), found in an installed package too. "" = defaults alone.
         overrides: flat list [key, value, ...] as from the command line.
+        trust: let tags in ``config_file`` run code.
 
     Raises:
         FileNotFoundError: ``config_file`` is neither a path nor a shipped name.
+        ConfigError: see ``refuse_code``.
     """
     cfg = get_cfg()
     add_jigsaw_config(cfg)
     if config_file:
-        cfg.merge_from_file(str(find_config(config_file)))
+        path = str(find_config(config_file))
+        refuse_code(path, trust)
+        cfg.merge_from_file(path)
     cfg.merge_from_list(overrides or [])
     return cfg
 
@@ -166,3 +179,33 @@ def find_config(name: str) -> Path:
         return shipped
     names = ", ".join(sorted(p.name for p in config_dir().glob("*.yaml")))
     raise FileNotFoundError(f"no config {name!r}: not a file, nor among the shipped ones ({names})")
+
+
+def refuse_code(path: str, trust: bool = False) -> None:
+    """Look for YAML tags that could run code, in a config file and in the files of its ``_BASE_``.
+
+    Detectron2 loads such by default. Here only files of its own model zoo may have them (RetinaNet
+    computes its anchors so): they were installed with its code.
+
+    Raises:
+        ConfigError: naming the file and the tag; not with ``trust``.
+    """
+    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+    if trust or Path(path).resolve().is_relative_to(zoo.resolve()):
+        return
+    with CfgNode._open_cfg(path) as stream:
+        try:
+            values = yaml.safe_load(stream)
+        except yaml.constructor.ConstructorError as error:
+            problem = str(error.problem).replace("tag:yaml.org,2002:", "!!")
+            tag = re.search("'(!.*)'", problem)
+            raise ConfigError(
+                f"{path}: refused, because reading it could run code from it "
+                f"({f'the tag {tag[1]}' if tag else problem}); write the values out, or, if the "
+                "file is your own, --trust reads it"
+            ) from None
+    bases = values.get("_BASE_", []) if isinstance(values, Mapping) else []
+    for base in [bases] if isinstance(bases, str) else bases:
+        base = os.path.expanduser(base)
+        remote = base.startswith(("http://", "https://"))  # found as fvcore finds them
+        refuse_code(base if remote else os.path.join(os.path.dirname(path), base))

@@ -1,40 +1,46 @@
-"""Ledger of the compute that a result cost: images, pixels, FLOPs, seconds and device by stage.
+"""Cost log of the compute that a result took: images, pixels, FLOPs, seconds, device by stage.
 
 One ``cost.json`` lies in the run's folder. Each stage adds to it as it goes, so it holds what was
 spent: across resumes, and with the iterations that a kill made necessary twice (the killed process
 takes at most its last 20 steps with it). FLOPs count a multiply and an add as two (2 per MAC); a
 training step counts as three forward passes (forward, gradient of the activations, gradient of the
-weights).
+weights). Nothing here brings torch in before a network is counted.
 """
 
-import contextlib
 import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone
-from fvcore.nn import FlopCountAnalysis
-from fvcore.nn.jit_handles import get_shape
-from torch import nn
+from tabulate import tabulate
 
-from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.io import CheckpointError, ConfigError, write_text
 
-LEDGER_NAME = "cost.json"
+if TYPE_CHECKING:
+    import torch
+    from detectron2.config import CfgNode
+    from torch import nn
+
+COST_LOG_NAME = "cost.json"
 STAGES = ("extraction", "pretraining", "erf_refresh", "evaluation", "finetuning")
 # Forward passes that a forward and a backward pass cost: the backward pass holds two products,
 # one for the activations and one for the weights, of the forward pass's size each.
 TRAIN_FORWARDS = 3
+# R50 with stride in its 3x3 convolutions, classifier of 1,000 classes included, per 224x224 image.
+_R50_MACS = 4_089_184_256
+# Known pre-trainings, as images of 224x224 pixels that a ResNet-50 was trained on.
+REFERENCES = {
+    "Jigsaw, the paper's 64k x 512": 64_000 * 512,
+    "ImageNet, 90 epochs": 90 * 1_281_167,
+    "ImageNet, 100 epochs": 100 * 1_281_167,
+    "ImageNet, fast recipe to 73.8 %": 11_600_000,
+    "ImageNet, fast recipe to 76.6 %": 23_000_000,
+}
 # Operators whose multiply-accumulates are counted; the rest of a backbone is below 1 % of them.
 _MATMULS = ("conv", "linear", "addmm", "matmul", "bmm", "einsum")
-
-
-class LedgerError(JigsawError, ValueError):
-    """A ledger that cannot be read, or a stage it does not know."""
 
 
 def record_stage(
@@ -47,8 +53,8 @@ def record_stage(
     seconds: float = 0.0,
     device: str = "",
     **extra: object,
-) -> dict:
-    """Add to one stage of the ledger in ``output_dir`` and return that stage's totals.
+) -> dict[str, Any]:
+    """Add to one stage of the cost log in ``output_dir`` and return that stage's totals.
 
     Counts and seconds are summed over calls (from several processes too: the folder is locked
     meanwhile and the file replaced whole); ``extra`` facts keep the value said last.
@@ -61,17 +67,19 @@ def record_stage(
         device: name of the device, e.g. ``device_name("cuda")``.
 
     Raises:
-        LedgerError: ``stage`` is not one of STAGES.
+        ConfigError: ``stage`` is not one of STAGES.
+        CheckpointError: see ``read_cost_log``.
     """
     if stage not in STAGES:
-        raise LedgerError(f"ledger stage {stage!r}; the stages are {', '.join(STAGES)}")
+        raise ConfigError(f"stage {stage!r} of a cost log; the stages are {', '.join(STAGES)}")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        ledger = read_ledger(folder)
-        entry = ledger["stages"].setdefault(
-            stage, {"images": 0, "pixels": 0, "flops": 0, "seconds": 0.0, "devices": {}}
-        )
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # which the kernel undoes when its holder dies
+        log = read_cost_log(folder)
+        new = {"images": 0, "pixels": 0, "flops": 0, "seconds": 0.0, "devices": {}}
+        entry = log["stages"].setdefault(stage, new)
         entry["images"] += int(images)
         entry["pixels"] += int(pixels)
         entry["flops"] += int(flops)
@@ -79,49 +87,95 @@ def record_stage(
         if device:
             entry["devices"][device] = entry["devices"].get(device, 0.0) + float(seconds)
         entry.update(extra)
-        temporary = folder / f"{LEDGER_NAME}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(ledger, indent=1) + "\n")
-        os.replace(temporary, folder / LEDGER_NAME)
+        write_text(folder / COST_LOG_NAME, json.dumps(log, indent=1) + "\n")
+    finally:
+        os.close(handle)
     return entry
 
 
-def read_ledger(output_dir: str | Path) -> dict:
+def read_cost_log(output_dir: str | Path) -> dict[str, Any]:
     """{"version": 1, "stages": {stage: totals}} of a run's folder; no stages where none ran yet.
 
     Raises:
-        LedgerError: the file is not a ledger.
+        CheckpointError: the file is not a cost log.
     """
-    path = Path(output_dir) / LEDGER_NAME
+    path = Path(output_dir, COST_LOG_NAME)
     if not path.is_file():
         return {"version": 1, "stages": {}}
     try:
-        ledger = json.loads(path.read_text())
-        ledger["stages"].items()
+        log = json.loads(path.read_text())
+        log["stages"].items()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise LedgerError(
-            f"{path} is not a ledger ({error}); move it away to start anew"
-        ) from error
-    return ledger
+        raise CheckpointError(f"{path} is not a cost log ({error}); move it away") from error
+    return log
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: the kernel lets go of it when the holder dies, whatever the way."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+class CostLog:
+    """One run's cost log as its stages see it; ``seconds`` are this process's, per stage.
+
+    ``writes`` is False on every rank but the main one.
+    """
+
+    def __init__(self, output_dir: str | Path, device: str = "", *, writes: bool = True) -> None:
+        self.output_dir, self.device, self.writes = Path(output_dir), device, writes
+        self.seconds: dict[str, float] = {}
+
+    def record(self, stage: str, *, seconds: float = 0.0, **amounts: object) -> None:
+        """``record_stage`` for this run; ``seconds`` of this process's device."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        if self.writes:
+            record_stage(self.output_dir, stage, seconds=seconds, device=self.device, **amounts)
 
 
-def backbone_macs(backbone: CfgNode | nn.Module, height: int, width: int) -> int:
+def format_cost_logs(output_dirs: Sequence[str | Path]) -> str:
+    """Table of the stages of one or more folders, summed, and of the references beside them.
+
+    Raises:
+        CheckpointError: a folder without a cost log, or with a damaged one.
+    """
+    logs = []
+    for folder in output_dirs:
+        logs.append(read_cost_log(folder)["stages"])
+        if not logs[-1]:
+            hint = "name the folder of a run, or the one that a store lies in"
+            raise CheckpointError(f"{folder} holds no {COST_LOG_NAME}; {hint}")
+    booked = {stage: [log[stage] for log in logs if stage in log] for stage in STAGES}
+    booked["all"] = sum(booked.values(), [])
+    rows = [_row(stage, entries) for stage, entries in booked.items() if entries]
+    head = ["stage", "images", "Mpixels", "PFLOP", "device hours", "devices"]
+    text = tabulate(rows, head, intfmt=",", floatfmt=("", "", ",.1f", ",.4g", ",.3f", ""))
+    _, images, own_pixels, own_flops, *_ = _row("", booked["pretraining"] + booked["erf_refresh"])
+    if not images:
+        return text
+    rows = []
+    for name, images in REFERENCES.items():
+        pixels, flops = images * 224 * 224 / 1e6, 2 * _R50_MACS * TRAIN_FORWARDS * images / 1e15
+        multiples = [pixels / own_pixels, flops / own_flops if own_flops else None]
+        rows.append([name, images, pixels, flops, *multiples])
+    head = ["pre-training with R50 at 224x224", *head[1:4], "pixels/own", "FLOP/own"]
+    form = {"intfmt": ",", "floatfmt": ("", "", ",.0f", ",.0f", ",.4g", ",.4g")}
+    return f"{text}\n\n{tabulate(rows, head, missingval='-', **form)}"
+
+
+def _row(name: str, entries: list[dict[str, Any]]) -> list[Any]:
+    keys = ("images", "pixels", "flops", "seconds")
+    images, pixels, flops, seconds = (sum(entry[key] for entry in entries) for key in keys)
+    devices = sorted({device for entry in entries for device in entry["devices"]})
+    return [name, images, pixels / 1e6, flops / 1e15, seconds / 3600, "; ".join(devices)]
+
+
+def backbone_macs(backbone: "CfgNode | nn.Module", height: int, width: int) -> int:
     """Multiply-accumulates of the convolutions and matrix products of one image's forward pass.
 
     Args:
         backbone: a backbone (left in its modes and on its device) or a config that builds one.
         height, width: of the image, in pixels.
     """
+    import torch
+    from detectron2.config import CfgNode
+    from detectron2.modeling import build_backbone
+    from fvcore.nn import FlopCountAnalysis
+
     if isinstance(backbone, CfgNode):
         backbone = build_backbone(_countable(backbone))
     modes = {module: module.training for module in backbone.modules()}
@@ -142,17 +196,19 @@ def backbone_macs(backbone: CfgNode | nn.Module, height: int, width: int) -> int
 
 def _deform_conv_macs(inputs: list, outputs: list) -> int:
     """Those of the plain convolution of the same shape; sampling at offsets is below 1 % of it."""
+    from fvcore.nn.jit_handles import get_shape
+
     out_channels, in_channels, *kernel = get_shape(inputs[1])
     batch, _, *cells = get_shape(outputs[0])
     return batch * math.prod(cells) * out_channels * in_channels * math.prod(kernel)
 
 
-def backbone_flops(backbone: CfgNode | nn.Module, height: int, width: int) -> int:
+def backbone_flops(backbone: "CfgNode | nn.Module", height: int, width: int) -> int:
     """FLOPs of one image's forward pass: two per multiply-accumulate of ``backbone_macs``."""
     return 2 * backbone_macs(backbone, height, width)
 
 
-def _countable(cfg: CfgNode) -> CfgNode:
+def _countable(cfg: "CfgNode") -> "CfgNode":
     """The config with a norm that exists everywhere: which one does not change the count."""
     cfg = cfg.clone()
     cfg.defrost()
@@ -161,39 +217,14 @@ def _countable(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def device_name(device: str | torch.device) -> str:
-    """What to call a device in the ledger: the GPU's model, or the CPU's with its cores in use."""
+def device_name(device: "str | torch.device") -> str:
+    """What to call a device in the log: the GPU's model, or the CPU's with its cores in use."""
+    import torch
+
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = "CPU"
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        model = next(
-            (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), model
-        )
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-class Ledger:
-    """One run's ledger as its stages see it: folder and device are known, only one rank writes."""
-
-    def __init__(self, output_dir: str | Path, device: str = "", *, writes: bool = True) -> None:
-        """
-        Args:
-            output_dir: the run's folder.
-            device: what to call the device, see ``device_name``.
-            writes: False on every rank but the main one; its calls then only add to ``seconds``.
-        """
-        self.output_dir = Path(output_dir)
-        self.device = device
-        self.writes = writes
-        # Seconds per stage recorded by this process, e.g. for the share of time that a stage took.
-        self.seconds: dict[str, float] = {}
-
-    def record(self, stage: str, *, seconds: float = 0.0, **amounts: object) -> None:
-        """``record_stage`` for this run; ``seconds`` of this process's device."""
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-        if self.writes:
-            record_stage(self.output_dir, stage, seconds=seconds, device=self.device, **amounts)
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    return f"{next(models, 'CPU')}, {torch.get_num_threads()} threads"

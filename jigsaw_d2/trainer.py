@@ -27,7 +27,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from jigsaw_d2.cost import Ledger, backbone_macs, device_name
+from jigsaw_d2.checkpoint.loading import load_initial_weights
+from jigsaw_d2.cost import CostLog as Ledger
+from jigsaw_d2.cost import backbone_macs, device_name
 from jigsaw_d2.data_loader import build_jigsaw_eval_loader, build_jigsaw_train_loader
 from jigsaw_d2.evaluation import JigsawEvaluator
 from jigsaw_d2.meta_arch import JigsawPretrainer
@@ -42,7 +44,6 @@ from jigsaw_d2.training.hooks import (
     StatisticsHook,
     WriterHook,
 )
-from jigsaw_d2.training.initial_weights import load_initial_weights
 from jigsaw_d2.training.lr_schedule import build_lr_scheduler
 from jigsaw_d2.training.memory import checkpoint_activations
 from jigsaw_d2.training.norm import check_trainable

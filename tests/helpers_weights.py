@@ -13,11 +13,15 @@ from detectron2.modeling import build_model
 from torch import nn
 
 import jigsaw_d2.meta_arch  # noqa: F401  (registers JigsawPretrainer)
-from jigsaw_d2.checkpoint import convert_checkpoint, passport_path
+from jigsaw_d2.checkpoint.convert import (
+    METADATA_KEY,
+    convert_checkpoint,
+    metadata_path,
+    read_weights,
+)
+from jigsaw_d2.checkpoint.metadata import WeightsMetadata
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.detection.detection_config import load_detection_config
-from jigsaw_d2.weights.passport import PASSPORT_KEY, Passport
-from jigsaw_d2.weights.weight_files import read_weights
+from jigsaw_d2.detection.config import load_detection_config
 
 # A ResNet-50 (or 101) in form with an eighth of its channels.
 THIN = [
@@ -94,10 +98,10 @@ def rewrite(weights: Path, change: Callable[[dict], None], seal: bool = False) -
     data = read_weights(weights)
     change(data)
     if seal:
-        passport = Passport.from_dict(data[PASSPORT_KEY]).sealed(data["model"])
-        data[PASSPORT_KEY] = passport.to_dict()
+        metadata = WeightsMetadata.from_dict(data[METADATA_KEY]).sealed(data["model"])
+        data[METADATA_KEY] = metadata.to_dict()
     weights.write_bytes(pickle.dumps(data))
-    passport_path(weights).unlink(missing_ok=True)
+    metadata_path(weights).unlink(missing_ok=True)
     return weights
 
 

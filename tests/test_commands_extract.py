@@ -7,7 +7,7 @@ import pytest
 
 from jigsaw_d2.commands import run_command
 from jigsaw_d2.commands.extract import build_parser, main, parse_part, parse_size
-from jigsaw_d2.cost import read_ledger
+from jigsaw_d2.cost import read_cost_log as read_ledger
 from jigsaw_d2.sample_store import SampleStore
 
 REGISTERING = """

@@ -16,7 +16,7 @@ from jigsaw_d2.comparison.dry_run import (
     step_seconds,
 )
 from jigsaw_d2.comparison.plan import PRESETS, SCRATCH, jigsaw_arm
-from jigsaw_d2.detection.finetune_config import load_detection_config
+from jigsaw_d2.detection.config import load_detection_config
 
 SPEED = Speed(pretrain_step=0.5, detection_step=2.0)
 PLAN = dataclasses.replace(PRESETS["smoke"], pretrain_iterations=41, detection_iterations=10)

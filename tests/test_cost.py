@@ -1,4 +1,4 @@
-"""cost.py: hand counts of multiply-accumulates, and a ledger that survives kills and crowds."""
+"""cost.py: hand counts of multiply-accumulates, and a cost log that survives kills and crowds."""
 
 import json
 import multiprocessing
@@ -9,14 +9,17 @@ from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.cost import (
-    Ledger,
-    LedgerError,
+    REFERENCES,
+    CostLog,
     backbone_flops,
     backbone_macs,
     device_name,
-    read_ledger,
+    format_cost_logs,
+    read_cost_log,
     record_stage,
 )
+from jigsaw_d2.io import CheckpointError, ConfigError
+from jigsaw_d2.tools.cost import main
 
 
 def bottleneck_stage(cells: int, inside: int, width: int, blocks: int, stride: int) -> int:
@@ -75,7 +78,7 @@ def test_stages_add_up(tmp_path):
     )
     assert total["images"] == 16 and total["pixels"] == 1600 and total["flops"] == 2 * 10**12
     assert total["seconds"] == 5 and total["devices"] == {"CPU": 2.0, "GPU": 3.0}
-    stages = read_ledger(tmp_path)["stages"]
+    stages = read_cost_log(tmp_path)["stages"]
     assert stages["pretraining"] == total
     assert stages["extraction"]["workers"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["cost.json"]  # no temporary left
@@ -95,30 +98,76 @@ def test_processes_that_record_at_once_lose_nothing(tmp_path):
         worker.start()
     for worker in workers:
         worker.join()
-    entry = read_ledger(tmp_path)["stages"]["evaluation"]
+    entry = read_cost_log(tmp_path)["stages"]["evaluation"]
     assert entry["images"] == 200 and entry["seconds"] == 50
 
 
-def test_a_folder_without_ledger_is_empty_and_a_damaged_one_is_named(tmp_path):
-    assert read_ledger(tmp_path) == {"version": 1, "stages": {}}
+def test_a_folder_without_cost_log_is_empty_and_a_damaged_one_is_named(tmp_path):
+    assert read_cost_log(tmp_path) == {"version": 1, "stages": {}}
     (tmp_path / "cost.json").write_text('{"version": 1')
-    with pytest.raises(LedgerError, match="cost.json is not a ledger"):
-        read_ledger(tmp_path)
+    with pytest.raises(CheckpointError, match="cost.json is not a cost log"):
+        read_cost_log(tmp_path)
 
 
 def test_unknown_stage_is_refused(tmp_path):
-    with pytest.raises(LedgerError, match="'training'; the stages are extraction, pretraining"):
+    with pytest.raises(
+        ConfigError, match="'training' of a cost log; the stages are extraction, pretraining"
+    ):
         record_stage(tmp_path, "training")
     assert not (tmp_path / "cost.json").exists()
 
 
 def test_only_the_main_rank_writes(tmp_path):
-    quiet = Ledger(tmp_path, "CPU", writes=False)
+    quiet = CostLog(tmp_path, "CPU", writes=False)
     quiet.record("pretraining", seconds=2.0, images=3)
     assert quiet.seconds == {"pretraining": 2.0} and not list(tmp_path.iterdir())
-    Ledger(tmp_path, "CPU").record("pretraining", seconds=2.0, images=3)
+    CostLog(tmp_path, "CPU").record("pretraining", seconds=2.0, images=3)
     assert json.loads((tmp_path / "cost.json").read_text())["stages"]["pretraining"]["images"] == 3
 
 
 def test_the_cpu_has_a_name_and_a_number_of_threads():
     assert device_name("cpu").endswith(f", {torch.get_num_threads()} threads")
+
+
+# ---- the table
+
+
+def test_the_papers_quarter_of_imagenet():
+    """64k x 512 = 32.8 M images: 25.6 % of 100 epochs, 28.4 % of 90, more than the fast recipes."""
+    jigsaw, ninety, hundred, fast, faster = REFERENCES.values()
+    assert jigsaw == 32_768_000
+    assert round(100 * jigsaw / hundred, 1) == 25.6
+    assert round(100 * jigsaw / ninety, 1) == 28.4
+    assert fast < faster < jigsaw
+
+
+def test_command_sums_folders_and_compares(tmp_path, capsys):
+    run, store = tmp_path / "run", tmp_path / "store"
+    record_stage(store, "extraction", images=100, pixels=10**7, seconds=36, device="CPU")
+    pixels = 10 * 224 * 224
+    record_stage(
+        run, "pretraining", images=1000, pixels=pixels, flops=2e11, seconds=3600, device="CPU"
+    )
+    record_stage(run, "erf_refresh", images=10, pixels=pixels, flops=0, seconds=0, device="CPU")
+    assert main([str(store), str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split("  ")[0]: line.split() for line in lines if line}
+    assert table["extraction"][1:] == ["100", "10.0", "0", "0.010", "CPU"]
+    assert table["pretraining"][1:4] == ["1,000", "0.5", "0.0002"]
+    assert table["all"][1] == "1,110" and table["all"][4] == "1.010"
+    # 128,116,700 images of 224x224 against the pixels of 20.
+    assert table["ImageNet, 100 epochs"][-2] == f"{128_116_700 / 20:,.4g}"
+
+
+def test_the_same_stage_of_two_runs_is_summed(tmp_path):
+    for name in ("a", "b"):
+        record_stage(tmp_path / name, "finetuning", images=4, seconds=2, device=name)
+    text = format_cost_logs([tmp_path / "a", tmp_path / "b"])
+    row = next(line.split() for line in text.splitlines() if line.startswith("finetuning"))
+    assert row[1] == "8" and row[-2:] == ["a;", "b"]
+    assert "ImageNet" not in text  # nothing to compare it with
+
+
+def test_a_folder_without_cost_log_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=f"{tmp_path} holds no cost.json"):
+        format_cost_logs([tmp_path])

@@ -16,6 +16,9 @@ from detectron2 import model_zoo
 from detectron2.data import transforms
 from detectron2.data.common import MapDataset
 from detectron2.engine import hooks
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from PIL import Image
 
 PACKAGE = Path(detectron2.__file__).parent
@@ -175,3 +178,14 @@ def test_extent_transform_has_its_default_filter():
     cut = transforms.ExtentTransform((0, 0, 2, 2), (2, 2))
     assert cut.interp == Image.BILINEAR
     assert cut.apply_image(image).shape == (2, 2)
+
+
+def test_heads_with_group_norm_are_built():
+    """FCOS's norm is group norm by default; RetinaNet's where MODEL.RETINANET.NORM asks for it."""
+    levels = [ShapeSpec(channels=64, stride=8)] * 2
+    options = {"input_shape": levels, "num_classes": 3, "conv_dims": [64], "norm": "GN"}
+    for head in (FCOSHead(**options), RetinaNetHead(num_anchors=1, **options)):
+        norms = [m for m in head.modules() if isinstance(m, torch.nn.GroupNorm)]
+        assert [norm.num_channels for norm in norms] == [64, 64]
+        outputs = head([torch.zeros(1, 64, 4, 4)] * 2)
+        assert outputs[0][1].shape == (1, 3, 4, 4)

@@ -11,10 +11,10 @@ from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from helpers_jobs import tiny_set
 
+from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.commands import convert, extract, pretrain
-from jigsaw_d2.detection.finetune_config import setup_finetune
+from jigsaw_d2.detection.config import setup_finetune
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.weights.backbone_loading import backbone_names, load_backbone
 
 ITERATIONS = 5
 SMALL_DETECTOR = [
@@ -87,10 +87,11 @@ def test_every_backbone_tensor_arrives_and_a_step_is_taken(job, kind):
     cfg = setup_finetune(DETECTORS[kind], str(weights), overrides, match_architecture=True)
     torch.manual_seed(0)
     detector = build_model(cfg)
-    load_backbone(detector, weights)
+    report = load_backbone(detector, weights)
     state = detector.state_dict()
-    names = backbone_names(state)
-    assert set(names) == set(expected)
+    stages = ("backbone.bottom_up.", "backbone.", "roi_heads.")
+    names = {name: next(p + name for p in stages if p + name in state) for name in expected}
+    assert set(names.values()) == set(report.filled)
     for name, tensor in expected.items():
         np.testing.assert_array_equal(state[names[name]].numpy(), tensor.float().numpy(), name)
     _take_a_step(detector, cfg)

@@ -1,4 +1,4 @@
-"""Networks and images for the ERF commands: any config, any naming of weights, no half-loading."""
+"""Networks and images for the ERF commands: any config, photos, Jigsaw images."""
 
 import tempfile
 import unittest
@@ -7,11 +7,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from helpers_networks import TINY_RESNET, tiny_backbone, tiny_fpn
+from helpers_networks import TINY_RESNET
 from helpers_store import make_store
+from helpers_weights import THIN, convert
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.erf_weights import ErfError
+from jigsaw_d2.io import ConfigError
 from jigsaw_d2.training import erf_inputs
 
 ZOO_FPN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
@@ -41,65 +43,21 @@ class NetworkTest(unittest.TestCase):
         self.assertFalse(torch.equal(first[name], other[name]))
 
     def test_unknown_feature(self):
-        with self.assertRaisesRegex(ErfError, "p2, p3, p4, p5, p6, no 'p9'"):
+        with self.assertRaisesRegex(ConfigError, "p2, p3, p4, p5, p6, no 'p9'"):
             self.load(ZOO_FPN, "p9")
 
-
-class WeightsTest(unittest.TestCase):
-    def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.path = str(Path(folder.name) / "weights.pth")
-
-    def check_loads(self, backbone, tensors):
-        torch.save({"model": tensors}, self.path)
-        missing = erf_inputs.load_weights(backbone, self.path)
-        return missing, backbone.state_dict()
-
-    def test_every_naming(self):
-        source = tiny_backbone(seed=1).state_dict()
-        res5 = {k: v for k, v in source.items() if k.startswith("res5")}
-        rest = {k: v for k, v in source.items() if not k.startswith("res5")}
-        namings = {
-            "bare": source,
-            "checkpoint of ours": {f"backbone.{k}": v for k, v in source.items()},
-            "inside a pyramid": {f"backbone.bottom_up.{k}": v for k, v in source.items()},
-            "C4 detector": {f"backbone.{k}": v for k, v in rest.items()}
-            | {f"roi_heads.{k}": v for k, v in res5.items()},
-        }
-        for name, tensors in namings.items():
-            with self.subTest(name=name):
-                missing, loaded = self.check_loads(tiny_backbone(seed=2), tensors)
-                self.assertEqual(missing, [])
-                for key, value in source.items():
-                    self.assertTrue(torch.equal(loaded[key], value), key)
-
-    def test_pyramid_from_detector_and_from_our_file(self):
-        source = tiny_fpn(seed=1).state_dict()
-        missing, loaded = self.check_loads(
-            tiny_fpn(seed=2), {f"backbone.{k}": v for k, v in source.items()}
-        )
-        self.assertEqual(missing, [])
-        self.assertTrue(torch.equal(loaded["fpn_output4.weight"], source["fpn_output4.weight"]))
-        bottom_up = {k.removeprefix("bottom_up."): v for k, v in source.items() if "bottom_up" in k}
-        with self.assertLogs(erf_inputs.logger, "WARNING"):
-            missing, loaded = self.check_loads(tiny_fpn(seed=2), bottom_up)
-        self.assertTrue(missing and all(name.startswith("fpn_") for name in missing))
-        name = "bottom_up.res5.0.conv1.weight"
-        self.assertTrue(torch.equal(loaded[name], source[name]))
-
-    def test_another_network_is_refused_whole(self):
-        state = tiny_backbone(seed=1).state_dict()
-        backbone = tiny_backbone(seed=2)
-        before = {k: v.clone() for k, v in backbone.state_dict().items()}
-        del state["res4.0.conv1.weight"]
-        with self.assertRaisesRegex(ErfError, "1 tensors missing .res4.0.conv1.weight"):
-            self.check_loads(backbone, state)
-        state["res4.0.conv1.weight"] = torch.zeros(1, 2, 3)
-        with self.assertRaisesRegex(ErfError, "res4.0.conv1.weight .1, 2, 3."):
-            self.check_loads(backbone, state)
-        for key, value in backbone.state_dict().items():
-            self.assertTrue(torch.equal(value, before[key]), key)
+    def test_weights_bring_what_they_require(self):
+        """A zoo config is written for MSRA's weights: our weights change input, stride and norm."""
+        with tempfile.TemporaryDirectory() as folder:
+            weights = str(convert(Path(folder), *THIN))
+            network, cfg = erf_inputs.load_network(
+                ZOO_FPN, "p4", weights, [*THIN, "MODEL.FPN.OUT_CHANNELS", "8"], device="cpu"
+            )
+            self.assertEqual(cfg.INPUT.FORMAT, "RGB")
+            self.assertEqual(cfg.MODEL.PIXEL_STD, [58.395, 57.12, 57.375])
+            self.assertEqual(network.bottom_up.res3[0].conv1.stride, (1, 1))
+            with self.assertRaisesRegex(ConfigError, "INPUT.FORMAT: config BGR, weights RGB"):
+                erf_inputs.load_network(ZOO_FPN, "p4", weights, [*THIN, "INPUT.FORMAT", "BGR"])
 
 
 class ImagesTest(unittest.TestCase):

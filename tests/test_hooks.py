@@ -6,7 +6,8 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from jigsaw_d2.cost import Ledger, read_ledger
+from jigsaw_d2.cost import CostLog as Ledger
+from jigsaw_d2.cost import read_cost_log as read_ledger
 from jigsaw_d2.training.hooks import (
     CheckpointHook,
     MeterHook,

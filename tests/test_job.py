@@ -5,7 +5,7 @@ import pytest
 from helpers_jobs import FakeRunner, fake_passports, flag, tiny_set
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.detection.finetune_config import load_detection_config
+from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.jobs.job import Job, JobRunner, default_configs, with_lengths
 from jigsaw_d2.jobs.job_report import job_report, result_tables
 from jigsaw_d2.jobs.stages import StageError

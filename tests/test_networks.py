@@ -4,10 +4,10 @@ import pytest
 import torch
 from helpers_store import make_store
 
-from jigsaw_d2.checkpoint import convert_checkpoint
+from jigsaw_d2.checkpoint.convert import convert_checkpoint
+from jigsaw_d2.checkpoint.loading import load_initial_weights
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.trainer import JigsawTrainer
-from jigsaw_d2.training.initial_weights import load_initial_weights
 
 NETWORKS = {
     "jigsaw_R_18.yaml": ("resnet18", 11_176_512),

@@ -6,7 +6,7 @@ from helpers_jobs import FakeRunner, fake_passports, flag, tiny_set
 
 from jigsaw_d2.commands import demo, run
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.detection.finetune_config import load_detection_config
+from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.jobs.pipeline import (
     DetectionSet,
     PipelineError,

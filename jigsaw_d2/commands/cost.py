@@ -1,24 +1,3 @@
-"""``python -m jigsaw_d2 cost RUN...``: what a run cost, beside ImageNet pre-training."""
+"""``python -m jigsaw_d2 cost``: lives in ``tools``."""
 
-import argparse
-
-from jigsaw_d2.cost_table import format_ledger
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Folders, nothing else."""
-    parser = argparse.ArgumentParser(prog="python -m jigsaw_d2 cost", description=__doc__)
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="folder with a cost.json: the one that a store lies in, an OUTPUT_DIR; several are "
-        "added up, as the stages of one result",
-    )
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the table."""
-    print(format_ledger(build_parser().parse_args(argv).runs))
-    return 0
+from jigsaw_d2.tools.cost import build_parser, main  # noqa: F401

@@ -15,7 +15,7 @@ from jigsaw_d2.comparison.plan import Arm, Plan
 from jigsaw_d2.comparison.report_markdown import table
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops
-from jigsaw_d2.detection.finetune_config import load_detection_config
+from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.jobs.pipeline import DetectionSet
 from jigsaw_d2.training.lr_schedule import scale_to_batch
 from jigsaw_d2.training.precision import Precision, settle_precision

@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 
 from jigsaw_d2.comparison.plan import Arm, ComparisonError, Plan
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.detection.finetune_config import load_detection_config
+from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.jobs.pipeline import (
     DetectionSet,

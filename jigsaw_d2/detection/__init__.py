@@ -1,1 +1,1 @@
-"""Training the detector: configs, data, compute."""
+"""Training the detector: its config, its run."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.detection.finetune_config import load_detection_config
+from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.jobs.pipeline import (
     DetectionSet,
     conversion_stage,

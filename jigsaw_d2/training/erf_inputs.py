@@ -1,29 +1,26 @@
 """Networks and images for looking at effective receptive fields outside of training."""
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
-from detectron2.modeling import build_backbone
+from detectron2.modeling import Backbone, build_backbone
 from detectron2.utils.file_io import PathManager
-from torch import Tensor, nn
+from torch import Tensor
 
-from jigsaw_d2.checkpoint import read_backbone
+from jigsaw_d2.checkpoint.convert import read_tensors
+from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.data_loader import JigsawBatches, build_jigsaw_sampler
 from jigsaw_d2.dataset_mapper import JigsawDatasetMapper
-from jigsaw_d2.detection.finetune_config import load_detection_config
+from jigsaw_d2.detection.config import apply_metadata, load_detection_config
 from jigsaw_d2.erf_weights import ErfError
+from jigsaw_d2.io import ConfigError
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.training.norm import resolve_norm
-from jigsaw_d2.weights.weight_files import read_weights
-
-logger = logging.getLogger(__name__)
 
 RANDOM = "random"
 # Added to a run's seed, so that measurements and training draw different images.
@@ -44,24 +41,33 @@ def load_network(
     *,
     seed: int = 0,
     device: str = "",
-) -> tuple[nn.Module, CfgNode]:
-    """The backbone of any Detectron2 config, and the config as it was built from.
+    trust: bool = False,
+) -> tuple[Backbone, CfgNode]:
+    """The backbone of any Detectron2 config, in eval mode, and the config as it was built from.
 
     Args:
         config_file: a path, a config of ours, or a name in Detectron2's model zoo.
         feature: must be among the outputs; a plain ResNet is asked for it, e.g. for the res5 that
             a C4 detector keeps in its RoI heads. "" = any.
-        weights: "random", or a file: a checkpoint or converted file of ours, weights of a
-            Detectron2 model (a file or a URL of its path manager), or of torchvision's ResNets.
+        weights: "random", or a file (or a URL of Detectron2's path manager): ours, torchvision's,
+            MSRA's, or of any Detectron2 model. What its metadata requires is set in the config.
         overrides: KEY VALUE ... as on the command line.
         seed: of the random initialisation.
+        device: "" = a GPU where there is one.
+        trust: unpickle anything in ``weights`` and let tags in the config run code.
 
     Raises:
-        ErfError: the feature does not exist, or the weights are another network's.
+        ConfigError: the feature does not exist, or the config is another network's.
+        WeightsError: see ``load_backbone``.
     """
-    cfg = load_detection_config(config_file, overrides)
+    cfg = load_detection_config(config_file, overrides, trust)
     cfg.MODEL.DEVICE = device or default_device()
     cfg.MODEL.RESNETS.NORM = resolve_norm(cfg, 1)
+    file = None if weights == RANDOM else PathManager.get_local_path(weights)
+    metadata = None if file is None else read_tensors(file, trust)[1]
+    if metadata is not None:
+        cfg.MODEL.JIGSAW.ORIGIN = ""
+        apply_metadata(cfg, metadata, explicit=frozenset(overrides[::2]))
     outputs = cfg.MODEL.RESNETS.OUT_FEATURES
     if feature.startswith("res") and feature not in outputs:
         if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
@@ -71,60 +77,10 @@ def load_network(
         backbone = build_backbone(cfg).to(cfg.MODEL.DEVICE).eval()
     names = list(backbone.output_shape())
     if feature and feature not in names:
-        raise ErfError(f"{config_file}: its backbone returns {', '.join(names)}, no {feature!r}")
-    if weights != RANDOM:
-        load_weights(backbone, weights)
+        raise ConfigError(f"{config_file}: its backbone returns {', '.join(names)}, no {feature!r}")
+    if file is not None:
+        load_backbone(backbone, file, trust=trust)
     return backbone, cfg
-
-
-def load_weights(backbone: nn.Module, path: str) -> list[str]:
-    """Fill the backbone from a file; returns the names that the file does not have.
-
-    Only layers of a feature pyramid may be missing, with a warning: files of ours hold the
-    bottom-up network alone.
-
-    Raises:
-        ErfError: another tensor is missing, or has another shape.
-        WeightFileError: the file cannot be read.
-    """
-    local = PathManager.get_local_path(path)
-    data = read_weights(local)
-    held = data.get("model", data) if isinstance(data, Mapping) else {}
-    wanted = [name for name in backbone.state_dict() if not name.endswith("num_batches_tracked")]
-    found = {name: _find(held, name) for name in wanted}
-    if all(value is None for value in found.values()):  # other names: torchvision's, MSRA's
-        held = read_backbone(local)[0]
-        found = {name: _find(held, name) for name in wanted}
-    missing = [name for name, value in found.items() if value is None]
-    needed = [name for name in missing if not name.startswith("fpn_")]
-    state = backbone.state_dict()
-    shapes = [
-        f"{name} {tuple(value.shape)} for {tuple(state[name].shape)}"
-        for name, value in found.items()
-        if value is not None and tuple(value.shape) != tuple(state[name].shape)
-    ]
-    if needed or shapes:
-        raise ErfError(
-            f"{path} does not fit the backbone: {len(needed)} tensors missing "
-            f"({', '.join(needed[:3])}), {len(shapes)} of another shape ({', '.join(shapes[:3])}); "
-            "choose the config of the same network"
-        )
-    with torch.no_grad():
-        for name, value in found.items():
-            if value is not None:
-                state[name].copy_(torch.as_tensor(value))
-    if missing:
-        logger.warning("%s has no feature pyramid; %d tensors stay random", path, len(missing))
-    return missing
-
-
-def _find(tensors: Mapping[str, Any], name: str) -> Any | None:
-    """A backbone's tensor under the names that detectors, checkpoints and our files give it."""
-    bare = name.removeprefix("bottom_up.")
-    for prefix in ("backbone.bottom_up.", "backbone.", "", "roi_heads."):
-        if prefix + bare in tensors:
-            return tensors[prefix + bare]
-    return None
 
 
 def normalise(images: Tensor, cfg: CfgNode) -> Tensor:

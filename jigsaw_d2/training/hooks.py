@@ -10,7 +10,8 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from jigsaw_d2.cost import TRAIN_FORWARDS, Ledger
+from jigsaw_d2.cost import TRAIN_FORWARDS
+from jigsaw_d2.cost import CostLog as Ledger
 from jigsaw_d2.training.norm import average_statistics
 from jigsaw_d2.training.random_state import set_random_state
 from jigsaw_d2.visualization.jigsaw import save_batch_figure

@@ -15,10 +15,11 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from jigsaw_d2 import losses
-from jigsaw_d2.checkpoint import convert_checkpoint
+from jigsaw_d2.checkpoint.convert import convert_checkpoint
+from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data_loader import build_jigsaw_train_loader
-from jigsaw_d2.detection.finetune_config import setup_finetune
+from jigsaw_d2.detection.config import setup_finetune
 from jigsaw_d2.erf import erf_region_sums
 from jigsaw_d2.erf_weights import region_weights
 from jigsaw_d2.extraction.extract import extract_samples
@@ -31,7 +32,6 @@ from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.samples import GROUPS
 from jigsaw_d2.template import JigsawTemplate
 from jigsaw_d2.trainer import JigsawTrainer
-from jigsaw_d2.weights.backbone_loading import load_backbone
 
 
 def step_1_samples(folder: Path) -> tuple[DetectionSet, SampleStore]:
@@ -113,12 +113,12 @@ def step_5_train(cfg: CfgNode, store: SampleStore) -> Path:
 def step_6_detector(data: DetectionSet, checkpoint: Path) -> torch.nn.Module:
     """The backbone moves into a detector: every tensor, or an error; what else it needs is set."""
     weights = checkpoint.parent / "backbone.pkl"
-    passport = convert_checkpoint(checkpoint, weights, force=True)
+    metadata = convert_checkpoint(checkpoint, weights, force=True)
     overrides = [*data.overrides(), "OUTPUT_DIR", str(checkpoint.parent.parent / "detector")]
     cfg = setup_finetune("finetune/faster_rcnn_R_18_FPN_small.yaml", weights, overrides)
     detector = build_model(cfg)
     report = load_backbone(detector, weights)
-    print(f"6. {len(report.filled)} tensors in a Faster R-CNN; input {passport.input_format}, mean")
+    print(f"6. {len(report.filled)} tensors in a Faster R-CNN; input {metadata.input_format}, mean")
     print(f"   {rounded(torch.tensor(cfg.MODEL.PIXEL_MEAN))}; then finetune_net.py")
     return detector
 

@@ -1,0 +1,456 @@
+"""From a checkpoint to weights that a detector or torchvision loads, with their metadata.
+
+Read are our checkpoints (mid-training too) or the folder of a run, files already converted, and the
+ImageNet files of torchvision and of MSRA (Caffe2). Inside, tensors have Detectron2's names without
+prefix: stem.conv1.weight, stem.conv1.norm.weight, res2.0.conv1.weight, ...
+"""
+
+import logging
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
+
+from jigsaw_d2.checkpoint.metadata import (
+    Architecture,
+    WeightsMetadata,
+    check_architecture,
+    read_architecture,
+)
+from jigsaw_d2.config import AUTO_NORM
+from jigsaw_d2.io import CheckpointError, ConfigError, WeightsError, open_atomically, write_text
+
+logger = logging.getLogger(__name__)
+
+# Endings that each format is written with.
+FORMATS = {"detectron2": (".pkl", ".pth"), "torchvision": (".pth",)}
+METADATA_KEY = "jigsaw_metadata"
+_OLD_METADATA_KEY = "jigsaw_passport"  # version 1 of this software
+# Names of a ResNet's tensors. Of the stem only its convolution: Detectron2's converter of
+# torchvision's files leaves a stray stem.fc there.
+_RESNET_NAME = re.compile(r"(stem\.conv1|res[2-5]\.\d+)\.")
+# 255 x the constants of torchvision's ImageNet training, RGB.
+_TORCHVISION_INPUT = ("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+# MSRA's networks see BGR pixels with the mean taken off and no division.
+_MSRA_INPUT = ("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
+Arrays = dict[str, np.ndarray]
+
+
+def convert_checkpoint(
+    path: str | Path,
+    output: str | Path,
+    *,
+    format: str = "detectron2",
+    force: bool = False,
+    trust: bool = False,
+) -> WeightsMetadata:
+    """Write the backbone of ``path`` to ``output`` and the metadata beside it; return the metadata.
+
+    Args:
+        path: see the head of this file; a folder stands for the file its ``last_checkpoint`` names.
+        output: ``.pkl`` (numpy arrays, as Detectron2's own converters write) or ``.pth`` (tensors
+            and plain values). Keys carry no prefix, so that one file serves every detector.
+        format: "detectron2", or "torchvision": a bare state dict, for ``.pth`` alone.
+        force: replace ``output`` if it exists.
+        trust: unpickle anything in ``path``, which may run code from it.
+
+    Raises:
+        ConfigError: an unknown format or ending, or ``output`` is in the way.
+        JigsawError: see ``read_backbone``; or a network that torchvision does not have.
+    """
+    output = Path(output)
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} is none of {', '.join(FORMATS)}")
+    if output.suffix not in FORMATS[format]:
+        endings = " or ".join(FORMATS[format])
+        raise ConfigError(f"{output}: the {format} format is written as {endings}")
+    for written in (output, metadata_path(output)):
+        check_free(written, force)
+    arrays, metadata = read_backbone(path, trust)
+    metadata = metadata.sealed(arrays)
+    values = metadata.to_dict()
+    contents: Mapping[str, Any]
+    if format == "torchvision":
+        contents = to_torchvision(arrays, metadata.architecture)
+        # load_state_dict looks here for module names alone; so the metadata is no stray key
+        contents._metadata = {METADATA_KEY: values}
+    else:
+        as_stored = torch.from_numpy if output.suffix == ".pth" else np.asarray
+        model = {name: as_stored(array) for name, array in arrays.items()}
+        contents = {"model": model, "__author__": "jigsaw_d2", "matching_heuristics": True}
+        contents[METADATA_KEY] = values
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open_atomically(output) as stream:
+        if output.suffix == ".pkl":
+            pickle.dump(contents, stream, protocol=4)
+        else:
+            torch.save(contents, stream)
+    write_text(metadata_path(output), metadata.to_yaml())
+    logger.info("%s: %d tensors of the backbone, digest %s", output, len(arrays), metadata.digest)
+    return metadata
+
+
+def metadata_path(weights: str | Path) -> Path:
+    """Where the YAML beside a weight file is: ``weights.pkl`` -> ``weights.pkl.yaml``."""
+    return Path(weights).with_name(Path(weights).name + ".yaml")
+
+
+def check_free(path: str | Path, force: bool) -> None:
+    """Raise ``ConfigError`` if ``path`` exists and must not be replaced."""
+    if Path(path).exists() and not force:
+        raise ConfigError(f"{path} exists; --force replaces it")
+
+
+def read_backbone(path: str | Path, trust: bool = False) -> tuple[Arrays, WeightsMetadata]:
+    """Backbone, float32 arrays of any shapes by name, and metadata of any file that we read.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, altered, of another kind, or that could
+            run code.
+        WeightsError: tensors that are not finite, or not those that the metadata describes.
+    """
+    arrays, metadata = read_tensors(path, trust)
+    if metadata is None:
+        raise CheckpointError(
+            f"{path}: no checkpoint that can be converted; found {_names(arrays)}; expected a "
+            "checkpoint of Jigsaw pre-training (keys model and jigsaw), a converted file, a state "
+            "dict of a torchvision ResNet, or MSRA's R-50.pkl or R-101.pkl"
+        )
+    return arrays, metadata
+
+
+def read_converted(path: str | Path, trust: bool = False) -> tuple[Arrays, WeightsMetadata]:
+    """``read_backbone`` for a converted file alone, whose digest vouches for both.
+
+    Raises:
+        CheckpointError: also when the file has no metadata, or other than the YAML beside it.
+    """
+    arrays, metadata = read_tensors(path, trust)
+    if metadata is None or not metadata.digest:
+        raise CheckpointError(
+            f"{path}: weights without metadata; make such with convert_weights.py --input {path} "
+            "--output ..."
+        )
+    return arrays, metadata
+
+
+def read_tensors(path: str | Path, trust: bool = False) -> tuple[Arrays, WeightsMetadata | None]:
+    """As ``read_backbone``; of another model's file all tensors as they are named, and None.
+
+    Raises:
+        JigsawError: see ``read_backbone``.
+    """
+    path = Path(path)
+    if path.is_dir():
+        marker = path / "last_checkpoint"
+        if not marker.is_file():
+            raise CheckpointError(f"{path}: a folder without last_checkpoint; name a checkpoint")
+        path /= marker.read_text().strip()
+    data = read_weights(path, trust)
+    values = _metadata_values(data)
+    if values is not None:
+        return _open_converted(path, data, values)
+    if not isinstance(data, Mapping):
+        raise CheckpointError(f"{path}: no weights; found a {type(data).__name__}")
+    if "jigsaw" in data and "model" in data:
+        arrays, metadata = _from_training(data, str(path))
+    else:
+        tensors = data
+        for wrapping in ("model", "state_dict", "blobs"):
+            if isinstance(tensors.get(wrapping), Mapping):
+                tensors = tensors[wrapping]
+        if {"conv1_w", "res2_0_branch2a_w"} <= set(tensors):
+            arrays, metadata = from_msra(tensors)
+        elif data.get("__author__") == "torchvision" or "layer1.0.conv1.weight" in tensors:
+            arrays, metadata = from_torchvision(tensors)
+        else:
+            held = {n: v for n, v in tensors.items() if isinstance(v, (np.ndarray, torch.Tensor))}
+            return {name: _array(value) for name, value in held.items()}, None
+        logger.info("%s: read as ImageNet weights, input %s", path, metadata.input_format)
+    _check_tensors(path, arrays, metadata)
+    return arrays, metadata
+
+
+def _from_training(data: Mapping[str, Any], where: str) -> tuple[Arrays, WeightsMetadata]:
+    """From what the trainer writes; classifier, ERF and the norms' counters are left out."""
+    arrays = {
+        name.removeprefix("backbone."): _array(value)
+        for name, value in data["model"].items()
+        if name.startswith("backbone.") and not name.endswith("num_batches_tracked")
+    }
+    try:
+        record = data["jigsaw"]
+        config = yaml.safe_load(record["config"])
+        model, inputs, store = config["MODEL"], config["INPUT"], record["store"]
+        template = inputs["JIGSAW"]["TEMPLATE_SIZE"], inputs["JIGSAW"]["TEMPLATE_SPLIT"]
+        metadata = WeightsMetadata(
+            origin="jigsaw",
+            architecture=Architecture.from_config(model),
+            input_format=inputs["FORMAT"],
+            pixel_mean=tuple(float(v) for v in model["PIXEL_MEAN"]),
+            pixel_std=tuple(float(v) for v in model["PIXEL_STD"]),
+            categories=tuple(store["categories"]),
+            template={k: [int(v) for v in yx] for k, yx in zip(("size", "split"), template)},
+            objective=str(model["JIGSAW"]["OBJECTIVE"]),
+            tau=float(model["JIGSAW"]["TAU"]),
+            iterations=int(data["iteration"]) + 1,
+            images_seen=int(record["images_seen"]),
+            dataset=str(store["dataset"]),
+            dataset_hash=str(store["image_ids_hash"]),
+            code_version=str(record["code_version"]),
+        )
+    except (KeyError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{where}: the checkpoint lacks what the metadata is made of ({error!r}); was it "
+            "written by train_net.py?"
+        ) from None
+    architecture = metadata.architecture
+    stray = [name for name in arrays if not _RESNET_NAME.match(name)]
+    if architecture.is_resnet and stray:
+        raise WeightsError(f"{where}: the ResNet holds tensors of no stage: {stray[:4]}")
+    if architecture.norm == AUTO_NORM:  # chosen when training started
+        norm = read_architecture(_shapes(arrays))["norm"]
+        metadata = replace(metadata, architecture=replace(architecture, norm=norm))
+    return arrays, metadata
+
+
+def from_torchvision(tensors: Mapping[str, Any]) -> tuple[Arrays, WeightsMetadata]:
+    """Arrays of any shapes under our names, and the metadata of torchvision's ImageNet training.
+
+    Raises:
+        WeightsError: no ResNet or ResNeXt.
+    """
+    arrays = _keep_resnet({name_from_torchvision(n): value for n, value in tensors.items()})
+    return arrays, _imagenet_metadata(arrays, _TORCHVISION_INPUT, stride_in_1x1=False)
+
+
+def from_msra(tensors: Mapping[str, Any]) -> tuple[Arrays, WeightsMetadata]:
+    """As ``from_torchvision`` of MSRA's networks: BGR, std 1, stride in the 1x1.
+
+    Files with only scale and shift of each batch norm get the statistics under which
+    ``FrozenBatchNorm2d`` is exactly that scale and shift.
+    """
+    names = [name for name in tensors if not name.endswith("_momentum")]
+    renamed = dict(zip(convert_basic_c2_names(names), (tensors[name] for name in names)))
+    arrays = _keep_resnet(renamed)
+    for name in [n for n in arrays if n.endswith("norm.weight")]:
+        prefix = name.removesuffix("weight")
+        zeros = np.zeros_like(arrays[name])
+        arrays.setdefault(prefix + "running_mean", zeros)
+        arrays.setdefault(prefix + "running_var", zeros + np.float32(1 - 1e-5))
+    return arrays, _imagenet_metadata(arrays, _MSRA_INPUT, stride_in_1x1=True)
+
+
+def _imagenet_metadata(
+    arrays: Arrays, inputs: tuple[str, tuple, tuple], stride_in_1x1: bool
+) -> WeightsMetadata:
+    architecture = Architecture(
+        **{"width_per_group": 64, **read_architecture(_shapes(arrays))},
+        stride_in_1x1=stride_in_1x1,
+        deform_modulated=False,
+        deform_num_groups=1,
+    )
+    return WeightsMetadata("imagenet", architecture, *inputs, dataset="ImageNet-1k")
+
+
+def _keep_resnet(tensors: Mapping[str, Any]) -> Arrays:
+    return {
+        name: _array(value)
+        for name, value in tensors.items()
+        if _RESNET_NAME.match(name) and not name.endswith("num_batches_tracked")
+    }
+
+
+def name_from_torchvision(name: str) -> str:
+    """ "layer1.0.downsample.1.weight" -> "res2.0.shortcut.norm.weight"; "fc.*" stays."""
+    stage = re.match(r"layer([1-4])\.(.*)", name)
+    if stage:
+        name = f"res{int(stage[1]) + 1}.{stage[2]}"
+    elif name.startswith(("conv1.", "bn1.")):
+        name = "stem." + name
+    name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+    return re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
+
+
+def name_to_torchvision(name: str) -> str:
+    """The reverse of ``name_from_torchvision``."""
+    name = re.sub(r"\bconv(\d)\.norm\.", r"bn\1.", name)
+    name = name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+    stage = re.match(r"res([2-5])\.(.*)", name)
+    return f"layer{int(stage[1]) - 1}.{stage[2]}" if stage else name.removeprefix("stem.")
+
+
+def to_torchvision(arrays: Mapping[str, np.ndarray], architecture: Architecture) -> OrderedDict:
+    """A state dict, tensors of any shapes, that the torchvision network loads with strict=True.
+
+    The classifier ``fc`` is zeros of shape (1000, C): there because strict loading asks for it,
+    and to be replaced.
+
+    Raises:
+        WeightsError: torchvision has no such network; says which key is in the way.
+    """
+    basic = architecture.depth in (18, 34)  # without a 1x1 convolution to put a stride in
+    for key, like_torchvision in (
+        ("backbone", architecture.is_resnet),
+        ("norm", architecture.norm == "BN"),
+        ("deform_on_per_stage", not any(architecture.deform_on_per_stage or ())),
+        ("stride_in_1x1", basic or not architecture.stride_in_1x1),
+        ("stem_out_channels", architecture.stem_out_channels == 64),
+        ("res2_out_channels", architecture.res2_out_channels == (64 if basic else 256)),
+    ):
+        if not like_torchvision:
+            raise WeightsError(
+                f"torchvision has no such network: {key} is {getattr(architecture, key)}; "
+                "write the Detectron2 format instead"
+            )
+    state: OrderedDict = OrderedDict()
+    for name, array in arrays.items():
+        theirs = name_to_torchvision(name)
+        state[theirs] = torch.from_numpy(np.array(array))
+        if theirs.endswith("running_var"):
+            counter = theirs.removesuffix("running_var") + "num_batches_tracked"
+            state[counter] = torch.zeros((), dtype=torch.long)
+    last = max(name for name in arrays if re.fullmatch(r"res5\.\d+\.conv\d\.weight", name))
+    state["fc.weight"] = torch.zeros(1000, arrays[last].shape[0])
+    state["fc.bias"] = torch.zeros(1000)
+    return state
+
+
+def _metadata_values(data: Any) -> Any | None:
+    if not isinstance(data, Mapping):
+        return None
+    places = (data, getattr(data, "_metadata", {}))
+    keys = (METADATA_KEY, _OLD_METADATA_KEY)
+    return next((place[key] for place in places for key in keys if key in place), None)
+
+
+def _open_converted(
+    path: Path, data: Mapping[str, Any], values: Any
+) -> tuple[Arrays, WeightsMetadata]:
+    metadata = WeightsMetadata.from_dict(values, str(path))
+    if "model" in data:
+        arrays = {name: _array(value) for name, value in data["model"].items()}
+    else:
+        arrays = _keep_resnet({name_from_torchvision(name): value for name, value in data.items()})
+    beside = metadata_path(path)
+    if beside.is_file():
+        other = WeightsMetadata.from_yaml(beside.read_text(), str(beside))
+        mine, others = metadata.to_dict(), other.to_dict()
+        different = [f"{k}: {mine[k]} / {others[k]}" for k in mine if mine[k] != others[k]]
+        if different:
+            raise CheckpointError(
+                f"{path} and {beside.name} say different things (file / YAML): "
+                f"{'; '.join(different)}; convert the checkpoint again, or remove the YAML"
+            )
+    _check_tensors(path, arrays, metadata)
+    metadata.check_seal(arrays, str(path))
+    return arrays, metadata
+
+
+def _check_tensors(path: Path, arrays: Arrays, metadata: WeightsMetadata) -> None:
+    if not arrays:
+        raise WeightsError(f"{path}: no tensors of a backbone")
+    broken = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if broken:
+        raise WeightsError(
+            f"{path}: {len(broken)} tensors hold NaN or infinity, the first is {broken[0]}; "
+            "the training diverged: take an earlier checkpoint"
+        )
+    check_architecture(metadata.architecture, _shapes(arrays))
+
+
+def _shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def _array(value: Any) -> np.ndarray:
+    """Float32 copy, contiguous."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().float().numpy()
+    return np.array(value, dtype=np.float32, order="C")
+
+
+def _names(arrays: Arrays) -> str:
+    names = [re.sub(r"\s+", " ", str(name)) for name in list(arrays)[:5]]
+    return f"{len(arrays)} tensors ({', '.join(names)}{', ...' if len(arrays) > 5 else ''})"
+
+
+# How our unpickler words a refusal, and how torch's does.
+_REFUSALS = ("it holds", "bytes spelled in", "Unsupported global", "Unsupported class")
+# What unpicklers raise over bytes that are no pickle, or half of one.
+_DAMAGES = (
+    *(EOFError, RuntimeError, zipfile.BadZipFile, ValueError, KeyError, OSError),
+    *(AttributeError, ImportError, IndexError, TypeError, pickle.UnpicklingError),
+)
+
+
+def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
+    """Stands for ``codecs.encode``, which pickles of protocol 2 call to spell bytes."""
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"{_REFUSALS[1]} {encoding!r}")
+    return text.encode("latin1")
+
+
+_PICKLED = {
+    ("_codecs", "encode"): _latin1_bytes,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
+    ("multiarray", "scalar"): np._core.multiarray.scalar,
+    ("numeric", "_frombuffer"): np._core.numeric._frombuffer,
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds numbers, text, containers and numpy arrays; refuses every other class or function."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = _PICKLED.get((re.sub(r"^numpy\._?core\.", "", module), name))
+        if found is None:
+            raise pickle.UnpicklingError(f"{_REFUSALS[0]} {module}.{name}")
+        return found
+
+
+def read_weights(path: str | Path, trust: bool = False) -> Any:
+    """The object in a ``.pkl`` (numpy arrays) or a torch file (any other name, tensors on the CPU).
+
+    Args:
+        trust: unpickle anything, which may run code from the file. Only for files of your own.
+
+    Raises:
+        CheckpointError: no such file; or neither of the two kinds; or it holds more than tensors,
+            arrays and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        if path.suffix != ".pkl":
+            return torch.load(path, map_location="cpu", weights_only=not trust)
+        with open(path, "rb") as stream:
+            unpickler = pickle.Unpickler if trust else _ArrayUnpickler
+            return unpickler(stream, encoding="latin1").load()
+    except _DAMAGES as error:
+        # Torch's errors are often a page long; what matters is one sentence.
+        text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+        reason = text.splitlines()[0].split(". ")[0][:160]
+        if isinstance(error, pickle.UnpicklingError) and any(r in str(error) for r in _REFUSALS):
+            raise CheckpointError(
+                f"{path}: refused, because reading it could run code from it ({reason}); expected "
+                "tensors or arrays and plain values only. If the file is your own, --trust reads it"
+            ) from None
+        kind = "pickle of numpy arrays" if path.suffix == ".pkl" else "file of torch.save"
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes): expected a whole {kind}, but it cannot be read "
+            f"({reason}); is it truncated, or another kind of file?"
+        ) from None

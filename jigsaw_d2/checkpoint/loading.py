@@ -1,0 +1,219 @@
+"""The one loader: weights into the backbone of any network, with a report of what fits.
+
+Detectron2's own loading matches names by suffix and only warns about the rest; a backbone that half
+loads trains all the same, and worse. Here all of it loads, or nothing does.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import Backbone
+from torch import nn
+
+from jigsaw_d2.checkpoint.convert import read_tensors
+from jigsaw_d2.checkpoint.metadata import STAGES, WeightsMetadata, fits
+from jigsaw_d2.io import WeightsError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What ``load_backbone`` found, names being those of a converted file unless said otherwise.
+
+    Attributes:
+        filled: names in the network, each filled from the file.
+        missing: in the network's backbone, not in the file.
+        unused: in the file, not in the network's backbone, though it has that stage.
+        shapes: each tensor of another shape, with both.
+        use: what the network does otherwise than the weights' training did, with both values.
+        no_room: in the file, of stages that the network does not have (an RPN on C4 has no res5).
+        new_offsets: offsets of deformable stages, in the network, that start at zero.
+        new_modules: the network's other modules with tensors; they keep their initialisation.
+    """
+
+    filled: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    shapes: tuple[str, ...]
+    use: tuple[str, ...]
+    no_room: tuple[str, ...]
+    new_offsets: tuple[str, ...]
+    new_modules: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every tensor has its counterpart and is used as it was trained."""
+        return not (self.missing or self.unused or self.shapes or self.use)
+
+    def mismatch(self) -> str:
+        """What does not fit, a line each."""
+        lines = []
+        for title, names in (
+            ("In the network, not in the file", self.missing),
+            ("In the file, not in the network", self.unused),
+            ("Other shapes", self.shapes),
+            ("Used otherwise than in the pre-training", self.use),
+        ):
+            if names:
+                lines.append(f"  {title} ({len(names)}):")
+                lines.extend(f"    {name}" for name in names)
+        return "\n".join(lines)
+
+
+def load_backbone(
+    module: nn.Module,
+    file: str | Path,
+    strict: bool = True,
+    *,
+    input_format: str = "",
+    new_offsets: bool = False,
+    trust: bool = False,
+) -> LoadReport:
+    """Copy the weights in ``file`` into the backbone of ``module``, in place.
+
+    Args:
+        module: any detector of Detectron2's, a ``JigsawPretrainer``, or a backbone by itself; the
+            pyramid of an FPN is filled where the file has one, and else keeps its initialisation.
+        file: what ``read_backbone`` accepts. A backbone by itself normalises nothing and may have
+            weights without metadata too, such as any model of Detectron2's.
+        strict: False loads what fits and warns about the rest, instead of stopping.
+        input_format: "RGB" or "BGR", what ``module`` is given, where it does not say so itself.
+        new_offsets: offsets of deformable stages that the file lacks start at zero, hence as a
+            plain convolution.
+        trust: see ``read_weights``.
+
+    Raises:
+        WeightsError: a tensor of the backbone is not in the file, a tensor of the file is not in
+            the backbone though its stage is, shapes differ, or the network normalises its input or
+            strides otherwise than the metadata says. Nothing is loaded then.
+        JigsawError: the file cannot be trusted or read.
+    """
+    arrays, metadata = read_tensors(file, trust)
+    alone = isinstance(module, Backbone)
+    if metadata is None and not alone:
+        raise WeightsError(
+            f"{file}: weights without metadata, which says how their input was normalised; make "
+            f"such with convert_weights.py --input {file} --output ..."
+        )
+    state = module.state_dict()
+    body, pyramid = _by_place(state, "" if alone else "backbone.")
+    held = arrays
+    if metadata is None:
+        prefix = "backbone." if any(name.startswith("backbone.") for name in arrays) else ""
+        theirs, more = _by_place(arrays, prefix)
+        theirs |= {name: key for name, key in more.items() if name in pyramid}
+        held = {name: arrays[key] for name, key in theirs.items()}
+    ours = body | {name: key for name, key in pyramid.items() if name in held}
+    fresh = {n for n in ours if new_offsets and ".conv2_offset." in n and n not in held}
+    stages = {name.split(".")[0] for name in body}
+    unused = sorted(set(held) - set(ours))
+    no_room = [n for n in unused if n.split(".")[0] in set(STAGES) - stages]
+    shared = sorted(set(ours) & set(held))
+    shapes = {
+        name: f"{name}: file {held[name].shape}, network {tuple(state[ours[name]].shape)}"
+        for name in shared
+        if held[name].shape != tuple(state[ours[name]].shape)
+    }
+    filled = {ours[name]: held[name] for name in shared if name not in shapes}
+    report = LoadReport(
+        filled=tuple(filled),
+        missing=tuple(sorted(set(ours) - set(held) - fresh)),
+        unused=tuple(name for name in unused if name not in no_room),
+        shapes=tuple(shapes.values()),
+        use=() if metadata is None else _other_use(module, metadata, input_format),
+        no_room=tuple(no_room),
+        new_offsets=tuple(sorted(ours[name] for name in fresh)),
+        new_modules=_modules(set(state) - set(ours.values())),
+    )
+    if strict and not report.fits:
+        raise WeightsError(
+            f"{file} does not fit the network's backbone; nothing was loaded.\n"
+            f"{report.mismatch()}\nChoose the config of the same network; finetune_net.py and "
+            "convert_weights.py --write-config set it from the weights' metadata."
+        )
+    with torch.no_grad():
+        for name, array in filled.items():
+            state[name].copy_(torch.from_numpy(array))
+        for name in report.new_offsets:
+            state[name].zero_()
+    _log(file, report, alone)
+    return report
+
+
+def load_initial_weights(model: nn.Module, weights: str | Path, cfg: CfgNode) -> None:
+    """``load_backbone`` for a pre-training that starts from MODEL.WEIGHTS: all or nothing.
+
+    Args:
+        model: ``JigsawPretrainer``; its classifier stays random.
+        cfg: what the run does with its images.
+    """
+    load_backbone(model, weights, input_format=cfg.INPUT.FORMAT)
+
+
+def _by_place(names: Iterable[str], prefix: str) -> tuple[dict[str, str], dict[str, str]]:
+    """({name in a converted file: name here}, the same of what a pyramid adds to its backbone).
+
+    A backbone's stages lie bare, inside an FPN (bottom_up), or, C4's res5, in the RoI heads.
+    """
+    names = [name for name in names if not name.endswith("num_batches_tracked")]
+    body = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+    pyramid: dict[str, str] = {}
+    if any(name.startswith("bottom_up.") for name in body):
+        pyramid = {n: key for n, key in body.items() if not n.startswith("bottom_up.")}
+        body = {n.removeprefix("bottom_up."): k for n, k in body.items() if n not in pyramid}
+    for name in names:
+        if name.startswith("roi_heads.res5."):
+            body[name.removeprefix("roi_heads.")] = name
+    return body, pyramid
+
+
+def _other_use(module: nn.Module, metadata: WeightsMetadata, input_format: str) -> tuple[str, ...]:
+    """What the network does otherwise than the pre-training did, though every shape may fit."""
+    said = {
+        "pixel_mean": metadata.pixel_mean,
+        "pixel_std": metadata.pixel_std,
+        "input_format": metadata.input_format,
+        "stride_in_1x1": metadata.architecture.stride_in_1x1,
+    }
+    done = {"input_format": input_format or getattr(module, "input_format", None)}
+    for key in ("pixel_mean", "pixel_std"):
+        if hasattr(module, key):
+            done[key] = tuple(getattr(module, key).flatten().tolist())
+    for name, block in module.named_modules():
+        if name.endswith("res3.0") and hasattr(block, "conv3"):  # a bottleneck that strides
+            done["stride_in_1x1"] = block.conv1.stride == (2, 2)
+    return tuple(
+        f"{key}: file {value}, network {done[key]}"
+        for key, value in said.items()
+        if None not in (value, done.get(key)) and not fits(key, done[key], value)
+    )
+
+
+def _modules(names: Iterable[str]) -> tuple[str, ...]:
+    """Leading parts, two at most, of the modules with these tensors, such as roi_heads.box_head."""
+    parents = {n.rpartition(".")[0] for n in names if not n.endswith("num_batches_tracked")}
+    return tuple(sorted({".".join(name.split(".")[:2]) for name in parents if name}))
+
+
+def _log(file: str | Path, report: LoadReport, alone: bool) -> None:
+    if report.fits:
+        logger.info("%s: all %d tensors of the backbone loaded", file, len(report.filled))
+    else:
+        mismatch = report.mismatch()
+        logger.warning("%s: %d tensors loaded, but\n%s", file, len(report.filled), mismatch)
+    if report.no_room:
+        stages = sorted({name.split(".")[0] for name in report.no_room})
+        logger.warning(
+            "%s: the network has no %s; left out %d tensors",
+            *(file, ", ".join(stages), len(report.no_room)),
+        )
+    if report.new_offsets:
+        logger.info("%d offsets of deformable stages start at zero", len(report.new_offsets))
+    if report.new_modules:
+        level = logging.WARNING if alone else logging.INFO  # a detector's heads are always new
+        logger.log(level, "new, with random weights: %s", ", ".join(report.new_modules))

@@ -1,0 +1,320 @@
+"""What weights require of the network that uses them, and where they come from.
+
+The metadata travels inside a converted file, and as YAML beside it. A digest over metadata and
+tensors tells whether either was changed since they were written; the shapes of the tensors tell
+whether what it says of depth, groups, norm and deformable stages is true of them.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import yaml
+
+from jigsaw_d2.io import CheckpointError, WeightsError
+
+FORMAT_VERSION = 1
+ORIGINS = ("jigsaw", "imagenet", "scratch")
+STAGES = ("res2", "res3", "res4", "res5")
+# Norms with the same tensors (weight, bias, running statistics), so that one loads the other.
+BATCH_NORMS = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+RESNET_BUILDERS = (
+    "build_resnet_backbone",
+    "build_resnet_fpn_backbone",
+    "build_retinanet_resnet_fpn_backbone",
+    "build_fcos_resnet_fpn_backbone",
+)
+# Blocks of res2..res5 by (depth, has a third convolution), as Detectron2's builder has them.
+_BLOCKS = {
+    (18, False): (2, 2, 2, 2),
+    (34, False): (3, 4, 6, 3),
+    (50, True): (3, 4, 6, 3),
+    (101, True): (3, 4, 23, 3),
+    (152, True): (3, 8, 36, 3),
+}
+# Between two means or stds in units of 0..255 pixels: 123.675 is also 0.485 * 255 printed shorter.
+_PIXEL_TOLERANCE = 1e-3
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Keys of MODEL.RESNETS that decide names, shapes or meaning of a backbone's tensors.
+
+    ``norm`` is the family: "BN" stands for batch norm of any kind, frozen or synchronised. All but
+    ``backbone`` are None for a backbone that is not Detectron2's ResNet.
+    """
+
+    backbone: str = RESNET_BUILDERS[0]
+    depth: int | None = None
+    num_groups: int | None = None
+    width_per_group: int | None = None
+    stem_out_channels: int | None = None
+    res2_out_channels: int | None = None
+    norm: str | None = None
+    stride_in_1x1: bool | None = None
+    deform_on_per_stage: tuple[bool, ...] | None = None
+    deform_modulated: bool | None = None
+    deform_num_groups: int | None = None
+
+    @property
+    def is_resnet(self) -> bool:
+        """Whether this is Detectron2's own ResNet, whose every key is known."""
+        return self.depth is not None
+
+    @classmethod
+    def from_config(cls, model: Mapping[str, Any]) -> "Architecture":
+        """From the MODEL node of a config, or from the same as a plain dict.
+
+        A backbone that a user registered under another name is known by that name alone.
+        """
+        name = model["BACKBONE"]["NAME"]
+        if name not in RESNET_BUILDERS:
+            return cls(backbone=name)
+        res = model["RESNETS"]
+        numbers = ("depth", "num_groups", "width_per_group")
+        numbers += ("stem_out_channels", "res2_out_channels")
+        deform = tuple(bool(stage) for stage in res["DEFORM_ON_PER_STAGE"])
+        return cls(
+            **{key: int(res[key.upper()]) for key in numbers},
+            norm=norm_family(res["NORM"]),
+            stride_in_1x1=bool(res["STRIDE_IN_1X1"]),
+            deform_on_per_stage=deform,
+            deform_modulated=bool(res["DEFORM_MODULATED"]) and any(deform),
+            deform_num_groups=int(res["DEFORM_NUM_GROUPS"]) if any(deform) else 1,
+        )
+
+    def required_config(self) -> dict[str, Any]:
+        """Config keys on which the tensors' shapes depend, with the values; empty if no ResNet."""
+        if not self.is_resnet:
+            return {}
+        keys = ["depth", "num_groups", "stem_out_channels", "res2_out_channels"]
+        keys.append("deform_on_per_stage")
+        if self.depth not in (18, 34):  # basic blocks have no groups to be wide
+            keys += ["width_per_group"]
+        if any(self.deform_on_per_stage):
+            keys += ["deform_modulated", "deform_num_groups"]
+        return {f"MODEL.RESNETS.{key.upper()}": _plain(getattr(self, key)) for key in keys}
+
+
+def norm_family(norm: str) -> str:
+    """ "BN" for every batch norm, else the name as it is."""
+    return "BN" if norm in BATCH_NORMS else norm
+
+
+def fits(key: str, have: Any, need: Any) -> bool:
+    """Whether value ``have`` of a config key serves weights that require ``need``."""
+    if key == "MODEL.RESNETS.NORM":
+        return norm_family(have) == norm_family(need) and (have in BATCH_NORMS or have == need)
+    if isinstance(need, (list, tuple)) and isinstance(have, (list, tuple)):
+        near = (abs(a - b) <= _PIXEL_TOLERANCE for a, b in zip(have, need))
+        return len(have) == len(need) and all(near)
+    return have == need
+
+
+def read_architecture(shapes: Shapes) -> dict[str, Any]:
+    """What the tensors of a Detectron2 ResNet say about it, as values of ``Architecture`` keys.
+
+    Args:
+        shapes: name without prefix ("res2.0.conv1.weight") -> shape; trailing stages may be absent.
+
+    Raises:
+        WeightsError: the names or the counts of blocks are no ResNet of Detectron2's.
+    """
+    if "stem.conv1.weight" not in shapes or "res2.0.conv2.weight" not in shapes:
+        some = ", ".join(sorted(shapes)[:4])
+        raise WeightsError(
+            f"no ResNet: expected stem.conv1.weight and res2.0.conv2.weight among the tensors, "
+            f"found {some or 'none'}"
+        )
+    bottleneck = "res2.0.conv3.weight" in shapes
+    width, inner = shapes["res2.0.conv2.weight"][:2]
+    groups = width // inner if bottleneck else 1
+    norm = "GN" if "stem.conv1.norm.weight" in shapes else ""
+    found = {
+        "depth": _depth(shapes, bottleneck),
+        "num_groups": groups,
+        "stem_out_channels": shapes["stem.conv1.weight"][0],
+        "res2_out_channels": shapes[f"res2.0.conv{3 if bottleneck else 2}.weight"][0],
+        "norm": "BN" if "stem.conv1.norm.running_mean" in shapes else norm,
+        "deform_on_per_stage": tuple(f"{s}.0.conv2_offset.weight" in shapes for s in STAGES),
+    }
+    return found | ({"width_per_group": width // groups} if bottleneck else {})
+
+
+def check_architecture(said: Architecture, shapes: Shapes) -> None:
+    """Compare what is said with what the tensors are.
+
+    Raises:
+        WeightsError: listing each key with both values.
+    """
+    if not said.is_resnet:
+        return
+    wrong = []
+    for key, found in read_architecture(shapes).items():
+        value = getattr(said, key)
+        # every norm over groups of channels has the same tensors
+        alike = key == "norm" and found == "GN" and value not in ("BN", "")
+        if value != found and not alike:
+            wrong.append(f"{key}: said {value}, the tensors are {found}")
+    if wrong:
+        raise WeightsError("metadata and tensors disagree: " + "; ".join(wrong))
+
+
+def _depth(shapes: Shapes, bottleneck: bool) -> int:
+    blocks: dict[str, set[str]] = {}
+    for match in filter(None, (re.match(r"(res[2-5])\.(\d+)\.", name) for name in shapes)):
+        blocks.setdefault(match[1], set()).add(match[2])
+    counts = tuple(len(blocks[stage]) for stage in STAGES if stage in blocks)
+    for (depth, has_third), expected in _BLOCKS.items():
+        if has_third == bottleneck and counts == expected[: len(counts)]:
+            return depth
+    kind = "bottleneck" if bottleneck else "basic"
+    raise WeightsError(
+        f"{counts} {kind} blocks in {', '.join(sorted(blocks))}: no ResNet of depth 18, 34, 50, "
+        "101 or 152; is a tensor missing, or one too many?"
+    )
+
+
+@dataclass(frozen=True)
+class WeightsMetadata:
+    """Where weights come from, and what a network needs to use them.
+
+    Attributes:
+        origin: "jigsaw", "imagenet", or "scratch" (no weights at all).
+        architecture: of the backbone.
+        input_format: "RGB" or "BGR", the order of the channels that the first convolution sees.
+        pixel_mean, pixel_std: per channel in that order, in units of 0..255 pixels.
+        categories: names, in the order of the labels, without background.
+        template: {"size": [height, width], "split": [y, x]} in canvas pixels, or None.
+        objective, tau: the loss of the pre-training; "" and None where there was none of ours.
+        iterations, images_seen: optimiser steps and training images; None if unknown.
+        dataset, dataset_hash: name, and hash of the image ids, of the pre-training set.
+        code_version: of the software that trained the weights.
+        digest: SHA-256 over metadata and tensors; "" until they are written.
+    """
+
+    origin: str
+    architecture: Architecture
+    input_format: str
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+    categories: tuple[str, ...] = ()
+    template: dict[str, list[int]] | None = field(default=None, hash=False)
+    objective: str = ""
+    tau: float | None = None
+    iterations: int | None = None
+    images_seen: int | None = None
+    dataset: str = ""
+    dataset_hash: str = ""
+    code_version: str = ""
+    format_version: int = FORMAT_VERSION
+    digest: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, which YAML, JSON and ``torch.load(weights_only=True)`` can read."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        values["architecture"] = {k: _plain(v) for k, v in asdict(self.architecture).items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "metadata") -> "WeightsMetadata":
+        """The reverse of ``to_dict``; ``where`` opens the message of an error.
+
+        Raises:
+            CheckpointError: unknown version, missing or unknown keys, impossible values.
+        """
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"{where}: expected a mapping, found {type(values).__name__}")
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where}: format version {version}, this code reads {FORMAT_VERSION}; "
+                "use the version of jigsaw_d2 that wrote the file"
+            )
+        names = {f.name for f in fields(cls)}
+        missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
+        if missing or unknown:
+            raise CheckpointError(f"{where}: missing keys {missing}, unknown keys {unknown}")
+        values = dict(values)
+        try:
+            architecture = dict(values["architecture"])
+            stages = architecture.get("deform_on_per_stage")
+            if stages is not None:
+                architecture["deform_on_per_stage"] = tuple(bool(stage) for stage in stages)
+            values["architecture"] = Architecture(**architecture)
+            for key in ("pixel_mean", "pixel_std"):
+                values[key] = tuple(float(v) for v in values[key])
+            values["categories"] = tuple(str(v) for v in values["categories"])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{where}: {error}") from None
+        return cls(**values)
+
+    def to_yaml(self) -> str:
+        """For the file beside the weights."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+
+    @classmethod
+    def from_yaml(cls, text: str, where: str = "metadata") -> "WeightsMetadata":
+        """The reverse of ``to_yaml``.
+
+        Raises:
+            CheckpointError: also when ``text`` is no YAML.
+        """
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise CheckpointError(f"{where}: no YAML: {error}") from None
+        return cls.from_dict(values, where)
+
+    def required_config(self) -> dict[str, Any]:
+        """Config keys that whoever uses the weights must take over, with the values.
+
+        A backbone trained with batch norm is used with its norm frozen (paper, Sec. 4.1); a group
+        norm stays what it is.
+        """
+        required: dict[str, Any] = {
+            "INPUT.FORMAT": self.input_format,
+            "MODEL.PIXEL_MEAN": list(self.pixel_mean),
+            "MODEL.PIXEL_STD": list(self.pixel_std),
+        }
+        if self.architecture.is_resnet:
+            norm = self.architecture.norm
+            required["MODEL.RESNETS.NORM"] = "FrozenBN" if norm == "BN" else norm
+            required["MODEL.RESNETS.STRIDE_IN_1X1"] = self.architecture.stride_in_1x1
+        return required
+
+    def sealed(self, tensors: Mapping[str, np.ndarray]) -> "WeightsMetadata":
+        """This metadata with the digest over itself and ``tensors``, of any shapes, by name."""
+        return replace(self, digest=self._digest(tensors))
+
+    def check_seal(self, tensors: Mapping[str, np.ndarray], where: str = "metadata") -> None:
+        """Recompute the digest.
+
+        Raises:
+            CheckpointError: metadata or tensors are not those that were written together.
+        """
+        found = self._digest(tensors)
+        if self.digest != found:
+            raise CheckpointError(
+                f"{where}: metadata or tensors were changed after they were written "
+                f"(digest {self.digest[:12]}..., found {found[:12]}...); convert the checkpoint "
+                "again"
+            )
+
+    def _digest(self, tensors: Mapping[str, np.ndarray]) -> str:
+        said = {key: value for key, value in self.to_dict().items() if key != "digest"}
+        sha = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+        for name in sorted(tensors):
+            array = np.ascontiguousarray(tensors[name])
+            sha.update(f"{name} {array.dtype.str} {array.shape}".encode())
+            sha.update(array.data)
+        return sha.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

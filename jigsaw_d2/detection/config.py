@@ -1,0 +1,330 @@
+"""Detection configs made fit for given weights, data and machine: what is required, never a guess.
+
+A config file is a start, which the weights' metadata changes; a KEY VALUE override is the user's
+will, which is refused where it contradicts the metadata.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from jigsaw_d2.checkpoint.convert import check_free, read_converted
+from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
+from jigsaw_d2.config import add_jigsaw_config, find_config, refuse_code
+from jigsaw_d2.datasets import register_coco_files
+from jigsaw_d2.io import ConfigError, DataError, write_text
+
+logger = logging.getLogger(__name__)
+
+# In a file: the zoo config that lies under it. ``_BASE_`` could only name a path, which an
+# installed Detectron2 has elsewhere on every machine.
+ZOO_BASE = "_ZOO_BASE_"
+SCRATCH = "none"
+_NUM_CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
+_NORMED = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "RETINANET")
+# Random weights: the paper's input, a norm that trains (Table 5: group norm) and nothing frozen.
+SCRATCH_METADATA = WeightsMetadata(
+    "scratch", Architecture(), "RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+)
+_SCRATCH_CONFIG = {
+    "MODEL.RESNETS.NORM": "GN",
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+}
+
+
+def load_detection_config(
+    config_file: str, overrides: Sequence[str] = (), trust: bool = False
+) -> CfgNode:
+    """Detectron2's defaults and our keys + ``config_file`` + overrides; nothing applied yet.
+
+    Args:
+        config_file: a path, the name of a shipped file ("finetune/faster_rcnn_R_50_C4_1x.yaml"),
+            or a name in Detectron2's model zoo. ``_ZOO_BASE_: <zoo name>`` in a file lays a zoo
+            config under it, wherever the file lies.
+        trust: let tags in the file run code.
+
+    Raises:
+        ConfigError: none of the three; tags that could run code; overrides of unknown keys or
+            other types.
+    """
+    try:
+        path = str(find_config(config_file))
+    except FileNotFoundError:
+        path = _zoo_file(config_file)
+    try:
+        cfg = _merged(path, trust)
+    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: no detection config: {error}") from None
+    try:
+        cfg.merge_from_list(list(overrides))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError(f"overrides {list(overrides)}: {error}") from None
+    return cfg
+
+
+def _merged(path: str, trust: bool) -> CfgNode:
+    if path.endswith(".py"):
+        raise ValueError("a LazyConfig; name one of the YAML configs")
+    refuse_code(path, trust)
+    cfg = get_cfg()
+    add_jigsaw_config(cfg)
+    loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=True)
+    zoo = loaded.pop(ZOO_BASE, None)
+    if zoo is not None:
+        refuse_code(_zoo_file(zoo), trust)  # which may be a name like ../../file.yaml
+        cfg.merge_from_file(_zoo_file(zoo))
+    if zoo is not None or loaded.get("VERSION") == cfg.VERSION:
+        cfg.merge_from_other_cfg(CfgNode(loaded))
+    else:
+        cfg.merge_from_file(path)  # knows how to read older versions
+    return cfg
+
+
+def _zoo_file(name: str) -> str:
+    try:
+        return model_zoo.get_config_file(name)
+    except RuntimeError:
+        raise ConfigError(
+            f"no config {name!r}: not a file, nor one of ours (finetune/...), nor in Detectron2's "
+            "model zoo (such as COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml)"
+        ) from None
+
+
+def setup_finetune(
+    config_file: str,
+    weights: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    match_architecture: bool = False,
+    force: bool = False,
+    trust: bool = False,
+    here: bool = True,
+) -> CfgNode:
+    """The config with which ``weights`` can be fine-tuned on ``cfg.DATASETS``.
+
+    Args:
+        weights: a converted file, or "none" to start from random weights.
+        overrides: flat list [key, value, ...] as from the command line.
+        match_architecture: take depth, groups, widths and deformable stages from the metadata
+            instead of refusing a config of another network.
+        force: where an override contradicts the metadata, let the override win.
+        trust: see ``load_detection_config``.
+        here: on this machine, which must have the data. If not, classes are those of the first
+            training set if Detectron2 knows them, else those that the weights were pre-trained on,
+            else the config's own.
+
+    Raises:
+        ConfigError: contradictions, each with both values.
+        JigsawError: weights or datasets that cannot be read.
+    """
+    cfg = load_detection_config(config_file, overrides, trust)
+    if "MODEL.WEIGHTS" in overrides[::2]:
+        raise ConfigError("MODEL.WEIGHTS is set by --weights; leave it out of the overrides")
+    metadata = read_metadata(weights)
+    explicit = frozenset(overrides[::2])
+    apply_metadata(
+        cfg, metadata, explicit=explicit, match_architecture=match_architecture, force=force
+    )
+    cfg.MODEL.WEIGHTS = "" if metadata.origin == "scratch" else str(Path(weights).resolve())
+    if here:
+        classes = dataset_classes(cfg)
+        fit_machine(cfg)
+    else:
+        known = [MetadataCatalog.get(name).get("thing_classes") for name in cfg.DATASETS.TRAIN[:1]]
+        classes = next(filter(None, known), metadata.categories)
+        if not classes or explicit & set(_NUM_CLASSES):
+            return cfg
+    for key in _NUM_CLASSES:
+        if key in explicit and get_key(cfg, key) != len(classes):
+            raise ConfigError(
+                f"{key}: config {get_key(cfg, key)}, dataset {cfg.DATASETS.TRAIN} has "
+                f"{len(classes)}: {', '.join(classes)}"
+            )
+        set_key(cfg, key, len(classes))
+    return cfg
+
+
+def read_metadata(weights: str | Path) -> WeightsMetadata:
+    """Metadata of a converted file; "none" (or "") is training from scratch."""
+    return SCRATCH_METADATA if str(weights) in ("", SCRATCH) else read_converted(weights)[1]
+
+
+def apply_metadata(
+    cfg: CfgNode,
+    metadata: WeightsMetadata,
+    *,
+    explicit: frozenset[str] = frozenset(),
+    match_architecture: bool = False,
+    force: bool = False,
+) -> None:
+    """Set, in place, what ``metadata`` requires; ``explicit`` keys are the user's and stay.
+
+    Raises:
+        ConfigError: listing each key with both values.
+    """
+    wanted = cfg.MODEL.JIGSAW.ORIGIN
+    if wanted and wanted != metadata.origin:
+        raise ConfigError(
+            f"MODEL.JIGSAW.ORIGIN is {wanted!r}, but the weights are {metadata.origin!r}: this "
+            "config is a row of the paper's tables that starts from other weights"
+        )
+    network, use = metadata.architecture.required_config(), metadata.required_config()
+    if metadata.origin == "scratch":
+        use |= {k: v for k, v in _SCRATCH_CONFIG.items() if not _trains(cfg, k, explicit)}
+    if cfg.MODEL.JIGSAW.NEW_OFFSETS and not any(metadata.architecture.deform_on_per_stage or ()):
+        network.pop("MODEL.RESNETS.DEFORM_ON_PER_STAGE", None)
+        # modulated: the zero offsets come with masks of sigmoid(0) = 1/2, no plain convolution
+        network["MODEL.RESNETS.DEFORM_MODULATED"] = False
+    conflicts = []
+    for key, value in (network | use).items():
+        if fits(key, get_key(cfg, key), value):
+            continue
+        if (key in use or match_architecture) and key not in explicit:
+            set_key(cfg, key, value)
+        else:
+            conflicts.append(f"{key}: config {get_key(cfg, key)}, weights {value}")
+    if conflicts and not force:
+        raise ConfigError(
+            f"config and weights contradict each other: {'; '.join(conflicts)}; leave the "
+            "overrides out, or choose the config of the same network (finetune_net.py: --force "
+            "insists on the config, --match-architecture takes the network from the weights)"
+        )
+    for conflict in conflicts:
+        logger.warning("insisted on against the weights' metadata: %s", conflict)
+
+
+def _trains(cfg: CfgNode, key: str, explicit: frozenset[str]) -> bool:
+    """Whether random weights train with the config's own value of a key of ``_SCRATCH_CONFIG``."""
+    if key == "MODEL.RESNETS.NORM":
+        return cfg.MODEL.RESNETS.NORM not in ("FrozenBN", "")
+    return key == "MODEL.RESNETS.STRIDE_IN_1X1" and key in explicit
+
+
+def fit_machine(cfg: CfgNode) -> None:
+    """On a machine without GPU: the CPU, no synchronised norm, no mixed precision; logged."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("no GPU here: MODEL.DEVICE cuda -> cpu")
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE != "cpu":
+        return
+    for key in (f"MODEL.{part}.NORM" for part in _NORMED):
+        if "Sync" in get_key(cfg, key):
+            logger.warning("on a CPU: %s %s -> BN", key, get_key(cfg, key))
+            set_key(cfg, key, "BN")
+    if cfg.SOLVER.AMP.ENABLED:
+        logger.warning("on a CPU, where Detectron2 has none: SOLVER.AMP.ENABLED True -> False")
+        cfg.SOLVER.AMP.ENABLED = False
+
+
+def dataset_classes(cfg: CfgNode) -> list[str]:
+    """Class names of ``cfg.DATASETS.TRAIN``, after registering ``DATASETS.COCO_FILES``.
+
+    Raises:
+        DataError: a set that is unknown or unreadable, or sets of different classes.
+    """
+    register_coco_files(cfg)
+    if not cfg.DATASETS.TRAIN:
+        raise DataError("DATASETS.TRAIN is empty: name at least one set to train on")
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    classes = {name: _classes(name) for name in names}
+    other = next((name for name in names if classes[name] != classes[names[0]]), None)
+    if other is not None:
+        listed = [
+            f"{name} {len(classes[name])} ({', '.join(classes[name][:5])})"
+            for name in (names[0], other)
+        ]
+        raise DataError(f"datasets of different classes: {', '.join(listed)}")
+    return classes[names[0]]
+
+
+def _classes(name: str) -> list[str]:
+    if name not in DatasetCatalog.list():
+        raise DataError(
+            f"dataset {name!r} is not registered: list it in DATASETS.COCO_FILES as "
+            f'["{name}", "annotations.json", "image folder"], name one that Detectron2 knows, or '
+            "--register the module that registers it"
+        )
+    if not MetadataCatalog.get(name).get("thing_classes"):
+        try:
+            DatasetCatalog.get(name)  # Detectron2 learns the classes while it reads the json
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"dataset {name!r} cannot be read: {error}") from None
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    if not classes:
+        raise DataError(f"dataset {name!r} has no classes (thing_classes)")
+    return list(classes)
+
+
+def check_annotations(cfg: CfgNode) -> None:
+    """Whether the training set has what the detector is to learn.
+
+    Raises:
+        DataError: masks are wanted and none are annotated.
+    """
+    for name in cfg.DATASETS.TRAIN if cfg.MODEL.MASK_ON else ():
+        annotations = (a for record in DatasetCatalog.get(name) for a in record["annotations"])
+        if not any(annotation.get("segmentation") for annotation in annotations):
+            raise DataError(
+                f"dataset {name!r} has no segmentation, but the config trains masks: choose a "
+                "config without masks (MODEL.MASK_ON False), or annotations with them"
+            )
+
+
+def write_plain_config(path: str | Path, cfg: CfgNode, force: bool = False) -> None:
+    """A config for Detectron2's own ``tools/train_net.py``: the same job, none of our keys or code.
+
+    Raises:
+        ConfigError: ``path`` exists and ``force`` is False.
+    """
+    check_free(path, force)
+    changes = config_changes(get_cfg(), cfg)
+    head = (
+        "# For Detectron2's own tools/train_net.py --config-file THIS; written with the weights it "
+        "names.\n# Register the datasets it names first, unless Detectron2 knows them.\n"
+    )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, head + changes_yaml(changes | {"VERSION": 2}))
+
+
+def config_changes(before: CfgNode, after: CfgNode) -> dict[str, Any]:
+    """Nested plain dict of the values in ``after`` that differ from those of ``before``'s keys."""
+    changes: dict[str, Any] = {}
+    for key, old in before.items():
+        if isinstance(old, CfgNode):
+            inner = config_changes(old, after[key])
+            changes |= {key: inner} if inner else {}
+        elif old != after[key]:
+            changes[key] = _plain(after[key])
+    return changes
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def changes_yaml(changes: Mapping[str, Any]) -> str:
+    """As a block that can be pasted into a config."""
+    return yaml.safe_dump(changes, sort_keys=True, default_flow_style=None) if changes else "{}\n"
+
+
+def get_key(cfg: CfgNode, key: str) -> Any:
+    """Value of a dotted key."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def set_key(cfg: CfgNode, key: str, value: Any) -> None:
+    """Set a dotted key."""
+    node, _, last = key.rpartition(".")
+    get_key(cfg, node)[last] = value

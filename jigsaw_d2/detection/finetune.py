@@ -1,0 +1,270 @@
+"""Fine-tuning and evaluation of a detector, by Detectron2's own trainer and COCO evaluator."""
+
+import functools
+import json
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, default_setup
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, coco_evaluation
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from jigsaw_d2.checkpoint.loading import load_backbone
+from jigsaw_d2.checkpoint.metadata import WeightsMetadata
+from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops, device_name, record_stage
+from jigsaw_d2.datasets import register_coco_files
+from jigsaw_d2.detection.config import check_annotations, read_metadata
+from jigsaw_d2.io import RunError, write_text
+
+try:
+    from faster_coco_eval.core.faster_eval_api import COCOeval
+except ImportError:
+    from pycocotools.cocoeval import COCOeval
+
+logger = logging.getLogger(__name__)
+
+METADATA_NAMES = ("weights_metadata.yaml", "passport.yaml")  # the second: version 1 of ours
+
+
+class ComputeMeter:
+    """Counts seconds, images and their pixels, with padding, that enter a detector while open.
+
+    ``stage`` of the cost log: "finetuning", or "evaluation", which has no backward passes.
+    """
+
+    def __init__(self, model: nn.Module, output_dir: str, stage: str) -> None:
+        self._backbone, self._output_dir, self._stage = _bare(model).backbone, output_dir, stage
+        self.images, self.pixels, self.seconds = 0, 0, 0.0
+
+    @functools.cached_property
+    def flops_per_pixel(self) -> float:
+        """Of the backbone with FPN, backward pass included; proposals and RoI heads are not."""
+        forwards = TRAIN_FORWARDS if self._stage == "finetuning" else 1
+        return forwards * backbone_flops(self._backbone, 128, 128) / 128**2
+
+    def __enter__(self) -> "ComputeMeter":
+        self._handle = self._backbone.register_forward_pre_hook(self._note)
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+        self._handle.remove()
+
+    def _note(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        images, _, height, width = inputs[0].shape
+        self.images += images
+        self.pixels += images * height * width
+
+    def book(self) -> None:
+        """Enter the job's share so far, taken as this rank's times the number of ranks."""
+        if comm.is_main_process() and self.images:
+            ranks = comm.get_world_size()
+            record_stage(
+                self._output_dir,
+                self._stage,
+                images=self.images * ranks,
+                pixels=self.pixels * ranks,
+                flops=self.flops_per_pixel * self.pixels * ranks,
+                seconds=self.seconds * ranks,
+                device=device_name(next(self._backbone.parameters()).device),
+            )
+        self.images, self.pixels, self.seconds = 0, 0, 0.0
+
+
+class CostLogHook(HookBase):
+    """Books the compute of training steps every 20 of them, so that a kill loses no more."""
+
+    def before_train(self) -> None:
+        output_dir = self.trainer.cfg.OUTPUT_DIR
+        self._meter = ComputeMeter(self.trainer.model, output_dir, "finetuning")
+
+    def before_step(self) -> None:
+        self._meter.__enter__()
+
+    def after_step(self) -> None:
+        self._meter.__exit__()
+        if (self.trainer.iter + 1) % 20 == 0:
+            self._meter.book()
+
+    def after_train(self) -> None:
+        self._meter.book()
+
+
+class FastCOCOEvaluator(COCOEvaluator):
+    """Detectron2's evaluator on faster-coco-eval (C++), or on pycocotools where that is absent."""
+
+    def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
+        """Detectron2's metrics; the log says how long they took."""
+        start, names = time.perf_counter(), ("COCOeval", "COCOeval_opt")
+        before = {
+            name: getattr(coco_evaluation, name) for name in names
+        }  # not a caller's to choose
+        vars(coco_evaluation).update(dict.fromkeys(before, COCOeval))
+        try:
+            results = super().evaluate(img_ids)
+        finally:
+            vars(coco_evaluation).update(before)
+        seconds = time.perf_counter() - start
+        logger.info("COCO's metrics by %s took %.2f s", COCOeval.__module__.split(".")[0], seconds)
+        return results
+
+
+class FinetuneTrainer(DefaultTrainer):
+    """Detectron2's trainer; weights enter by the strict loader, AP is COCO's, per class too."""
+
+    # False insists on weights that do not fit the backbone in every tensor
+    strict = True
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """The last checkpoint of OUTPUT_DIR if ``resume`` and there is one, else MODEL.WEIGHTS."""
+        if resume and self.checkpointer.has_checkpoint():
+            super().resume_or_load(resume=True)
+        elif self.cfg.MODEL.WEIGHTS:
+            offsets = self.cfg.MODEL.JIGSAW.NEW_OFFSETS
+            load_backbone(
+                _bare(self.model), self.cfg.MODEL.WEIGHTS, self.strict, new_offsets=offsets
+            )
+        else:
+            logger.info("from scratch: every tensor is random")
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Detectron2's detector, unless it has no such one, e.g. C4 with a deformable res5."""
+        try:
+            return super().build_model(cfg)
+        except AssertionError as error:
+            raise RunError(f"Detectron2 cannot build this detector: {error}") from error
+
+    def build_hooks(self) -> list[HookBase]:
+        """The cost log's before Detectron2's, so that evaluations are no part of its steps."""
+        return [CostLogHook(), *super().build_hooks()]
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "") -> DatasetEvaluator:
+        """COCO's metrics for boxes and, where the detector has them, masks."""
+        output = Path(cfg.OUTPUT_DIR) / (folder or "inference")
+        return FastCOCOEvaluator(dataset_name, output_dir=str(output))
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
+    ) -> dict[str, Any]:
+        """Evaluate on ``cfg.DATASETS.TEST``, and book what it cost."""
+        with ComputeMeter(model, cfg.OUTPUT_DIR, "evaluation") as meter:
+            results = super().test(cfg, model, evaluators)
+        meter.book()
+        return results
+
+    @classmethod
+    def test_all_scales(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluate with test-time augmentation, TEST.AUG (Fig. 8, "ms test"); keys end in _TTA."""
+        model = GeneralizedRCNNWithTTA(cfg, _bare(model))
+        evaluators = [cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, model, evaluators)
+        return OrderedDict((f"{task}_TTA", values) for task, values in results.items())
+
+
+def finetune(
+    cfg: CfgNode, *, resume: bool = False, eval_only: bool = False, force: bool = False
+) -> dict[str, Any]:
+    """Train a detector as ``cfg`` says and evaluate it; every rank calls this.
+
+    OUTPUT_DIR receives what Detectron2 users expect, ``results.json`` and the weights' metadata.
+
+    Args:
+        cfg: of ``setup_finetune``.
+        resume: go on with the run in OUTPUT_DIR.
+        eval_only: evaluate the last checkpoint in OUTPUT_DIR, without training.
+        force: insist on weights that do not fit the backbone in every tensor.
+
+    Returns:
+        {"bbox": {"AP": ..., "AP50": ..., "AP-<class>": ...}, ...}; with several test sets, one such
+        dict per set; {} on ranks other than the first.
+
+    Raises:
+        RunError: OUTPUT_DIR holds a run and ``resume`` is False, or none and it must; or Detectron2
+            cannot do what the config asks.
+        JigsawError: weights, config or data that do not fit.
+    """
+    register_coco_files(cfg)
+    metadata, output = read_metadata(cfg.MODEL.WEIGHTS), Path(cfg.OUTPUT_DIR)
+    if comm.is_main_process():
+        _check_output(output, metadata, resume or eval_only)
+    comm.synchronize()
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise RunError(
+            f"TEST.AUG.ENABLED: Detectron2 tests {cfg.MODEL.META_ARCHITECTURE} at one scale only; "
+            "set it to False, or choose a Faster or Mask R-CNN"
+        )
+    if not eval_only:
+        check_annotations(cfg)
+    setup_logger(str(output), comm.get_rank(), name="jigsaw_d2", abbrev_name="jigsaw")
+    default_setup(cfg, SimpleNamespace(config_file="", eval_only=eval_only, resume=resume))
+    if comm.is_main_process():
+        write_text(output / METADATA_NAMES[0], metadata.to_yaml())
+    if eval_only:
+        model = FinetuneTrainer.build_model(cfg)
+        checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR)
+        if not checkpointer.has_checkpoint():
+            raise RunError(f"{output} holds no checkpoint to evaluate")
+        checkpointer.resume_or_load("", resume=True)
+        results = dict(FinetuneTrainer.test(cfg, model))
+    else:
+        trainer = FinetuneTrainer(cfg)
+        trainer.strict = not force
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+        model, results = trainer.model, dict(getattr(trainer, "_last_eval_results", None) or {})
+    if cfg.TEST.AUG.ENABLED and cfg.DATASETS.TEST:
+        results.update(FinetuneTrainer.test_all_scales(cfg, model))
+    if not comm.is_main_process():
+        return {}
+    if results:
+        write_text(output / "results.json", json.dumps(_finite(results), indent=1) + "\n")
+    return results
+
+
+def _check_output(folder: Path, metadata: WeightsMetadata, resume: bool) -> None:
+    """Whether OUTPUT_DIR is free, or holds the run that is to be resumed."""
+    started = (folder / "last_checkpoint").is_file() or (folder / "metrics.json").is_file()
+    if started and not resume:
+        raise RunError(
+            f"{folder} holds a run already: --resume continues it, another OUTPUT_DIR starts anew"
+        )
+    for earlier in (folder / name for name in METADATA_NAMES):
+        if not (started and earlier.is_file()):
+            continue
+        digest = WeightsMetadata.from_yaml(earlier.read_text(), str(earlier)).digest
+        if digest != metadata.digest:
+            raise RunError(
+                f"{folder} was started from other weights ({earlier}: digest "
+                f"{digest[:12] or 'none'}, now {metadata.digest[:12] or 'none'}); resume with the "
+                "same --weights"
+            )
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The detector inside its wrappers (several GPUs; test-time augmentation)."""
+    if isinstance(model, GeneralizedRCNNWithTTA):
+        return model.model
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN; a metric that could not be computed becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,55 @@
+"""Arguments that several commands share."""
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+from jigsaw_d2.io import ConfigError
+
+
+def add_register(parser: argparse.ArgumentParser) -> None:
+    """--register MODULE, as often as wanted."""
+    parser.add_argument(
+        "--register",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Python module to import first, which registers backbones or datasets of your own",
+    )
+
+
+def import_registered(modules: Sequence[str]) -> None:
+    """Import the modules of --register, in each process that needs what they register.
+
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(f"--register: {module} cannot be imported: {error}") from error
+
+
+def add_launch(parser: argparse.ArgumentParser) -> None:
+    """Detectron2's launch arguments, by the same names."""
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs per machine")
+    parser.add_argument("--num-machines", type=int, default=1, help="machines of the job")
+    parser.add_argument("--machine-rank", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument("--dist-url", default="auto", help="meeting point, tcp://HOST:PORT")
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """--trust."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="read weights and configs that could run code while they are read; for your own alone",
+    )
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """KEY VALUE pairs, as Detectron2's own commands take them."""
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config"
+    )

@@ -1,0 +1,88 @@
+"""``convert_weights.py``: checkpoint -> weights with metadata, for Detectron2 or torchvision."""
+
+import argparse
+import sys
+from functools import reduce
+from typing import Any
+
+from jigsaw_d2.tools.arguments import add_overrides, add_register, add_trust, import_registered
+
+EPILOG = """\
+examples:
+  convert_weights.py --input output/model_final.pth --output weights.pkl
+  convert_weights.py --input output --output resnet50.pth --format torchvision
+  convert_weights.py --input R-50.pkl --output imagenet.pkl
+  convert_weights.py --input output --output weights.pkl \\
+      --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml --write-config plain.yaml
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Arguments of the command."""
+    parser = argparse.ArgumentParser(
+        prog="convert_weights.py",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    text = (
+        "checkpoint of Jigsaw pre-training or its run's folder; a converted file; ImageNet weights"
+    )
+    add("--input", required=True, help=f"{text} of torchvision or MSRA")
+    text = ".pkl (numpy arrays) or .pth (tensors); YAML goes beside it"
+    add("--output", required=True, help=text)
+    formats = ("detectron2", "torchvision")
+    add("--format", choices=formats, default=formats[0], help="default: %(default)s")
+    add("--force", action="store_true", help="replace files that exist")
+    text = "write a config with which Detectron2's plain tools/train_net.py fine-tunes them"
+    add("--write-config", metavar="OUT.yaml", help=text)
+    text = "detection config for --write-config, which KEY VALUE pairs change: zoo name or path"
+    add("--config-file", default="", help=text)
+    text = "for --write-config: take depth, groups, widths, deformable stages from the weights"
+    add("--match-architecture", action="store_true", help=text)
+    add_trust(parser)
+    add_register(parser)
+    add_overrides(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert; print the metadata, the config that it requires, and the files written."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if bool(args.write_config) != bool(args.config_file):
+        parser.error("--write-config and --config-file go together")
+    if args.write_config and args.format != "detectron2":
+        parser.error("--write-config is for weights in the detectron2 format")
+    if args.opts and not args.write_config:
+        parser.error(f"unexpected {' '.join(args.opts)}: overrides are for --write-config")
+    from jigsaw_d2.checkpoint.convert import convert_checkpoint
+    from jigsaw_d2.detection import config
+
+    import_registered(args.register)
+    metadata = convert_checkpoint(
+        args.input, args.output, format=args.format, force=args.force, trust=args.trust
+    )
+    out = sys.stdout
+    out.write(f"# {args.output}: metadata, also in {args.output}.yaml\n{metadata.to_yaml()}")
+    required = nested(metadata.required_config())
+    out.write(f"# a detector that uses these weights needs\n{config.changes_yaml(required)}")
+    if args.write_config:
+        given = (args.config_file, args.output, args.opts)
+        match = args.match_architecture
+        cfg = config.setup_finetune(*given, match_architecture=match, trust=args.trust, here=False)
+        config.write_plain_config(args.write_config, cfg, force=args.force)
+        before = config.load_detection_config(args.config_file, args.opts, args.trust)
+        changes = config.changes_yaml(config.config_changes(before, cfg))
+        out.write(f"# {args.write_config}: {args.config_file} changed in\n{changes}")
+    return 0
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """{"A.B": 1} -> {"A": {"B": 1}}."""
+    result: dict[str, Any] = {}
+    for key, value in flat.items():
+        *nodes, last = key.split(".")
+        reduce(lambda node, part: node.setdefault(part, {}), nodes, result)[last] = value
+    return result

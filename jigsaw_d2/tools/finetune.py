@@ -1,0 +1,79 @@
+"""``finetune_net.py``: train and evaluate a detector from converted weights."""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from jigsaw_d2.tools import arguments
+
+EPILOG = """\
+examples:
+  finetune_net.py --config-file COCO-Detection/faster_rcnn_R_50_C4_1x.yaml --weights weights.pkl
+  finetune_net.py --config-file finetune/faster_rcnn_R_50_FPN_1x_jigsaw.yaml --weights weights.pkl
+  finetune_net.py --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml --weights weights.pkl \\
+      DATASETS.COCO_FILES '[["mine", "train.json", "images"], ["my_val", "val.json", "images"]]' \\
+      DATASETS.TRAIN '("mine",)' DATASETS.TEST '("my_val",)' OUTPUT_DIR output/mine
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Arguments of the command."""
+    parser = argparse.ArgumentParser(
+        prog="finetune_net.py",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    text = "detection config: name in Detectron2's zoo, one of ours (finetune/...), or a path"
+    add("--config-file", required=True, help=text)
+    text = 'file of convert_weights.py, or "none": train from scratch with a norm that trains'
+    add("--weights", required=True, help=text)
+    text = "take depth, groups, widths, deformable stages from the weights, not from the config"
+    add("--match-architecture", action="store_true", help=text)
+    add("--resume", action="store_true", help="go on with the run in OUTPUT_DIR")
+    add("--eval-only", action="store_true", help="evaluate the last checkpoint in OUTPUT_DIR")
+    text = "insist on overrides that contradict the weights, and load what fits of the weights"
+    add("--force", action="store_true", help=text)
+    arguments.add_launch(parser)
+    arguments.add_trust(parser)
+    arguments.add_register(parser)
+    arguments.add_overrides(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, evaluate; print what the weights changed in the config, and name the results."""
+    args = build_parser().parse_args(argv)
+    from jigsaw_d2.detection import config
+    from jigsaw_d2.training.launching import launch_job
+
+    arguments.import_registered(args.register)
+    before = config.load_detection_config(args.config_file, args.opts, args.trust)
+    cfg = config.setup_finetune(
+        *(args.config_file, args.weights, args.opts),
+        match_architecture=args.match_architecture,
+        force=args.force,
+        trust=args.trust,
+    )
+    is_first = os.environ.get("RANK", "0") == "0"  # torchrun starts this command once per GPU
+    if is_first:
+        changes = config.changes_yaml(config.config_changes(before, cfg))
+        sys.stdout.write(f"# weights, dataset and machine change {args.config_file} in\n{changes}")
+        sys.stdout.flush()
+    cfg.freeze()
+    machines = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+    timeout = cfg.SOLVER.PEER_TIMEOUT
+    launch_job(run, *machines, args=(cfg, args), timeout=timeout, device=cfg.MODEL.DEVICE)
+    if is_first:
+        sys.stdout.write(f"results: {cfg.OUTPUT_DIR}/results.json\n")
+    return 0
+
+
+def run(cfg: Any, args: argparse.Namespace) -> None:
+    """The work of one process, which knows nothing of another's registries."""
+    from jigsaw_d2.detection.finetune import finetune
+
+    arguments.import_registered(args.register)
+    finetune(cfg, resume=args.resume, eval_only=args.eval_only, force=args.force)

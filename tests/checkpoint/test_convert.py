@@ -1,0 +1,332 @@
+"""The converter: what it accepts, writes, refuses; and that no altered file passes as whole."""
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from helpers_weights import (
+    CATEGORIES,
+    THIN,
+    THIN_GN,
+    convert,
+    pretrain_config,
+    pretrained,
+    rewrite,
+    save_checkpoint,
+)
+from torch import nn
+
+from jigsaw_d2.checkpoint.convert import (
+    METADATA_KEY,
+    convert_checkpoint,
+    metadata_path,
+    read_backbone,
+    read_converted,
+    read_weights,
+)
+from jigsaw_d2.checkpoint.metadata import WeightsMetadata
+from jigsaw_d2.io import CheckpointError, ConfigError, JigsawError, WeightsError
+
+
+@pytest.fixture()
+def checkpoint(tmp_path: Path) -> Path:
+    cfg = pretrain_config(*THIN)
+    return save_checkpoint(tmp_path / "model_0000009.pth", cfg, pretrained(cfg))
+
+
+def test_pkl_is_what_detectron2s_converters_write(checkpoint: Path, tmp_path: Path) -> None:
+    convert_checkpoint(checkpoint, tmp_path / "w.pkl")
+    data = pickle.loads((tmp_path / "w.pkl").read_bytes())
+    assert data["__author__"] == "jigsaw_d2" and data["matching_heuristics"] is True
+    assert {type(value) for value in data["model"].values()} == {np.ndarray}
+    model = torch.load(checkpoint, weights_only=True)["model"]
+    expected = {
+        name.removeprefix("backbone."): value
+        for name, value in model.items()
+        if name.startswith("backbone.") and "num_batches_tracked" not in name
+    }
+    assert set(data["model"]) == set(expected)  # neither classifier nor ERF nor counters
+    assert all(np.array_equal(data["model"][key], expected[key]) for key in expected)
+    assert {name.split(".")[0] for name in expected} == {"stem", "res2", "res3", "res4", "res5"}
+
+
+def test_pth_holds_tensors_and_plain_values(checkpoint: Path, tmp_path: Path) -> None:
+    convert_checkpoint(checkpoint, tmp_path / "w.pth")
+    data = torch.load(tmp_path / "w.pth", weights_only=True)
+    assert {type(value) for value in data["model"].values()} == {torch.Tensor}
+    arrays, _ = read_converted(tmp_path / "w.pth")
+    convert_checkpoint(checkpoint, tmp_path / "w.pkl")
+    pickled, _ = read_converted(tmp_path / "w.pkl")
+    assert all(np.array_equal(arrays[key], pickled[key]) for key in pickled)
+
+
+def test_the_metadata_says_all(checkpoint: Path, tmp_path: Path) -> None:
+    metadata = convert_checkpoint(checkpoint, tmp_path / "w.pkl")
+    assert (metadata.origin, metadata.categories) == ("jigsaw", tuple(CATEGORIES))
+    assert (metadata.iterations, metadata.images_seen) == (10, 320)
+    assert (metadata.objective, metadata.tau) == ("erf_adaptive", 0.7)
+    assert metadata.template == {"size": [224, 224], "split": [64, 64]}
+    assert (metadata.dataset, metadata.dataset_hash) == ("toy_train", "ab" * 32)
+    architecture = metadata.architecture
+    assert (architecture.depth, architecture.norm, architecture.stride_in_1x1) == (50, "BN", False)
+    beside = WeightsMetadata.from_yaml((tmp_path / "w.pkl.yaml").read_text())
+    assert beside == metadata == read_converted(tmp_path / "w.pkl")[1]
+
+
+def test_a_folder_stands_for_its_last_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="a folder without last_checkpoint"):
+        convert_checkpoint(tmp_path, tmp_path / "w.pkl")
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth\n")
+    assert convert_checkpoint(tmp_path, tmp_path / "w.pkl").iterations == 10
+    (tmp_path / "last_checkpoint").write_text("model_0000019.pth")
+    with pytest.raises(CheckpointError, match="model_0000019.pth: no such file"):
+        convert_checkpoint(tmp_path, tmp_path / "other.pkl")
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN", "auto"])
+def test_every_batch_norm_gives_the_same_names(norm: str, tmp_path: Path) -> None:
+    """A checkpoint of synchronised norm, made on many GPUs, converts anywhere."""
+    cfg = pretrain_config(*THIN)
+    model = pretrained(cfg)
+    cfg.MODEL.RESNETS.NORM = norm
+    metadata = convert_checkpoint(
+        save_checkpoint(tmp_path / "c.pth", cfg, model), tmp_path / "w.pkl"
+    )
+    assert metadata.architecture.norm == "BN"
+    assert "res2.0.conv1.norm.running_var" in read_converted(tmp_path / "w.pkl")[0]
+
+
+def test_group_norm(tmp_path: Path) -> None:
+    weights = convert(tmp_path, *THIN_GN, "MODEL.RESNETS.NORM", "GN")
+    arrays, metadata = read_converted(weights)
+    assert metadata.architecture.norm == "GN"
+    assert "res2.0.conv1.norm.weight" in arrays and not [n for n in arrays if "running" in n]
+
+
+def test_half_precision_and_channels_last_become_plain_float32(tmp_path: Path) -> None:
+    cfg = pretrain_config(*THIN)
+    model = pretrained(cfg).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    convert_checkpoint(save_checkpoint(tmp_path / "c.pth", cfg, model), tmp_path / "w.pkl")
+    arrays, _ = read_converted(tmp_path / "w.pkl")
+    weight = arrays["res2.0.conv2.weight"]
+    assert weight.dtype == np.float32 and weight.flags["C_CONTIGUOUS"]
+    expected = model.backbone.res2[0].conv2.weight.float().detach().numpy()
+    assert np.array_equal(weight, expected)
+
+
+class TestOutputs:
+    def test_refuses_to_overwrite(self, checkpoint: Path, tmp_path: Path) -> None:
+        convert_checkpoint(checkpoint, tmp_path / "w.pkl")
+        before = (tmp_path / "w.pkl").read_bytes()
+        with pytest.raises(ConfigError, match="w.pkl exists; --force"):
+            convert_checkpoint(checkpoint, tmp_path / "w.pkl")
+        assert (tmp_path / "w.pkl").read_bytes() == before
+        convert_checkpoint(checkpoint, tmp_path / "w.pkl", force=True)
+        (tmp_path / "v.pkl.yaml").write_text("a user's own")
+        with pytest.raises(ConfigError, match="v.pkl.yaml exists; --force"):
+            convert_checkpoint(checkpoint, tmp_path / "v.pkl")
+        assert not (tmp_path / "v.pkl").exists()
+
+    def test_converting_twice_gives_the_same_bytes(self, checkpoint: Path, tmp_path: Path) -> None:
+        for name in ("a.pkl", "b.pkl"):
+            convert_checkpoint(checkpoint, tmp_path / name)
+        assert (tmp_path / "a.pkl").read_bytes() == (tmp_path / "b.pkl").read_bytes()
+
+    def test_refuses_other_endings_and_formats(self, checkpoint: Path, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="written as .pkl or .pth"):
+            convert_checkpoint(checkpoint, tmp_path / "w.onnx")
+        with pytest.raises(ConfigError, match="torchvision format is written as .pth"):
+            convert_checkpoint(checkpoint, tmp_path / "w.pkl", format="torchvision")
+        with pytest.raises(ConfigError, match="'caffe' is none of"):
+            convert_checkpoint(checkpoint, tmp_path / "w.pkl", format="caffe")
+        assert os.listdir(tmp_path) == [checkpoint.name]
+
+    def test_converts_between_its_own_forms(self, checkpoint: Path, tmp_path: Path) -> None:
+        first = convert_checkpoint(checkpoint, tmp_path / "a.pkl")
+        second = convert_checkpoint(tmp_path / "a.pkl", tmp_path / "b.pth")
+        assert first == second
+
+
+class TestForeignInputs:
+    def test_a_detectors_checkpoint(self, tmp_path: Path) -> None:
+        model = {"roi_heads.box_head.fc1.weight": torch.zeros(1), "backbone.res2.x": torch.zeros(1)}
+        torch.save({"model": model, "iteration": 3}, tmp_path / "d.pth")
+        with pytest.raises(
+            CheckpointError, match="found 2 tensors.*expected a checkpoint of Jigsaw"
+        ):
+            convert_checkpoint(tmp_path / "d.pth", tmp_path / "w.pkl")
+
+    def test_a_bare_list(self, tmp_path: Path) -> None:
+        torch.save([1, 2], tmp_path / "d.pth")
+        with pytest.raises(CheckpointError, match="found a list"):
+            convert_checkpoint(tmp_path / "d.pth", tmp_path / "w.pkl")
+
+    def test_a_checkpoint_with_code_in_it(self, checkpoint: Path, tmp_path: Path) -> None:
+        """Refused, and readable with trust."""
+        data = torch.load(checkpoint, weights_only=True)
+        torch.save(data | {"path": tmp_path}, checkpoint)
+        with pytest.raises(CheckpointError, match="could run code"):
+            convert_checkpoint(checkpoint, tmp_path / "w.pkl")
+        convert_checkpoint(checkpoint, tmp_path / "w.pkl", trust=True)
+
+    def test_weights_that_are_not_finite(self, tmp_path: Path) -> None:
+        cfg = pretrain_config(*THIN)
+        model = pretrained(cfg)
+        with torch.no_grad():
+            model.backbone.res3[0].conv1.weight[0, 0] = float("nan")
+        checkpoint = save_checkpoint(tmp_path / "c.pth", cfg, model)
+        with pytest.raises(WeightsError, match="NaN or infinity, the first is res3.0.conv1.weight"):
+            convert_checkpoint(checkpoint, tmp_path / "w.pkl")
+
+    def test_weights_without_metadata(self, checkpoint: Path, tmp_path: Path) -> None:
+        torch.save({"model": {}}, tmp_path / "w.pth")
+        for path in (tmp_path / "w.pth", checkpoint):  # nothing vouches for a checkpoint's tensors
+            with pytest.raises(CheckpointError, match="without metadata.*convert_weights.py --inp"):
+                read_converted(path)
+
+
+class TestVersion1:
+    """Files of version 1 have their metadata as jigsaw_passport, in both formats."""
+
+    @pytest.mark.parametrize("form", ["w.pkl", "w.pth", "tv.pth"])
+    def test_opens(self, form: str, tmp_path: Path) -> None:
+        weights = tmp_path / form
+        format = "torchvision" if form == "tv.pth" else "detectron2"
+        convert_checkpoint(convert(tmp_path, name="first.pkl"), weights, format=format)
+        expected = read_converted(weights)
+        data = read_weights(weights)
+        values = data._metadata if format == "torchvision" else data
+        values["jigsaw_passport"] = values.pop(METADATA_KEY)
+        if form == "w.pkl":
+            weights.write_bytes(pickle.dumps(data))
+        else:
+            torch.save(data, weights)
+        arrays, metadata = read_converted(weights)
+        assert metadata == expected[1]
+        assert all(np.array_equal(arrays[name], expected[0][name]) for name in expected[0])
+        text = metadata_path(weights).read_text().replace("RGB", "BGR")
+        metadata_path(weights).write_text(text)
+        with pytest.raises(CheckpointError, match="say different things"):
+            read_converted(weights)
+
+
+@pytest.mark.parametrize(
+    "remove",
+    [
+        lambda data: data["jigsaw"].pop("config"),
+        lambda data: data["jigsaw"].pop("store"),
+        lambda data: data["jigsaw"].pop("images_seen"),
+        lambda data: data.pop("iteration"),
+        lambda data: data["jigsaw"].update(config="{"),
+        lambda data: data.update(jigsaw=3),
+    ],
+)
+def test_what_metadata_is_made_of_must_be_there(checkpoint: Path, remove: Callable) -> None:
+    data = torch.load(checkpoint, weights_only=True)
+    remove(data)
+    torch.save(data, checkpoint)
+    with pytest.raises(CheckpointError, match="0009.pth: the checkpoint lacks"):
+        read_backbone(checkpoint)
+
+
+def test_tensors_of_no_stage(checkpoint: Path) -> None:
+    """A ResNet's file never carries a name that could match in a head."""
+    data = torch.load(checkpoint, weights_only=True)
+    data["model"]["backbone.predictor.weight"] = torch.zeros(1)
+    torch.save(data, checkpoint)
+    with pytest.raises(WeightsError, match="of no stage: .'predictor.weight'"):
+        read_backbone(checkpoint)
+
+
+def change(key: str, value: object, part: str | None = None) -> Callable[[dict], None]:
+    def apply(data: dict) -> None:
+        metadata = data[METADATA_KEY]
+        (metadata[part] if part else metadata)[key] = value
+
+    return apply
+
+
+MUTATIONS = {
+    "mean": change("pixel_mean", [103.53, 116.28, 123.675]),
+    "std": change("pixel_std", [1.0, 1.0, 1.0]),
+    "order": change("input_format", "BGR"),
+    "stride": change("stride_in_1x1", True, "architecture"),
+    "depth": change("depth", 101, "architecture"),
+    "norm": change("norm", "GN", "architecture"),
+    "missing tensor": lambda data: data["model"].pop("res4.5.conv3.weight"),
+    "extra tensor": lambda data: data["model"].update({"res4.9.x": np.zeros(1, np.float32)}),
+    "wrong shape": lambda data: data["model"].update({"res4.5.conv3.weight": np.zeros((2, 2))}),
+    "other values": lambda data: data["model"]["res2.0.conv1.weight"].__imul__(1.01),
+    "categories": change("categories", CATEGORIES[::-1]),
+    "iterations": change("iterations", 64000),
+}
+
+
+class TestMutations:
+    """A file is refused whatever was altered in it: by what the tensors are, or by the seal."""
+
+    @pytest.mark.parametrize("name", MUTATIONS)
+    def test_altered(self, name: str, tmp_path: Path) -> None:
+        weights = rewrite(convert(tmp_path, *THIN), MUTATIONS[name])
+        with pytest.raises((CheckpointError, WeightsError)):
+            read_converted(weights)
+        with pytest.raises(JigsawError):
+            convert_checkpoint(weights, tmp_path / "again.pkl")
+
+    @pytest.mark.parametrize("name", ["depth", "norm"])
+    def test_a_liar_with_a_seal_is_betrayed_by_the_tensors(self, name: str, tmp_path: Path) -> None:
+        weights = rewrite(convert(tmp_path, *THIN), MUTATIONS[name], seal=True)
+        with pytest.raises(WeightsError, match=f"{name}: said"):
+            read_converted(weights)
+
+    @pytest.mark.parametrize("name", ["mean", "std", "order", "stride", "depth", "norm"])
+    def test_another_yaml_beside_the_file(self, name: str, tmp_path: Path) -> None:
+        weights = convert(tmp_path, *THIN)
+        data = read_weights(weights)
+        MUTATIONS[name](data)
+        beside = WeightsMetadata.from_dict(data[METADATA_KEY])
+        metadata_path(weights).write_text(beside.to_yaml())
+        with pytest.raises(CheckpointError, match="say different things"):
+            read_converted(weights)
+        metadata_path(weights).unlink()
+        read_converted(weights)
+
+
+@BACKBONE_REGISTRY.register()
+class TinyBackbone(Backbone):
+    """A user's own backbone, of no ResNet names."""
+
+    def __init__(self, cfg, input_shape: ShapeSpec) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 32, 32), nn.BatchNorm2d(4))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"res5": self.body(x)}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {"res5": ShapeSpec(channels=4, stride=32)}
+
+
+def test_a_users_own_backbone_passes_with_all_its_tensors(tmp_path: Path) -> None:
+    cfg = pretrain_config("MODEL.BACKBONE.NAME", "TinyBackbone")
+    cfg.MODEL.RESNETS.NORM = "auto"
+    model = pretrained(cfg)
+    convert_checkpoint(save_checkpoint(tmp_path / "c.pth", cfg, model), tmp_path / "w.pkl")
+    arrays, metadata = read_backbone(tmp_path / "w.pkl")
+    assert set(arrays) == {
+        *("body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias"),
+        *("body.1.running_mean", "body.1.running_var"),
+    }
+    assert set(metadata.required_config()) == {
+        "INPUT.FORMAT",
+        "MODEL.PIXEL_MEAN",
+        "MODEL.PIXEL_STD",
+    }
+    with pytest.raises(WeightsError, match="backbone is TinyBackbone"):
+        convert_checkpoint(tmp_path / "w.pkl", tmp_path / "tv.pth", format="torchvision")

@@ -1,0 +1,194 @@
+"""What tensors, config and metadata say of a network; the metadata's form and its seal."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+from detectron2.modeling import build_backbone
+from helpers_weights import RESNET_18, pretrain_config
+
+from jigsaw_d2.checkpoint.metadata import (
+    Architecture,
+    WeightsMetadata,
+    check_architecture,
+    fits,
+    norm_family,
+    read_architecture,
+)
+from jigsaw_d2.io import CheckpointError, WeightsError
+
+DEFORM = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, False, True, True]"]
+ARRAYS = {"stem.conv1.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
+
+
+def metadata(**changes: object) -> WeightsMetadata:
+    made = WeightsMetadata(
+        origin="jigsaw",
+        architecture=Architecture.from_config(pretrain_config().MODEL),
+        input_format="RGB",
+        pixel_mean=(123.675, 116.28, 103.53),
+        pixel_std=(58.395, 57.12, 57.375),
+        categories=("a", "b"),
+        template={"size": [224, 224], "split": [64, 64]},
+        objective="erf_adaptive",
+        tau=0.7,
+        iterations=10,
+        images_seen=5120,
+        dataset="toy",
+        dataset_hash="00",
+        code_version="0.1.0",
+    )
+    return replace(made, **changes)
+
+
+def test_round_trips() -> None:
+    made = metadata().sealed(ARRAYS)
+    assert WeightsMetadata.from_dict(made.to_dict()) == made
+    assert WeightsMetadata.from_yaml(made.to_yaml()) == made
+    yaml.safe_load(made.to_yaml())  # plain values only
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format version 2, this code reads 1"),
+        ({"pixel_mean": "red"}, "could not convert"),
+        ({"colour": 1}, r"unknown keys \['colour'\]"),
+        ({"architecture": {"shape": 1}}, "argument 'shape'"),
+    ],
+)
+def test_impossible_values(change: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        WeightsMetadata.from_dict(metadata().to_dict() | change)
+
+
+def test_missing_key_and_no_mapping() -> None:
+    values = metadata().to_dict()
+    del values["categories"]
+    with pytest.raises(CheckpointError, match=r"w.pkl: missing keys \['categories'\]"):
+        WeightsMetadata.from_dict(values, "w.pkl")
+    with pytest.raises(CheckpointError, match="expected a mapping, found list"):
+        WeightsMetadata.from_dict([], "w.pkl")
+    with pytest.raises(CheckpointError, match="no YAML"):
+        WeightsMetadata.from_yaml("{")
+
+
+def test_required_config() -> None:
+    """Batch norm is frozen in detection (Sec. 4.1), group norm stays."""
+    required = metadata().required_config()
+    assert required["MODEL.RESNETS.NORM"] == "FrozenBN"
+    assert required["INPUT.FORMAT"] == "RGB"
+    assert required["MODEL.PIXEL_STD"] == [58.395, 57.12, 57.375]
+    assert required["MODEL.RESNETS.STRIDE_IN_1X1"] is False
+    group = metadata(architecture=replace(metadata().architecture, norm="GN"))
+    assert group.required_config()["MODEL.RESNETS.NORM"] == "GN"
+
+
+@pytest.mark.parametrize(
+    ("key", "have", "need", "expected"),
+    [
+        ("MODEL.PIXEL_STD", [58.395, 57.12, 57.375], (58.3955, 57.12, 57.375), True),
+        ("MODEL.PIXEL_STD", [58.395, 57.12, 57.375], (58.397, 57.12, 57.375), False),
+        ("MODEL.PIXEL_MEAN", [1.0, 2.0], [1.0, 2.0, 3.0], False),
+        ("MODEL.RESNETS.NORM", "SyncBN", "FrozenBN", True),
+        ("MODEL.RESNETS.NORM", "GN", "LN", False),
+        ("INPUT.FORMAT", "BGR", "RGB", False),
+    ],
+)
+def test_fits(key: str, have: object, need: object, expected: bool) -> None:
+    """One tolerance everywhere: a thousandth of a pixel's 256 steps."""
+    assert fits(key, have, need) is expected
+
+
+# ---- what the tensors say of their network
+
+
+def shapes_of(*overrides: str) -> dict[str, tuple[int, ...]]:
+    cfg = pretrain_config(*overrides)
+    return {name: tuple(v.shape) for name, v in build_backbone(cfg).state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        RESNET_18,
+        ["MODEL.RESNETS.NORM", "GN"],
+        ["MODEL.RESNETS.NUM_GROUPS", "32", "MODEL.RESNETS.WIDTH_PER_GROUP", "4"],
+        DEFORM,
+        ["MODEL.RESNETS.DEPTH", "101", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"],
+    ],
+)
+def test_tensors_and_config_agree(overrides: list[str]) -> None:
+    said = Architecture.from_config(pretrain_config(*overrides).MODEL)
+    found = read_architecture(shapes_of(*overrides))
+    check_architecture(said, shapes_of(*overrides))
+    assert {key: getattr(said, key) for key in found} == found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["MODEL.RESNETS.DEPTH", "101"], "depth: said 101, the tensors are 50"),
+        (["MODEL.RESNETS.NORM", "GN"], "norm: said GN, the tensors are BN"),
+        (["MODEL.RESNETS.NUM_GROUPS", "2"], "num_groups: said 2, the tensors are 1"),
+        (["MODEL.RESNETS.STEM_OUT_CHANNELS", "32"], "stem_out_channels: said 32"),
+        (DEFORM, "deform_on_per_stage"),
+    ],
+)
+def test_a_wrong_word_is_found_out(overrides: list[str], named: str) -> None:
+    said = Architecture.from_config(pretrain_config(*overrides).MODEL)
+    with pytest.raises(WeightsError, match=named):
+        check_architecture(said, shapes_of())
+
+
+def test_other_norms_than_batch_norm_look_like_group_norm() -> None:
+    """Layer norm has the same tensors as group norm; batch norm or none at all has not."""
+    shapes = shapes_of("MODEL.RESNETS.NORM", "GN")
+    check_architecture(Architecture.from_config(pretrain_config(*_norm("LN")).MODEL), shapes)
+    for norm in ("BN", ""):
+        with pytest.raises(WeightsError, match="norm"):
+            check_architecture(
+                Architecture.from_config(pretrain_config(*_norm(norm)).MODEL), shapes
+            )
+
+
+def _norm(name: str) -> list[str]:
+    return ["MODEL.RESNETS.NORM", name]
+
+
+def test_a_missing_block_is_no_depth() -> None:
+    shapes = {name: s for name, s in shapes_of().items() if not name.startswith("res4.5.")}
+    with pytest.raises(WeightsError, match=r"\(3, 4, 5, 3\) bottleneck blocks"):
+        read_architecture(shapes)
+
+
+def test_foreign_tensors() -> None:
+    with pytest.raises(WeightsError, match="no ResNet.*found fc.weight"):
+        read_architecture({"fc.weight": (10, 4)})
+
+
+def test_a_network_cut_short_keeps_its_depth() -> None:
+    """A pre-training on res4 builds no res5."""
+    shapes = {name: s for name, s in shapes_of().items() if not name.startswith("res5.")}
+    assert read_architecture(shapes)["depth"] == 50
+
+
+def test_batch_norms_are_one_family() -> None:
+    assert {norm_family(norm) for norm in ("BN", "SyncBN", "FrozenBN")} == {"BN"}
+    assert norm_family("GN") == "GN"
+
+
+def test_a_registered_backbone_is_known_by_name_alone() -> None:
+    model = pretrain_config("MODEL.BACKBONE.NAME", "build_mine").MODEL
+    said = Architecture.from_config(model)
+    assert said == Architecture(backbone="build_mine") and not said.is_resnet
+    assert said.required_config() == {}
+    check_architecture(said, {"any.weight": (1,)})
+
+
+def test_required_config_leaves_out_what_a_basic_block_lacks() -> None:
+    keys = Architecture.from_config(pretrain_config(*RESNET_18).MODEL).required_config()
+    assert "MODEL.RESNETS.WIDTH_PER_GROUP" not in keys
+    assert keys["MODEL.RESNETS.RES2_OUT_CHANNELS"] == 64
