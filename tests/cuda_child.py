@@ -2,8 +2,8 @@
 
     cuda_child.py FOLDER
 
-PyTorch is imported once; each job is a fork, which uses CUDA for itself. It writes its runs, each as
-``attempt`` returns it, to FOLDER/JOB.json.
+PyTorch is imported once; each job is a fork, which uses CUDA for itself. It writes its runs, each
+as ``attempt`` returns it, to FOLDER/JOB.json.
 """
 
 import json
@@ -22,9 +22,9 @@ from helpers_run import tiny_options, torchrun_variables
 from helpers_store import make_store
 from helpers_weights import C4, FPN, SMALL, make_coco
 
-import jigsaw_d2.commands.convert
-import jigsaw_d2.commands.finetune
-import jigsaw_d2.commands.pretrain
+from jigsaw_d2.commands import convert, erf, finetune
+from jigsaw_d2.commands import pretrain as pretrain_command
+from jigsaw_d2.commands import visualize
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.trainer import JigsawTrainer
 
@@ -34,7 +34,13 @@ PRECISIONS = {
     "bf16": ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"),
     "fp16": ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16"),
 }
-RUNS = PRECISIONS | {"compiled": (*PRECISIONS["fp16"], "MODEL.JIGSAW.COMPILE", True)}
+RUNS = PRECISIONS | {
+    "compiled": (*PRECISIONS["fp16"], "MODEL.JIGSAW.COMPILE", True),
+    "accumulated": (
+        *PRECISIONS["fp16"],
+        *("MODEL.JIGSAW.ACTIVATION_CHECKPOINTING", True, "SOLVER.ACCUMULATION_STEPS", 2),
+    ),
+}
 # Seconds after which a job has hung.
 TIMEOUT = 240
 # The ERF is measured before iterations 0 and 12; evaluation and checkpoint follow 11.
@@ -98,13 +104,13 @@ def pretrain(output: Path, config: str, *overrides: object, flags: tuple[str, ..
     stores = (str(output.parent / "store"),)
     common = ("OUTPUT_DIR", output, "DATASETS.TEST", stores, "MODEL.DEVICE", "cuda")
     options = tiny_options(output.parent, *common, *overrides)
-    return attempt(jigsaw_d2.commands.pretrain.main, "--config-file", config, *flags, *options)
+    return attempt(pretrain_command.main, "--config-file", config, *flags, *options)
 
 
 def configs(folder: Path) -> dict:
     """The shipped configurations with their own backbones, narrow; each trained, then resumed."""
     found = {}
-    for name in set(shipped_configs().values()):
+    for name in sorted(set(shipped_configs().values())):
         resnets = get_jigsaw_cfg(f"{name}.yaml").MODEL.RESNETS
         width = 32 // resnets.NUM_GROUPS
         narrow = ("MODEL.RESNETS.STEM_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", width)
@@ -120,18 +126,36 @@ def configs(folder: Path) -> dict:
     return found
 
 
-def detectors(run: Path) -> dict:
-    """Fine-tuning of what a pre-training left, with evaluation."""
-    weights = run / "weights.pkl"
-    arguments = ("--input", run, "--output", weights)
-    found = {"convert": attempt(jigsaw_d2.commands.convert.main, *arguments)}
+def commands(run: Path) -> dict:
+    """What takes up a pre-training: the commands that use a device, each once."""
+    config, weights, store = run / "config.yaml", run / "weights.pkl", run.parent / "store"
+    images = ("--device", "cuda", "--num-images", 2)
+    own = (*images[:2], "--config-file", config, "--weights", run / "model_final.pth")
+    found = {
+        "eval-only": attempt(
+            pretrain_command.main, "--config-file", config, "--resume", "--eval-only"
+        ),
+        "convert": attempt(convert.main, "--input", run, "--output", weights),
+        "erf": attempt(
+            erf.main,
+            *("--config-file", config, "--weights", weights, "--feature", "res5"),
+            *(*images, "--size", 64, 64, "--save-maps", "--output", run / "erf"),
+        ),
+        "visualize erf": attempt(
+            visualize.main, "erf", *own, *images, "--store", store, "--output", run / "erf.png"
+        ),
+        "visualize labels": attempt(
+            visualize.main, "labels", *own, "--store", store, "--output", run / "labels.png"
+        ),
+    }
     files = make_coco(run / "coco", masks=False)
     sets = (files[0][0],)
-    for name, config in (("C4", C4), ("FPN", FPN)):
-        found[name] = attempt(
-            jigsaw_d2.commands.finetune.main,
+    for config in (C4, FPN):
+        output = run / Path(config).stem
+        found[f"finetune {output.name}"] = attempt(
+            finetune.main,
             *("--config-file", config, "--weights", weights, "--match-architecture"),
-            *(*SMALL, "MODEL.DEVICE", "cuda", "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", run / name),
+            *(*SMALL, "MODEL.DEVICE", "cuda", "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", output),
             *("DATASETS.COCO_FILES", files, "DATASETS.TRAIN", sets, "DATASETS.TEST", sets),
         )
     return found
@@ -151,7 +175,7 @@ def precisions(folder: Path, variables: Sequence[dict[str, str]] = ({},) * len(R
 
 
 def one_rank(folder: Path) -> dict:
-    return configs(folder) | detectors(folder / "jigsaw_R_50") | precisions(folder)
+    return configs(folder) | commands(folder / "jigsaw_R_50") | precisions(folder)
 
 
 def second_device(folder: Path) -> dict:

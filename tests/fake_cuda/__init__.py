@@ -1,8 +1,8 @@
 """PyTorch's CUDA path on a machine without a GPU, see ``fake_cuda.c``.
 
-A process that is started with ``environment(build(folder))`` sees two CUDA devices. Everything happens
-there as on GPUs, except that kernels compute nothing: what runs in which order, what is copied and
-what the host waits for can be tested, numbers cannot.
+A process that is started with ``environment(build(folder))`` sees two CUDA devices. Everything
+happens there as on GPUs, except that kernels compute nothing: what runs in which order, what is
+copied and what the host waits for can be tested, numbers cannot.
 """
 
 import contextlib

@@ -1,15 +1,15 @@
-/* CUDA devices for PyTorch where there are none: memory, copies, streams and events work, kernels do
- * nothing. Preloaded (LD_PRELOAD), it answers the calls that PyTorch makes of the CUDA runtime, cuBLAS
- * and NCCL; cuDNN must be switched off.
+/* CUDA devices for PyTorch where there are none: memory, copies, streams and events work, kernels
+ * do nothing. Preloaded (LD_PRELOAD), it answers the calls that PyTorch 2.12 makes of CUDA 13's
+ * runtime and driver, cuBLAS and NCCL; cuDNN must be switched off.
  *
- * - Device memory is fresh zeros, never handed out twice: with PYTORCH_NO_CUDA_MEMORY_CACHING=1 every
- *   tensor that a kernel should have written reads as zero.
+ * - Device memory is fresh zeros, never handed out twice: with PYTORCH_NO_CUDA_MEMORY_CACHING=1
+ *   every tensor that a kernel should have written reads as zero.
  * - A copy from a device into pinned memory arrives when the host has waited for it and not before:
  *   until then the memory holds 0xFF bytes, which read as NaN.
  * - Collectives exchange what the ranks hold, and end a process that calls another than its peers.
  * - Waits of the host, copies to and from it, and collectives are told to a listener.
  *
- * Functions leave out trailing arguments that they do not look at; C's calling conventions allow it.
+ * Functions leave out trailing arguments that they do not look at; calling conventions allow it.
  */
 #include <driver_types.h>
 #include <fcntl.h>
@@ -38,14 +38,11 @@ int cudaSetDevice(int chosen) {
   device = chosen;
   return cudaSuccess;
 }
-int cudaDriverGetVersion(int *version) { *version = 13000; return cudaSuccess; }
-int cudaRuntimeGetVersion(int *version) { *version = 13000; return cudaSuccess; }
 int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
   if (least) *least = 0;
   if (greatest) *greatest = -1;
   return cudaSuccess;
 }
-int cudaDeviceCanAccessPeer(int *can) { *can = 0; return cudaSuccess; }
 int cudaGetDeviceProperties(struct cudaDeviceProp *p, int which) { /* an H100's, as far as read */
   memset(p, 0, sizeof *p);
   strcpy(p->name, "fake");
@@ -70,17 +67,13 @@ int cudaGetDeviceProperties(struct cudaDeviceProp *p, int which) { /* an H100's,
 int cudaDeviceGetAttribute(int *value, int attribute) {
   struct cudaDeviceProp p;
   cudaGetDeviceProperties(&p, 0);
-  *value = attribute == cudaDevAttrMultiProcessorCount            ? p.multiProcessorCount
-           : attribute == cudaDevAttrMaxThreadsPerBlock           ? p.maxThreadsPerBlock
-           : attribute == cudaDevAttrMaxThreadsPerMultiProcessor  ? p.maxThreadsPerMultiProcessor
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlock      ? (int)p.sharedMemPerBlock
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? (int)p.sharedMemPerBlockOptin
-           : attribute == cudaDevAttrWarpSize                     ? p.warpSize
-           : attribute == cudaDevAttrComputeCapabilityMajor       ? p.major
-                                                                  : 0;
+  *value = attribute == cudaDevAttrMultiProcessorCount           ? p.multiProcessorCount
+           : attribute == cudaDevAttrMaxThreadsPerBlock          ? p.maxThreadsPerBlock
+           : attribute == cudaDevAttrMaxThreadsPerMultiProcessor ? p.maxThreadsPerMultiProcessor
+           : attribute == cudaDevAttrWarpSize                    ? p.warpSize
+                                                                 : 0;
   return cudaSuccess;
 }
-static int driver_call(void) { return cudaSuccess; }
 int cuDevicePrimaryCtxGetState(int which, unsigned *flags, int *active) {
   (void)which;
   *flags = 0;
@@ -88,14 +81,6 @@ int cuDevicePrimaryCtxGetState(int which, unsigned *flags, int *active) {
   return cudaSuccess;
 }
 int cuCtxGetCurrent(void **context) { *context = &device; return cudaSuccess; }
-int cudaGetDriverEntryPointByVersion(const char *name, void **function) {
-  *function = !strcmp(name, "cuDevicePrimaryCtxGetState") ? (void *)cuDevicePrimaryCtxGetState
-              : !strcmp(name, "cuCtxGetCurrent")          ? (void *)cuCtxGetCurrent
-                                                          : (void *)driver_call;
-  return cudaSuccess;
-}
-const char *cudaGetErrorString(int error) { (void)error; return "an error of the fake CUDA device"; }
-const char *cudaGetErrorName(int error) { (void)error; return "cudaErrorFake"; }
 OK(cudaGetLastError) OK(cudaPeekAtLastError) OK(cudaThreadExchangeStreamCaptureMode)
 
 /* ---------------------------------------------------------------- memory */
@@ -153,7 +138,7 @@ int cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *addres
 /* A stream keeps what the host has not waited for: copies into pinned memory, and other streams'
  * work up to an event. Its tickets count them. */
 typedef struct Work Work;
-typedef struct { int device; long ticket; Work *first, **end; } Stream;
+typedef struct Stream { int device; long ticket; Work *first, **end; struct Stream *next; } Stream;
 typedef struct { int device; long ticket; Stream *stream; } Event;
 struct Work {
   Work *next;
@@ -164,12 +149,10 @@ struct Work {
   char bytes[];
 };
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static Stream default_streams[DEVICES];
+static Stream default_streams[DEVICES] = {{.next = &default_streams[1]}, {.device = 1}};
 
 static Stream *stream_of(void *handle) { /* 0, 1, 2: the default stream by its three names */
-  if ((size_t)handle > 2) return handle;
-  default_streams[device].device = device;
-  return &default_streams[device];
+  return (size_t)handle > 2 ? handle : &default_streams[device];
 }
 static Work *add_work(Stream *stream, size_t size) {
   Work *work = calloc(1, sizeof *work + size);
@@ -199,21 +182,34 @@ static int finish_locked(Stream *stream, long ticket) {
 int cudaStreamCreateWithPriority(void **handle) {
   Stream *stream = calloc(1, sizeof *stream);
   stream->device = device;
+  pthread_mutex_lock(&lock);
+  stream->next = default_streams[1].next;
+  default_streams[1].next = stream;
+  pthread_mutex_unlock(&lock);
   *handle = stream;
   return cudaSuccess;
 }
-int cudaStreamQuery(void *handle) { return finish_locked(stream_of(handle), stream_of(handle)->ticket); }
+int cudaStreamQuery(void *handle) {
+  return finish_locked(stream_of(handle), stream_of(handle)->ticket);
+}
 int cudaStreamSynchronize(void *handle) {
   tell("wait for a stream", 0);
   return cudaStreamQuery(handle);
 }
 int cudaDeviceSynchronize(void) {
   tell("wait for a device", 0);
-  return cudaStreamQuery(0);
+  for (Stream *stream = default_streams; stream; stream = stream->next)
+    if (stream->device == device) cudaStreamQuery(stream);
+  return cudaSuccess;
 }
-int cudaStreamIsCapturing(void *handle, int *status) { (void)handle; *status = 0; return cudaSuccess; }
-int cudaStreamGetCaptureInfo(void *handle, int *status) { (void)handle; *status = 0; return cudaSuccess; }
-OK(cudaStreamDestroy)
+int cudaStreamGetCaptureInfo(void *handle, int *status) {
+  (void)handle;
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+int cudaStreamIsCapturing(void *handle, int *status) {
+  return cudaStreamGetCaptureInfo(handle, status);
+}
 
 int cudaEventCreateWithFlags(void **handle) {
   Event *event = calloc(1, sizeof *event);
@@ -221,7 +217,6 @@ int cudaEventCreateWithFlags(void **handle) {
   *handle = event;
   return cudaSuccess;
 }
-int cudaEventCreate(void **handle) { return cudaEventCreateWithFlags(handle); }
 int cudaEventDestroy(void *handle) { free(handle); return cudaSuccess; }
 int cudaEventRecord(Event *event, void *handle) {
   Stream *stream = stream_of(handle);
@@ -262,21 +257,13 @@ int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *han
   pthread_mutex_unlock(&lock);
   return cudaSuccess;
 }
-int cudaMemcpy(void *to, const void *from, size_t size, int kind) {
-  cudaMemcpyAsync(to, from, size, kind, 0);
-  return cudaStreamSynchronize(0);
-}
-int cudaMemcpyPeerAsync(void *to, int device_to, const void *from, int device_from, size_t size) {
-  (void)device_to, (void)device_from;
-  memmove(to, from, size);
+int cudaMemsetAsync(void *to, int value, size_t size) {
+  memset(to, value, size);
   return cudaSuccess;
 }
-int cudaMemsetAsync(void *to, int value, size_t size) { memset(to, value, size); return cudaSuccess; }
 
 /* ---------------------------------------------------------------- kernels, cuBLAS */
-atomic_long fake_cuda_launches;
-#define KERNEL(name) int name(void) { fake_cuda_launches++; return cudaSuccess; }
-KERNEL(cudaLaunchKernel) KERNEL(__cudaLaunchKernel) KERNEL(cudaLaunchKernelExC)
+OK(cudaLaunchKernel) OK(__cudaLaunchKernel) OK(cudaLaunchKernelExC)
 int __cudaGetKernel(const void **kernel, const void *entry) { *kernel = entry; return cudaSuccess; }
 int cudaFuncGetAttributes(struct cudaFuncAttributes *a) {
   memset(a, 0, sizeof *a);
@@ -284,20 +271,21 @@ int cudaFuncGetAttributes(struct cudaFuncAttributes *a) {
   a->binaryVersion = a->ptxVersion = 90;
   return cudaSuccess;
 }
-int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks) { *blocks = 2; return cudaSuccess; }
-OK(cudaFuncSetAttribute)
+int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks) {
+  *blocks = 2;
+  return cudaSuccess;
+}
 /* Kernels that PyTorch compiles when it first calls them. */
-OK(cuModuleLoadData) OK(cuModuleGetFunction) KERNEL(cuLaunchKernel)
+OK(cuModuleLoadData) OK(cuModuleGetFunction) OK(cuLaunchKernel)
 
 int cublasCreate_v2(void **handle) { *handle = &device; return cudaSuccess; }
 int cublasGetMathMode(void *handle, int *mode) { (void)handle; *mode = 0; return cudaSuccess; }
-OK(cublasSetMathMode) OK(cublasSetStream_v2) OK(cublasSetWorkspace_v2) OK(cublasDestroy_v2)
-KERNEL(cublasSgemm_v2) KERNEL(cublasDgemm_v2) KERNEL(cublasGemmEx) KERNEL(cublasSgemmStridedBatched)
-KERNEL(cublasDgemmStridedBatched) KERNEL(cublasGemmStridedBatchedEx) KERNEL(cublasSgemv_v2)
+OK(cublasSetMathMode) OK(cublasSetStream_v2) OK(cublasSetWorkspace_v2)
+OK(cublasSgemm_v2) OK(cublasGemmEx)
 
 /* ---------------------------------------------------------------- NCCL */
-/* A communicator is a file that all ranks map: what each calls, and a piece of its values at a time. */
-enum { RANKS = 8, PIECE = 1 << 16, PATIENCE = 60 };
+/* A communicator is a file that all ranks map: what each calls, and its values piece by piece. */
+enum { RANKS = 8, PIECE = 1 << 16, PATIENCE = 60 /* seconds */ };
 enum { MAX = 2, MIN = 3 }; /* ncclRedOp_t */
 typedef struct { char name[16]; size_t count; int type, detail; } Call;
 typedef struct {
@@ -311,7 +299,7 @@ typedef struct { char text[128]; } Id;
 static void meet(Communicator *c) { /* returns when all ranks have come this far */
   long all = ++c->round * c->size, tries = PATIENCE * 10000;
   for (atomic_fetch_add(&c->table->arrived, 1); c->table->arrived < all; usleep(100))
-    if (!--tries) fprintf(stderr, "fake_cuda: rank %d waited in vain for a peer\n", c->rank), abort();
+    if (!--tries) fprintf(stderr, "fake_cuda: rank %d waits in vain\n", c->rank), abort();
 }
 int ncclGetVersion(int *version) { *version = 22907; return 0; }
 int ncclGetUniqueId(Id *id) {
@@ -332,11 +320,8 @@ int ncclCommInitRankConfig(Communicator **made, int size, Id id, int rank) {
   if (!rank) unlink(id.text);
   return 0;
 }
-int ncclCommGetAsyncError(void *communicator, int *error) { (void)communicator; *error = 0; return 0; }
-const char *ncclGetErrorString(int error) { (void)error; return "an error of the fake NCCL"; }
-const char *ncclGetLastError(void) { return ""; }
-OK(ncclGroupStart) OK(ncclGroupEnd) OK(ncclCommDestroy) OK(ncclCommAbort) OK(ncclCommFinalize)
-OK(ncclCommRegister) OK(ncclCommDeregister)
+int ncclCommGetAsyncError(Communicator *c, int *error) { (void)c; *error = 0; return 0; }
+OK(ncclCommDestroy) OK(ncclCommFinalize)
 
 /* a[i] op b[i] -> a[i]; of half precision, which only kernels write, rank 0's stay. */
 #define REDUCE(number, Type)                                                                    \
@@ -381,9 +366,6 @@ static int collective(const char *name, const void *from, void *to, size_t count
 }
 int ncclAllReduce(const void *from, void *to, size_t count, int type, int op, Communicator *c) {
   return collective("all_reduce", from, to, count, type, op, c);
-}
-int ncclBroadcast(const void *from, void *to, size_t count, int type, int root, Communicator *c) {
-  return collective("broadcast", from, to, count, type, root, c);
 }
 int ncclBcast(void *values, size_t count, int type, int root, Communicator *c) {
   return collective("broadcast", values, values, count, type, root, c);
