@@ -18,8 +18,8 @@ import torch
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.cost import TRAIN_FORWARDS
-from jigsaw_d2.erf import measure_erf
-from jigsaw_d2.meta_arch import JigsawPretrainer
+from jigsaw_d2.modeling.erf import measure_erf
+from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
 
 PAPER_IMAGES, PAPER_BATCH, PAPER_PERIOD = 64, 512, 5000
 

@@ -12,7 +12,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import Tensor
 
-from jigsaw_d2.losses import NUM_REGIONS, region_ranks
+from jigsaw_d2.modeling.losses import NUM_REGIONS, region_ranks
 
 # A hit is the true class among the TOPS best scores.
 TOPS = (1, 5)

@@ -26,7 +26,7 @@ from jigsaw_d2.commands import convert, erf, finetune
 from jigsaw_d2.commands import pretrain as pretrain_command
 from jigsaw_d2.commands import visualize
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.trainer import JigsawTrainer
+from jigsaw_d2.engine.trainer import JigsawTrainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRECISIONS = {

@@ -25,7 +25,7 @@ import jigsaw_d2.training.checkpointing
 from jigsaw_d2.commands import run_command
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.io import ConfigError
-from jigsaw_d2.trainer import JigsawTrainer
+from jigsaw_d2.engine.trainer import JigsawTrainer
 
 
 class TinyBackbone(Backbone):

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-import jigsaw_d2.meta_arch  # noqa: F401  (registers JigsawPretrainer)
+import jigsaw_d2.modeling.meta_arch  # noqa: F401  (registers JigsawPretrainer)
 from jigsaw_d2.checkpoint.convert import (
     METADATA_KEY,
     convert_checkpoint,

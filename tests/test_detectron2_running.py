@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
-from jigsaw_d2.training.launching import leave_group
+from jigsaw_d2.engine.launch import leave_group
 
 ADAPTED = os.path.isfile(
     os.path.join(os.path.dirname(detectron2.__file__), "jigsaw_adaptation.json")

@@ -7,7 +7,7 @@ from helpers_store import make_store
 from jigsaw_d2.checkpoint.convert import convert_checkpoint
 from jigsaw_d2.checkpoint.loading import load_initial_weights
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.trainer import JigsawTrainer
+from jigsaw_d2.engine.trainer import JigsawTrainer
 
 NETWORKS = {
     "jigsaw_R_18.yaml": ("resnet18", 11_176_512),

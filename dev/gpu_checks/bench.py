@@ -27,7 +27,7 @@ from helpers_weights import SMALL, THIN_GN
 from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.trainer import JigsawTrainer
+from jigsaw_d2.engine.trainer import JigsawTrainer
 
 R50, R18 = "jigsaw_R_50.yaml", "jigsaw_R_18.yaml"
 # Every key named, whatever the shipped configs' defaults are. Plain float32 is fastest contiguous.

@@ -10,7 +10,7 @@ import torch
 from gpu_checks.bench import AMP_DTYPES, R50, Bench
 from gpu_checks.report import Finding, expect, note
 
-from jigsaw_d2.trainer import JigsawTrainer
+from jigsaw_d2.engine.trainer import JigsawTrainer
 
 WRITE_PERIOD = 20  # iterations between two that log
 _WAIT = "called a synchronizing CUDA operation"  # as torch's sync debug mode words it

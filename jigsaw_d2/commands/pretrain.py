@@ -17,11 +17,11 @@ from detectron2.utils.logger import setup_logger
 from jigsaw_d2.config import find_config, get_jigsaw_cfg
 from jigsaw_d2.datasets import register_coco_files
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.trainer import JigsawTrainer
-from jigsaw_d2.training.hooks import FirstBatchHook
-from jigsaw_d2.training.launching import as_peer_lost, launch_job
-from jigsaw_d2.training.replay import replay_step
-from jigsaw_d2.training.run_config import open_store, resolve_config
+from jigsaw_d2.engine.trainer import JigsawTrainer
+from jigsaw_d2.engine.hooks import FirstBatchHook
+from jigsaw_d2.engine.launch import as_peer_lost, launch_job
+from jigsaw_d2.engine.replay import replay_step
+from jigsaw_d2.engine.run_config import open_store, resolve_config
 
 logger = logging.getLogger(__name__)
 

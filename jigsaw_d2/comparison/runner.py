@@ -28,7 +28,7 @@ from jigsaw_d2.jobs.pipeline import (
     stage_cost,
 )
 from jigsaw_d2.jobs.stages import Runner, Say, Stage, is_done, run_stage
-from jigsaw_d2.training.lr_schedule import scale_to_batch
+from jigsaw_d2.engine.lr_schedule import scale_to_batch
 
 logger = logging.getLogger(__name__)
 

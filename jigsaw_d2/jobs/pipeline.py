@@ -21,7 +21,7 @@ from jigsaw_d2.detection.config import read_metadata as read_passport
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.jobs.stages import Stage
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.training.lr_schedule import scale_to_batch
+from jigsaw_d2.engine.lr_schedule import scale_to_batch
 
 WARMUP_SHARE = 0.1  # of a shortened training, at most
 

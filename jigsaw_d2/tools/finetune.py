@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train, evaluate; print what the weights changed in the config, and name the results."""
     args = build_parser().parse_args(argv)
     from jigsaw_d2.detection import config
-    from jigsaw_d2.training.launching import launch_job
+    from jigsaw_d2.engine.launch import launch_job
 
     arguments.import_registered(args.register)
     before = config.load_detection_config(args.config_file, args.opts, args.trust)

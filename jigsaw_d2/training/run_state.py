@@ -26,11 +26,11 @@ from jigsaw_d2.io import RunError
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.store.format import hash_image_ids
 from jigsaw_d2.training.checkpointing import CheckpointError
-from jigsaw_d2.training.hooks import WRITE_PERIOD
+from jigsaw_d2.engine.hooks import WRITE_PERIOD
 from jigsaw_d2.training.random_state import gather_random_states
 
 if TYPE_CHECKING:
-    from jigsaw_d2.trainer import JigsawTrainer
+    from jigsaw_d2.engine.trainer import JigsawTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from jigsaw_d2 import losses
+from jigsaw_d2.modeling import losses
 from jigsaw_d2.checkpoint.convert import read_weights
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.erf_weights import ErfError
-from jigsaw_d2.meta_arch import JigsawPretrainer
+from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.template import REGIONS, JigsawTemplate
-from jigsaw_d2.training.erf_inputs import default_device, normalise, rgb_stream
+from jigsaw_d2.visualization.inputs import default_device, normalise, rgb_stream
 from jigsaw_d2.training.norm import resolve_norm
 from jigsaw_d2.visualization.erf import save_figure
 

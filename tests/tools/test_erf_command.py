@@ -13,8 +13,8 @@ import torch
 from helpers_networks import TINY_RESNET, tiny_fpn
 
 from jigsaw_d2.__main__ import main
-from jigsaw_d2.erf import erf_maps
-from jigsaw_d2.training.erf_inputs import random_images
+from jigsaw_d2.modeling.erf import erf_maps
+from jigsaw_d2.visualization.inputs import random_images
 
 ZOO = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 TINY = [*map(str, TINY_RESNET), "MODEL.FPN.OUT_CHANNELS", "8"]

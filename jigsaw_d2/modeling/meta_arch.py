@@ -13,7 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
-from jigsaw_d2 import losses
+from jigsaw_d2.modeling import losses
 from jigsaw_d2.config import OBJECTIVES
 from jigsaw_d2.erf_weights import own_region_weights
 from jigsaw_d2.errors import JigsawError

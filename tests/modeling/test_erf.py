@@ -7,7 +7,7 @@ import torch
 from helpers_networks import Named, line_operator, ones_conv, tiny_backbone, tiny_fpn
 from torch import nn
 
-from jigsaw_d2 import erf
+from jigsaw_d2.modeling import erf
 from jigsaw_d2.erf_weights import ErfError, region_shares
 from jigsaw_d2.template import JigsawTemplate
 

@@ -9,10 +9,10 @@ from helpers_networks import TINY_RESNET, Named, tiny_backbone
 from torch import nn
 from torch.nn import functional as F
 
-from jigsaw_d2 import losses
+from jigsaw_d2.modeling import losses
 from jigsaw_d2.config import OBJECTIVES, get_jigsaw_cfg
 from jigsaw_d2.erf_weights import own_region_weights
-from jigsaw_d2.meta_arch import LOG_PERIOD, JigsawModelError, JigsawPretrainer
+from jigsaw_d2.modeling.meta_arch import LOG_PERIOD, JigsawModelError, JigsawPretrainer
 from jigsaw_d2.template import JigsawTemplate, TemplateError
 
 TINY = JigsawTemplate(height=96, width=96, split_y=32, split_x=32)

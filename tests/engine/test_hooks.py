@@ -8,7 +8,7 @@ from detectron2.utils.events import EventStorage
 
 from jigsaw_d2.cost import CostLog as Ledger
 from jigsaw_d2.cost import read_cost_log as read_ledger
-from jigsaw_d2.training.hooks import (
+from jigsaw_d2.engine.hooks import (
     CheckpointHook,
     MeterHook,
     MeterPrinter,
@@ -25,7 +25,7 @@ class Clock:
 
     def __init__(self, monkeypatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr("jigsaw_d2.training.hooks.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("jigsaw_d2.engine.hooks.time.perf_counter", lambda: self.now)
 
 
 def steps(hook: MeterHook, storage: EventStorage, clock: Clock, number: int) -> None:
@@ -79,7 +79,7 @@ def test_printer_tells_regions_once_a_step(tmp_path, caplog):
         storage.put_scalar("erf_share", 0.002, smoothing_hint=False)
         for region in (1, 2, 3, 4):
             storage.put_scalar(f"region/R{region}_top1", region / 10, smoothing_hint=False)
-        with caplog.at_level("INFO", "jigsaw_d2.training.hooks"):
+        with caplog.at_level("INFO", "jigsaw_d2.engine.hooks"):
             MeterPrinter(CPU).write()
             storage.iter = 20
             MeterPrinter(CPU).write()  # nothing new
@@ -107,7 +107,7 @@ def test_checkpoints_are_named_as_detectron2_names_them(period, expected):
 
 def test_statistics_are_averaged_before_whatever_uses_them(monkeypatch):
     done = []
-    monkeypatch.setattr("jigsaw_d2.training.hooks.average_statistics", done.append)
+    monkeypatch.setattr("jigsaw_d2.engine.hooks.average_statistics", done.append)
     hook = StatisticsHook([4, 0, 6])
     for iteration in range(13):
         hook.trainer = SimpleNamespace(iter=iteration, max_iter=13, model=iteration)

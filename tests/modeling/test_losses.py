@@ -6,7 +6,7 @@ import unittest
 import torch
 from torch.nn import functional as F
 
-from jigsaw_d2 import losses
+from jigsaw_d2.modeling import losses
 from jigsaw_d2.erf_weights import own_region_weights, region_weights
 
 # One cell a region, then a canvas whose regions differ in size (3x3 cells, split after the first).

@@ -12,8 +12,8 @@ from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.erf_weights import region_weights
-from jigsaw_d2.losses import erf_adaptive_loss, region_means
-from jigsaw_d2.training.erf_inputs import normalise, rgb_stream
+from jigsaw_d2.modeling.losses import erf_adaptive_loss, region_means
+from jigsaw_d2.visualization.inputs import normalise, rgb_stream
 from jigsaw_d2.visualization import labels
 from jigsaw_d2.visualization.labels import cell_losses, labels_figure, load_pretrainer
 

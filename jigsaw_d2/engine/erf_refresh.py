@@ -10,7 +10,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from jigsaw_d2.erf import ErfMeasurement, check_grad, measure_erf
+from jigsaw_d2.modeling.erf import ErfMeasurement, check_grad, measure_erf
 from jigsaw_d2.erf_weights import (
     ErfError,
     format_summary,
@@ -19,9 +19,9 @@ from jigsaw_d2.erf_weights import (
     region_weights,
 )
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.training.erf_inputs import jigsaw_stream
+from jigsaw_d2.visualization.inputs import jigsaw_stream
 from jigsaw_d2.training.network_state import unwrap
-from jigsaw_d2.training.precision import Precision
+from jigsaw_d2.engine.precision import Precision
 from jigsaw_d2.visualization.erf import erf_figure, figure_pixels
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.io import ConfigError
-from jigsaw_d2.training.memory import checkpoint_activations
+from jigsaw_d2.modeling.activation_checkpointing import checkpoint_activations
 
 
 def resnet18() -> nn.Module:

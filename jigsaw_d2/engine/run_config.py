@@ -14,9 +14,9 @@ from detectron2.utils import comm
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.training.checkpointing import read_checkpoint
-from jigsaw_d2.training.lr_schedule import scale_to_batch
+from jigsaw_d2.engine.lr_schedule import scale_to_batch
 from jigsaw_d2.training.norm import check_trainable_config, resolve_norm
-from jigsaw_d2.training.precision import is_settled, settle_precision
+from jigsaw_d2.engine.precision import is_settled, settle_precision
 
 logger = logging.getLogger(__name__)
 

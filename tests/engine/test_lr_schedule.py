@@ -9,7 +9,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.training.lr_schedule import (
+from jigsaw_d2.engine.lr_schedule import (
     ScheduleError,
     WarmupThenCosine,
     build_lr_scheduler,

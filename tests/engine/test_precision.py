@@ -5,8 +5,8 @@ import torch
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.io import ConfigError
-from jigsaw_d2.training import precision as module
-from jigsaw_d2.training.precision import (
+from jigsaw_d2.engine import precision as module
+from jigsaw_d2.engine.precision import (
     Precision,
     configure_backends,
     is_settled,

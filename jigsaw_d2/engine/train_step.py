@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.training.network_state import unwrap
-from jigsaw_d2.training.precision import Precision
+from jigsaw_d2.engine.precision import Precision
 from jigsaw_d2.training.random_state import get_random_state
 
 Batch = dict[str, Any]

@@ -13,7 +13,7 @@ from helpers_run import read_losses, start, tiny_options, torchrun_variables, tr
 from torch.multiprocessing import ProcessRaisedException
 
 from jigsaw_d2.io import ConfigError
-from jigsaw_d2.training.launching import PeerLostError, RankError, as_peer_lost, launch_job
+from jigsaw_d2.engine.launch import PeerLostError, RankError, as_peer_lost, launch_job
 
 CONFIG = ["--config-file", "Base-JigsawPretrain.yaml"]
 # Its loss is a mean over images, none of which sees another: the same however they are shared out.
@@ -202,7 +202,7 @@ def test_an_error_of_ours_in_a_rank_is_told_in_one_line(monkeypatch, name, expec
         )
         raise ProcessRaisedException(text, 1, 4242)
 
-    monkeypatch.setattr("jigsaw_d2.training.launching.launch", fail)
+    monkeypatch.setattr("jigsaw_d2.engine.launch.launch", fail)
     with pytest.raises(expected, match="^process 1: what is wrong$"):
         launch_job(print, 2, device="cpu")
 
@@ -211,7 +211,7 @@ def test_any_other_error_in_a_rank_keeps_its_traceback(monkeypatch):
     def fail(*args: object) -> None:
         raise ProcessRaisedException("Traceback ...\nKeyError: 'x'\n", 1, 4242)
 
-    monkeypatch.setattr("jigsaw_d2.training.launching.launch", fail)
+    monkeypatch.setattr("jigsaw_d2.engine.launch.launch", fail)
     with pytest.raises(ProcessRaisedException, match="KeyError"):
         launch_job(print, 2, device="cpu")
 

@@ -16,12 +16,12 @@ from jigsaw_d2.commands import run_command
 from jigsaw_d2.commands.pretrain import main
 from jigsaw_d2.config import OBJECTIVES
 from jigsaw_d2.io import ConfigError, RunError
-from jigsaw_d2.trainer import JigsawTrainer
+from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.training.checkpointing import CheckpointError, read_checkpoint
 from jigsaw_d2.training.norm import FrozenError
 from jigsaw_d2.training.random_state import get_random_state, set_random_state
 from jigsaw_d2.training.run_state import check_same_start
-from jigsaw_d2.training.train_step import NonFiniteLossError
+from jigsaw_d2.engine.train_step import NonFiniteLossError
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +197,7 @@ def test_every_rank_waits_until_the_bad_step_is_kept(tmp_path, monkeypatch):
             asked.append(sorted(p.name for p in (tmp_path / "run").glob("replay*")))
             return others or [text]
 
-        monkeypatch.setattr("jigsaw_d2.trainer.comm.all_gather", all_gather)
+        monkeypatch.setattr("jigsaw_d2.engine.trainer.comm.all_gather", all_gather)
         with pytest.raises(NonFiniteLossError) as caught:
             trainer._stop_on_bad_loss({"total_loss": float("nan")}, {"total_loss": own})
         if gathered:  # a healthy rank says what the other one found

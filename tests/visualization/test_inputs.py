@@ -14,7 +14,7 @@ from helpers_weights import THIN, convert
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.erf_weights import ErfError
 from jigsaw_d2.io import ConfigError
-from jigsaw_d2.training import erf_inputs
+from jigsaw_d2.visualization import inputs as erf_inputs
 
 ZOO_FPN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 ZOO_C4 = "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"

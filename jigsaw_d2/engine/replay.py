@@ -11,11 +11,11 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.meta_arch import JigsawPretrainer
+from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
 from jigsaw_d2.training.checkpointing import CheckpointError, save_atomically
-from jigsaw_d2.training.precision import Precision
+from jigsaw_d2.engine.precision import Precision
 from jigsaw_d2.training.random_state import set_random_state
-from jigsaw_d2.training.train_step import StepRecord, TrainStep
+from jigsaw_d2.engine.train_step import StepRecord, TrainStep
 
 logger = logging.getLogger(__name__)
 

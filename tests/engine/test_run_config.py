@@ -9,7 +9,7 @@ from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.training.checkpointing import save_atomically
-from jigsaw_d2.training.run_config import (
+from jigsaw_d2.engine.run_config import (
     RunConfigError,
     open_store,
     resolve_config,
@@ -50,7 +50,7 @@ def test_a_drawn_seed_is_kept_by_the_run(tmp_path, store):
 def test_what_a_trial_said_is_kept_by_the_run(tmp_path, store, monkeypatch):
     """A resume goes on in the same precision, whatever the machine would say today."""
     saved = "SOLVER: {AMP: {ENABLED: true, DTYPE: bfloat16}}\nMODEL: {JIGSAW: {CHANNELS_LAST: true}}"
-    monkeypatch.setattr("jigsaw_d2.training.precision._time_candidates", lambda cfg: 1 / 0)
+    monkeypatch.setattr("jigsaw_d2.engine.precision._time_candidates", lambda cfg: 1 / 0)
     open_ = ("SOLVER.AMP.ENABLED", True, "MODEL.JIGSAW.CHANNELS_LAST", None)
     with pytest.raises(ZeroDivisionError):
         resolve_config(tiny_cfg(tmp_path, *open_), store)

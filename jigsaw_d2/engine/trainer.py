@@ -32,11 +32,11 @@ from jigsaw_d2.cost import CostLog as Ledger
 from jigsaw_d2.cost import backbone_macs, device_name
 from jigsaw_d2.data_loader import build_jigsaw_eval_loader, build_jigsaw_train_loader
 from jigsaw_d2.evaluation import JigsawEvaluator
-from jigsaw_d2.meta_arch import JigsawPretrainer
+from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.training.checkpointing import CheckpointError, JigsawCheckpointer, truncate_metrics
-from jigsaw_d2.training.erf_refresh import build_erf_refresh_hook
-from jigsaw_d2.training.hooks import (
+from jigsaw_d2.engine.erf_refresh import build_erf_refresh_hook
+from jigsaw_d2.engine.hooks import (
     CheckpointHook,
     ContinueHook,
     MeterHook,
@@ -44,14 +44,14 @@ from jigsaw_d2.training.hooks import (
     StatisticsHook,
     WriterHook,
 )
-from jigsaw_d2.training.lr_schedule import build_lr_scheduler
-from jigsaw_d2.training.memory import checkpoint_activations
+from jigsaw_d2.engine.lr_schedule import build_lr_scheduler
+from jigsaw_d2.modeling.activation_checkpointing import checkpoint_activations
 from jigsaw_d2.training.norm import check_trainable
-from jigsaw_d2.training.precision import Precision, configure_backends
-from jigsaw_d2.training.replay import sample_ids, save_step
-from jigsaw_d2.training.run_config import open_store, resolve_config, warn_of_changes
+from jigsaw_d2.engine.precision import Precision, configure_backends
+from jigsaw_d2.engine.replay import sample_ids, save_step
+from jigsaw_d2.engine.run_config import open_store, resolve_config, warn_of_changes
 from jigsaw_d2.training.run_state import check_same_start, collect_state, restore_state
-from jigsaw_d2.training.train_step import (
+from jigsaw_d2.engine.train_step import (
     Batch,
     NonFiniteLossError,
     TrainStep,
