@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jigsaw_d2.erf_weights import region_weights
+from jigsaw_d2.modeling.erf import region_weights
 from jigsaw_d2.modeling.losses import erf_adaptive_loss, region_means, soft_labels
 from jigsaw_d2.template import JigsawTemplate
 

@@ -16,9 +16,9 @@ Where what lives, along the way of the data:
     commands/, visualization/                  command lines; figures
 """
 
-from jigsaw_d2.modeling import meta_arch as _  # only registration: JigsawPretrainer
 from jigsaw_d2.checkpoint.convert import convert_checkpoint
 from jigsaw_d2.config import add_jigsaw_config, get_jigsaw_cfg
+from jigsaw_d2.modeling import meta_arch as _  # only registration: JigsawPretrainer
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.template import JigsawTemplate
 

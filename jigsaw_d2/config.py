@@ -4,6 +4,7 @@ The defaults here are the paper's values ("Cheaper Pre-training Lunch", arXiv 20
 the paper is silent, our decision with its reason beside the key (marked "ours").
 """
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -15,12 +16,21 @@ from detectron2.config import CfgNode, get_cfg
 
 from jigsaw_d2.io import ConfigError
 
+logger = logging.getLogger(__name__)
+
 OBJECTIVES = ("erf_adaptive", "block_wise", "global")
 FIT_METHODS = ("pad_crop", "warp", "resize")
 SAMPLINGS = ("uniform", "class_balanced")
 ERF_GRADS = ("abs", "relu")
 AMP_DTYPES = ("float16", "bfloat16", "auto")
 AUTO_NORM = "auto"
+# SOLVER.LR_SCHEDULER_NAME of the paper's schedule. Detectron2's own "WarmupCosineLR" is another
+# curve: its cosine starts at iteration 0 and the warm-up ends on it, below BASE_LR.
+SCHEDULER_NAME = "WarmupThenCosineLR"
+# Images per forward pass of one GPU below which batch statistics are taken over all GPUs. The paper
+# has 64; 16 is where group norm's authors find batch norm's error to start rising.
+MIN_IMAGES_PER_GPU = 16
+_SYNC_NORMS = ("SyncBN", "naiveSyncBN", "nnSyncBN", "naiveSyncBN_N")
 
 
 def add_jigsaw_config(cfg: CfgNode) -> None:
@@ -209,3 +219,114 @@ def refuse_code(path: str, trust: bool = False) -> None:
         base = os.path.expanduser(base)
         remote = base.startswith(("http://", "https://"))  # found as fvcore finds them
         refuse_code(base if remote else os.path.join(os.path.dirname(path), base))
+
+
+def scale_to_batch(cfg: CfgNode) -> CfgNode:
+    """A config whose rate and lengths fit IMS_PER_BATCH instead of REFERENCE_BATCH_SIZE.
+
+    With k = IMS_PER_BATCH / REFERENCE_BATCH_SIZE: BASE_LR is multiplied by k; MAX_ITER,
+    WARMUP_ITERS, STEPS, CHECKPOINT_PERIOD, EVAL_PERIOD, ERF.PERIOD and ERF.FIRST_ITER are divided
+    by k and rounded (what was positive stays at least 1), so that every event happens after as many
+    images as before. REFERENCE_BATCH_SIZE becomes IMS_PER_BATCH: scaling the result again, or a
+    run's saved config.yaml, changes nothing.
+
+    Args:
+        cfg: left as it is.
+
+    Raises:
+        ConfigError: a batch size that is not positive.
+    """
+    cfg = cfg.clone()
+    batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_BATCH_SIZE
+    if batch < 1 or reference < 0:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {batch} and SOLVER.REFERENCE_BATCH_SIZE {reference}; "
+            "the first must be positive, the second positive or 0 (off)"
+        )
+    if reference in (0, batch):
+        return cfg
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    k = batch / reference
+
+    def length(iterations: int) -> int:
+        return max(round(iterations / k), 1) if iterations > 0 else iterations
+
+    solver, erf = cfg.SOLVER, cfg.MODEL.JIGSAW.ERF
+    solver.BASE_LR *= k
+    for node, key in (
+        (solver, "MAX_ITER"),
+        (solver, "WARMUP_ITERS"),
+        (solver, "CHECKPOINT_PERIOD"),
+        (cfg.TEST, "EVAL_PERIOD"),
+        (erf, "PERIOD"),
+        (erf, "FIRST_ITER"),
+    ):
+        node[key] = length(node[key])
+    solver.STEPS = tuple(length(step) for step in solver.STEPS)
+    solver.REFERENCE_BATCH_SIZE = batch
+    logger.info(
+        "batch of %d instead of %d images: BASE_LR %g, MAX_ITER %d, WARMUP_ITERS %d, "
+        "ERF.PERIOD %d, CHECKPOINT_PERIOD %d, EVAL_PERIOD %d",
+        *(batch, reference, solver.BASE_LR, solver.MAX_ITER, solver.WARMUP_ITERS),
+        *(erf.PERIOD, solver.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD),
+    )
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
+def resolve_norm(cfg: CfgNode, world_size: int) -> str:
+    """The norm that MODEL.RESNETS.NORM stands for on this machine, said in the log when chosen.
+
+    "auto" is SyncBN where several GPUs see few images each, and BN elsewhere. A synchronised norm
+    on one process or on a CPU, where it cannot run, becomes BN, which computes the same there.
+    """
+    norm = cfg.MODEL.RESNETS.NORM
+    on_gpu = str(cfg.MODEL.DEVICE).startswith("cuda")
+    can_sync = on_gpu and world_size > 1
+    images = cfg.SOLVER.IMS_PER_BATCH // (world_size * cfg.SOLVER.ACCUMULATION_STEPS)
+    if norm == AUTO_NORM:
+        chosen = "SyncBN" if can_sync and images < MIN_IMAGES_PER_GPU else "BN"
+        where = f"{world_size} process(es) on {'GPU' if on_gpu else 'CPU'}, {images} images each"
+        if chosen == "SyncBN":
+            where += f"; from {MIN_IMAGES_PER_GPU} on it would be BN, faster: SyncBN waits a layer"
+        logger.info("MODEL.RESNETS.NORM auto -> %s (%s)", chosen, where)
+        return chosen
+    if norm in _SYNC_NORMS and world_size == 1:
+        logger.info("MODEL.RESNETS.NORM %s -> BN: one process has nothing to synchronise", norm)
+        return "BN"
+    if norm in _SYNC_NORMS and not on_gpu:
+        raise ConfigError(
+            f"MODEL.RESNETS.NORM is {norm}, which does not run on MODEL.DEVICE {cfg.MODEL.DEVICE}; "
+            "choose BN, GN or auto"
+        )
+    return norm
+
+
+def check_trainable_config(cfg: CfgNode) -> None:
+    """Refuse settings that freeze layers, or that do not build the classified feature.
+
+    Detectron2's defaults do both: they are made for fine-tuning.
+
+    Raises:
+        ConfigError: naming the key, its value and the value it should have.
+    """
+    freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+    if freeze_at > 0:
+        raise ConfigError(
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: the stem would stay random; set it to 0"
+        )
+    if "resnet" not in cfg.MODEL.BACKBONE.NAME:
+        return
+    resnets, feature = cfg.MODEL.RESNETS, cfg.MODEL.JIGSAW.IN_FEATURE
+    if resnets.NORM == "FrozenBN":
+        raise ConfigError(
+            "MODEL.RESNETS.NORM is FrozenBN: statistics would stay those of no data; "
+            "set BN, SyncBN, GN or auto"
+        )
+    if "fpn" not in cfg.MODEL.BACKBONE.NAME and feature not in resnets.OUT_FEATURES:
+        raise ConfigError(
+            f"MODEL.RESNETS.OUT_FEATURES is {list(resnets.OUT_FEATURES)} without "
+            f"MODEL.JIGSAW.IN_FEATURE {feature}, which would not be built; add it"
+        )

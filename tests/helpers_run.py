@@ -21,11 +21,11 @@ from helpers_store import make_store
 from torch import nn
 
 import jigsaw_d2.commands.pretrain
-import jigsaw_d2.training.checkpointing
+import jigsaw_d2.engine.state
 from jigsaw_d2.commands import run_command
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.io import ConfigError
 from jigsaw_d2.engine.trainer import JigsawTrainer
+from jigsaw_d2.io import ConfigError
 
 
 class TinyBackbone(Backbone):
@@ -144,7 +144,7 @@ def _command(argv: list[str], environment: dict[str, str]) -> None:
         if point == "rename" and name in str(target):
             die()
 
-    jigsaw_d2.training.checkpointing.torch.save, jigsaw_d2.training.checkpointing.os.replace = (
+    jigsaw_d2.engine.state.torch.save, jigsaw_d2.engine.state.os.replace = (
         half_save,
         late_replace,
     )

@@ -16,18 +16,14 @@ from detectron2.utils.logger import setup_logger
 
 from jigsaw_d2.config import find_config, get_jigsaw_cfg
 from jigsaw_d2.datasets import register_coco_files
-from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.engine.hooks import FirstBatchHook
 from jigsaw_d2.engine.launch import as_peer_lost, launch_job
 from jigsaw_d2.engine.replay import replay_step
 from jigsaw_d2.engine.run_config import open_store, resolve_config
+from jigsaw_d2.engine.trainer import JigsawTrainer
+from jigsaw_d2.io import RunError
 
 logger = logging.getLogger(__name__)
-
-
-class ExistingRunError(JigsawError, FileExistsError):
-    """OUTPUT_DIR holds another run."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,9 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     cfg = load_config(args)
     counts = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
-    launch_job(
-        run, *counts, args=(args,), timeout=cfg.SOLVER.PEER_TIMEOUT, device=cfg.MODEL.DEVICE
-    )
+    launch_job(run, *counts, args=(args,), timeout=cfg.SOLVER.PEER_TIMEOUT, device=cfg.MODEL.DEVICE)
     return 0
 
 
@@ -95,7 +89,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Resolved config, logger, seed; config.yaml is saved in OUTPUT_DIR, not by --eval-only.
 
     Raises:
-        ExistingRunError: OUTPUT_DIR holds a run and this is a new one.
+        RunError: OUTPUT_DIR holds a run and this is a new one.
     """
     cfg = load_config(args)
     folder = Path(cfg.OUTPUT_DIR)
@@ -118,12 +112,12 @@ def check_new(folder: Path) -> None:
     """Refuse a folder in which a run has left its traces.
 
     Raises:
-        ExistingRunError: saying what is there and what to do.
+        RunError: saying what is there and what to do.
     """
     for name in ("last_checkpoint", "metrics.json"):
         path = folder / name
         if path.is_file() and path.stat().st_size:
-            raise ExistingRunError(
+            raise RunError(
                 f"OUTPUT_DIR {folder} holds a run ({name}); continue it with --resume, or choose "
                 "another OUTPUT_DIR"
             )

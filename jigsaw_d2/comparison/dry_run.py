@@ -13,12 +13,11 @@ from detectron2.utils.events import EventStorage
 
 from jigsaw_d2.comparison.plan import Arm, Plan
 from jigsaw_d2.comparison.report_markdown import table
-from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.config import get_jigsaw_cfg, scale_to_batch
 from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops
 from jigsaw_d2.detection.config import load_detection_config
-from jigsaw_d2.jobs.pipeline import DetectionSet
-from jigsaw_d2.engine.lr_schedule import scale_to_batch
 from jigsaw_d2.engine.precision import Precision, settle_precision
+from jigsaw_d2.jobs.pipeline import DetectionSet
 
 _TRIAL_STEPS = 3  # the fastest counts
 _TRIAL_SECONDS = 10.0  # of each training, after which no larger batch is tried

@@ -13,7 +13,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from jigsaw_d2.comparison.plan import Arm, ComparisonError, Plan
-from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.config import get_jigsaw_cfg, scale_to_batch
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.jobs.pipeline import (
@@ -28,7 +28,6 @@ from jigsaw_d2.jobs.pipeline import (
     stage_cost,
 )
 from jigsaw_d2.jobs.stages import Runner, Say, Stage, is_done, run_stage
-from jigsaw_d2.engine.lr_schedule import scale_to_batch
 
 logger = logging.getLogger(__name__)
 

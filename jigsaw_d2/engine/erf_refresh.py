@@ -10,19 +10,21 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from jigsaw_d2.modeling.erf import ErfMeasurement, check_grad, measure_erf
-from jigsaw_d2.erf_weights import (
-    ErfError,
+from jigsaw_d2.engine.precision import Precision
+from jigsaw_d2.io import ConfigError
+from jigsaw_d2.modeling.erf import (
+    ErfMeasurement,
+    check_grad,
     format_summary,
+    measure_erf,
     outside_shares,
     region_shares,
     region_weights,
+    unwrap,
 )
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.visualization.inputs import jigsaw_stream
-from jigsaw_d2.training.network_state import unwrap
-from jigsaw_d2.engine.precision import Precision
 from jigsaw_d2.visualization.erf import erf_figure, figure_pixels
+from jigsaw_d2.visualization.inputs import jigsaw_stream
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +72,16 @@ class ErfRefreshHook(HookBase):
             macs: multiply-accumulates of one image's forward pass, for the ledger.
 
         Raises:
-            ErfError: a period, first iteration, number of images, drift or ``grad`` that makes no
+            ConfigError: a period, first iteration, number of images, drift or ``grad`` that makes no
                 sense.
         """
         settings = {"PERIOD": (period, 1), "NUM_IMAGES": (num_images, 1)}
         settings |= {"FIRST_ITER": (first_iter, 0), "MAX_DRIFT": (max_drift, 0)}
         for name, (value, least) in settings.items():
             if value < least:
-                raise ErfError(f"MODEL.JIGSAW.ERF.{name} is {value}; it must be at least {least}")
+                raise ConfigError(
+                    f"MODEL.JIGSAW.ERF.{name} is {value}; it must be at least {least}"
+                )
         check_grad(grad)
         self._model = unwrap(model)
         self._load_images = load_images

@@ -12,8 +12,7 @@ from detectron2.utils.events import EventWriter, get_event_storage
 
 from jigsaw_d2.cost import TRAIN_FORWARDS
 from jigsaw_d2.cost import CostLog as Ledger
-from jigsaw_d2.training.norm import average_statistics
-from jigsaw_d2.training.random_state import set_random_state
+from jigsaw_d2.engine.state import average_statistics, set_random_state
 from jigsaw_d2.visualization.jigsaw import save_batch_figure
 
 logger = logging.getLogger(__name__)

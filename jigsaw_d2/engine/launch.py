@@ -14,8 +14,7 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.io import ConfigError
+from jigsaw_d2.io import ConfigError, JigsawError, PeerLostError, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +30,6 @@ _PEER_GONE = re.compile(
 )
 # Last line of a child's traceback where the error is one of ours.
 _JIGSAW_ERROR = re.compile(r"^jigsaw_d2\.[\w.]*?(\w+Error): (.*)$", re.MULTILINE)
-
-
-class RankError(JigsawError, RuntimeError):
-    """What a process of the job could not do, told by the one that started it."""
-
-
-class PeerLostError(JigsawError, RuntimeError):
-    """Another process of the job died or fell silent."""
 
 
 def launch_job(
@@ -63,7 +54,7 @@ def launch_job(
     Raises:
         ConfigError: more processes than GPUs.
         PeerLostError: a process of the job was killed, or did not answer in time.
-        RankError: one that ``launch`` started met an error of this project's.
+        RunError: one that ``launch`` started met an error of this project's.
     """
     on_gpu = torch.device(device).type == "cuda"
     if all(name in os.environ for name in _TORCHRUN_VARIABLES):
@@ -94,7 +85,7 @@ def launch_job(
         said = _JIGSAW_ERROR.findall(error.msg)
         if not said:
             raise
-        kind = PeerLostError if said[-1][0] == PeerLostError.__name__ else RankError
+        kind = PeerLostError if said[-1][0] == PeerLostError.__name__ else RunError
         raise kind(f"process {error.error_index}: {said[-1][1]}") from error
 
 
@@ -158,7 +149,7 @@ def _join_torchrun(timeout: float, on_gpu: bool) -> None:
 def as_peer_lost(error: RuntimeError, timeout: float) -> PeerLostError | None:
     """The readable error for one that a lost peer caused in this process, or None for any other."""
     text = str(error)
-    if comm.get_world_size() == 1 or not _PEER_GONE.search(text):
+    if isinstance(error, JigsawError) or comm.get_world_size() == 1 or not _PEER_GONE.search(text):
         return None
     return PeerLostError(
         f"rank {comm.get_rank()} lost a peer: another process died, or said nothing for "

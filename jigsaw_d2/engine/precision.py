@@ -64,9 +64,7 @@ class Precision:
 def is_settled(cfg: CfgNode) -> bool:
     """Whether nothing about the number formats is left to a trial."""
     amp = cfg.SOLVER.AMP
-    return cfg.MODEL.JIGSAW.CHANNELS_LAST is not None and not (
-        amp.ENABLED and amp.DTYPE == "auto"
-    )
+    return cfg.MODEL.JIGSAW.CHANNELS_LAST is not None and not (amp.ENABLED and amp.DTYPE == "auto")
 
 
 def settle_precision(cfg: CfgNode) -> CfgNode:

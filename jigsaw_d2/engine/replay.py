@@ -11,11 +11,11 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
-from jigsaw_d2.training.checkpointing import CheckpointError, save_atomically
 from jigsaw_d2.engine.precision import Precision
-from jigsaw_d2.training.random_state import set_random_state
+from jigsaw_d2.engine.state import save_atomically, set_random_state
 from jigsaw_d2.engine.train_step import StepRecord, TrainStep
+from jigsaw_d2.io import CheckpointError
+from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
 
 logger = logging.getLogger(__name__)
 

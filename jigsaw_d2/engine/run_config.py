@@ -11,12 +11,11 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.training.checkpointing import read_checkpoint
-from jigsaw_d2.engine.lr_schedule import scale_to_batch
-from jigsaw_d2.training.norm import check_trainable_config, resolve_norm
+from jigsaw_d2.config import check_trainable_config, resolve_norm, scale_to_batch
 from jigsaw_d2.engine.precision import is_settled, settle_precision
+from jigsaw_d2.engine.state import read_checkpoint
+from jigsaw_d2.io import ConfigError
+from jigsaw_d2.sample_store import SampleStore
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +33,6 @@ _FREE_KEYS = (
 )
 
 
-class RunConfigError(JigsawError, ValueError):
-    """Settings that do not fit each other, the machine or the data."""
-
-
 def resolve_config(cfg: CfgNode, store: SampleStore, world_size: int = 1) -> CfgNode:
     """The frozen config of a run; resolving it again changes nothing.
 
@@ -49,7 +44,7 @@ def resolve_config(cfg: CfgNode, store: SampleStore, world_size: int = 1) -> Cfg
        OUTPUT_DIR's run has, or new ones; the same on every rank.
 
     Raises:
-        RunConfigError, ScheduleError, FrozenError: naming the key.
+        ConfigError, ConfigError, ConfigError: naming the key.
     """
     cfg = scale_to_batch(cfg)
     cfg.defrost()
@@ -58,7 +53,7 @@ def resolve_config(cfg: CfgNode, store: SampleStore, world_size: int = 1) -> Cfg
     cfg.MODEL.RESNETS.NORM = resolve_norm(cfg, world_size)
     classes = len(store.categories)
     if cfg.MODEL.JIGSAW.NUM_CLASSES not in (0, classes):
-        raise RunConfigError(
+        raise ConfigError(
             f"MODEL.JIGSAW.NUM_CLASSES is {cfg.MODEL.JIGSAW.NUM_CLASSES}, but the store "
             f"{', '.join(cfg.DATASETS.TRAIN)} has {classes} categories; set that or 0"
         )
@@ -75,10 +70,10 @@ def open_store(cfg: CfgNode) -> SampleStore:
     """The sample store of DATASETS.TRAIN; several folders are parts of one.
 
     Raises:
-        RunConfigError: none is named.
+        ConfigError: none is named.
     """
     if not cfg.DATASETS.TRAIN:
-        raise RunConfigError(
+        raise ConfigError(
             "DATASETS.TRAIN names no sample store; give the folder that extract_samples.py wrote: "
             "DATASETS.TRAIN \"('STORE',)\""
         )
@@ -89,22 +84,22 @@ def use_device(cfg: CfgNode, world_size: int = 1) -> None:
     """Make MODEL.DEVICE this process's current device, whose streams and figures are meant.
 
     Raises:
-        RunConfigError: it does not exist, or several processes would share it.
+        ConfigError: it does not exist, or several processes would share it.
     """
     device = torch.device(cfg.MODEL.DEVICE)
     if device.type != "cuda":
         return
     if not torch.cuda.is_available():
-        raise RunConfigError("MODEL.DEVICE is cuda, but PyTorch sees no GPU; add MODEL.DEVICE cpu")
+        raise ConfigError("MODEL.DEVICE is cuda, but PyTorch sees no GPU; add MODEL.DEVICE cpu")
     if device.index is None:
         return
     if world_size > 1:
-        raise RunConfigError(
+        raise ConfigError(
             f"MODEL.DEVICE is {device} with {world_size} processes, each of which has its own GPU; "
             "set MODEL.DEVICE cuda, and choose GPUs by CUDA_VISIBLE_DEVICES"
         )
     if device.index >= torch.cuda.device_count():
-        raise RunConfigError(
+        raise ConfigError(
             f"MODEL.DEVICE is {device}, but PyTorch sees {torch.cuda.device_count()} GPU(s), "
             "counted from cuda:0"
         )
@@ -174,7 +169,7 @@ def _check_batch(cfg: CfgNode, world_size: int) -> None:
         share = world_size * max(steps, 1)
         low, high = max(batch // share, 1) * share, -(-batch // share) * share
         fit = [n for n in range(1, 65) if batch % (n * max(steps, 1)) == 0]
-        raise RunConfigError(
+        raise ConfigError(
             f"SOLVER.IMS_PER_BATCH {batch} does not divide into {world_size} process(es) x "
             f"SOLVER.ACCUMULATION_STEPS {steps}; set it to {low} or {high} (the rate and the "
             f"schedule follow), or use one of {', '.join(map(str, fit)) or 'no'} process(es)"

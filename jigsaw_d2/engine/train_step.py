@@ -13,19 +13,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.io import ConfigError
-from jigsaw_d2.training.network_state import unwrap
 from jigsaw_d2.engine.precision import Precision
-from jigsaw_d2.training.random_state import get_random_state
+from jigsaw_d2.engine.state import get_random_state
+from jigsaw_d2.io import ConfigError
+from jigsaw_d2.modeling.erf import unwrap
 
 Batch = dict[str, Any]
 # What of a batch the network takes.
 _INPUTS = ("image", "gt_classes")
-
-
-class NonFiniteLossError(JigsawError, FloatingPointError):
-    """A loss that is infinite or not a number; the parameters are those before the step."""
 
 
 class LossReport:

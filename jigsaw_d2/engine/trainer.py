@@ -31,10 +31,6 @@ from jigsaw_d2.checkpoint.loading import load_initial_weights
 from jigsaw_d2.cost import CostLog as Ledger
 from jigsaw_d2.cost import backbone_macs, device_name
 from jigsaw_d2.data_loader import build_jigsaw_eval_loader, build_jigsaw_train_loader
-from jigsaw_d2.evaluation import JigsawEvaluator
-from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.training.checkpointing import CheckpointError, JigsawCheckpointer, truncate_metrics
 from jigsaw_d2.engine.erf_refresh import build_erf_refresh_hook
 from jigsaw_d2.engine.hooks import (
     CheckpointHook,
@@ -45,18 +41,22 @@ from jigsaw_d2.engine.hooks import (
     WriterHook,
 )
 from jigsaw_d2.engine.lr_schedule import build_lr_scheduler
-from jigsaw_d2.modeling.activation_checkpointing import checkpoint_activations
-from jigsaw_d2.training.norm import check_trainable
 from jigsaw_d2.engine.precision import Precision, configure_backends
 from jigsaw_d2.engine.replay import sample_ids, save_step
 from jigsaw_d2.engine.run_config import open_store, resolve_config, warn_of_changes
-from jigsaw_d2.training.run_state import check_same_start, collect_state, restore_state
-from jigsaw_d2.engine.train_step import (
-    Batch,
-    NonFiniteLossError,
-    TrainStep,
-    start_momentum,
+from jigsaw_d2.engine.state import (
+    JigsawCheckpointer,
+    check_same_start,
+    collect_state,
+    restore_state,
+    truncate_metrics,
 )
+from jigsaw_d2.engine.train_step import Batch, TrainStep, start_momentum
+from jigsaw_d2.evaluation import JigsawEvaluator
+from jigsaw_d2.io import CheckpointError, RunError
+from jigsaw_d2.modeling.activation_checkpointing import checkpoint_activations
+from jigsaw_d2.modeling.meta_arch import JigsawPretrainer, check_trainable
+from jigsaw_d2.sample_store import SampleStore
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ class JigsawTrainer(DefaultTrainer):
         """Run to SOLVER.MAX_ITER; returns the last evaluation's metrics on the main process.
 
         Raises:
-            NonFiniteLossError: with the iteration, the sample ids and the file to replay.
+            RunError: with the iteration, the sample ids and the file to replay.
         """
         loader = self.build_train_loader(self.cfg, start_iter=self.start_iter, store=self.store)
         self._trainer.feed(loader)
@@ -244,8 +244,10 @@ class JigsawTrainer(DefaultTrainer):
         loss = own["total_loss"]
         said = "" if math.isfinite(loss) else self._keep_step(loss)
         # All wait until every step is kept: the first rank that ends takes the others with it.
-        said = [text for text in comm.all_gather(said) if text] or ["it is their sum that overflows"]
-        raise NonFiniteLossError(f"iteration {self.iter}: {'; '.join(said)}")
+        said = [text for text in comm.all_gather(said) if text] or [
+            "it is their sum that overflows"
+        ]
+        raise RunError(f"iteration {self.iter}: {'; '.join(said)}")
 
     def _keep_step(self, loss: float) -> str:
         """Write what ``--replay`` repeats; what to tell about it."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.config import get_jigsaw_cfg, scale_to_batch
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.jobs.pipeline import (
     DetectionSet,
@@ -28,7 +28,6 @@ from jigsaw_d2.jobs.pipeline import (
 from jigsaw_d2.jobs.stages import Runner, Say, Stage, StageReport, run_stage
 from jigsaw_d2.jobs.time_budget import DataSize, Lengths, Trial, plan_lengths
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.engine.lr_schedule import scale_to_batch
 
 # Of each training, to learn its speed. On a GPU the loader's head start alone is dozens of batches.
 TRIAL_STEPS = {"cpu": 12, "cuda": 60}

@@ -14,14 +14,13 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.config import get_jigsaw_cfg, scale_to_batch
 from jigsaw_d2.cost import read_cost_log as read_ledger
 from jigsaw_d2.detection.config import SCRATCH, load_detection_config
 from jigsaw_d2.detection.config import read_metadata as read_passport
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.jobs.stages import Stage
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.engine.lr_schedule import scale_to_batch
 
 WARMUP_SHARE = 0.1  # of a shortened training, at most
 

@@ -1,19 +1,18 @@
-"""Effective receptive field (ERF) of any Detectron2 backbone, cell by cell.
+"""Effective receptive field (ERF) of any Detectron2 backbone, cell by cell, and Eq. 2 made of it.
 
 Shape letters: N images; S = 4 regions R1..R4; H, W canvas pixels; h, w feature cells.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from jigsaw_d2.erf_weights import NUM_REGIONS, ErfError, check_finite, region_weights
+from jigsaw_d2.io import ConfigError, RunError
+from jigsaw_d2.modeling.losses import NUM_REGIONS
 from jigsaw_d2.template import JigsawTemplate
-from jigsaw_d2.training.network_state import measuring
-
-__all__ = ["ErfMeasurement", "erf_maps", "erf_region_sums", "measure_erf", "region_weights"]
 
 GRADS = {"abs": torch.abs, "relu": torch.relu}
 
@@ -88,7 +87,7 @@ def measure_erf(
     raised would leave the others waiting. ``region_weights`` refuses them.
 
     Raises:
-        ErfError: an unknown feature or ``grad``, images of another size than the template, or of
+        ConfigError: an unknown feature or ``grad``, images of another size than the template, or of
             one that the backbone cannot take.
     """
     _check_images(images, template)
@@ -127,7 +126,7 @@ def erf_maps(
         float32 (len(cells), H, W), mean over the images.
 
     Raises:
-        ErfError: as ``measure_erf``, or a cell outside the feature map.
+        ConfigError: as ``measure_erf``, or a cell outside the feature map.
     """
     with measuring(backbone) as network:
         device = _device_of(network, images)
@@ -140,9 +139,9 @@ def erf_maps(
 
 
 def check_grad(grad: str) -> None:
-    """Raise ``ErfError`` unless ``grad`` names a way to make an ERF of signed gradients."""
+    """Raise ``ConfigError`` unless ``grad`` names a way to make an ERF of signed gradients."""
     if grad not in GRADS:
-        raise ErfError(f"MODEL.JIGSAW.ERF.GRAD is {grad!r}; choose one of {', '.join(GRADS)}")
+        raise ConfigError(f"MODEL.JIGSAW.ERF.GRAD is {grad!r}; choose one of {', '.join(GRADS)}")
 
 
 def _cell_maps(
@@ -157,7 +156,7 @@ def _cell_maps(
     check_grad(grad)
     divisor = getattr(network, "size_divisibility", 0)
     if divisor > 1 and any(size % divisor for size in images.shape[2:]):
-        raise ErfError(
+        raise ConfigError(
             f"images are {images.shape[2]}x{images.shape[3]}, but this backbone takes multiples of "
             f"{divisor}; choose another size"
         )
@@ -166,7 +165,7 @@ def _cell_maps(
     with torch.autocast(images.device.type, dtype=amp_dtype or torch.bfloat16, enabled=enabled):
         features = network(images)
     if feature not in features:
-        raise ErfError(f"the network returns {', '.join(features)}, but no feature {feature!r}")
+        raise ConfigError(f"the network returns {', '.join(features)}, but no feature {feature!r}")
     values = features[feature]
     responses = values.to(torch.promote_types(values.dtype, torch.float32)).sum(dim=1)  # (N, h, w)
     h, w = responses.shape[1:]
@@ -189,7 +188,7 @@ def _backward_per_cell(
 def _cell_number(cell: tuple[int, int], h: int, w: int) -> int:
     row, column = cell
     if not (-h <= row < h and -w <= column < w):
-        raise ErfError(f"cell {tuple(cell)} lies outside the {h}x{w} feature map")
+        raise ConfigError(f"cell {tuple(cell)} lies outside the {h}x{w} feature map")
     return row % h * w + column % w
 
 
@@ -198,7 +197,7 @@ def _owners(template: JigsawTemplate, shape: tuple[int, int]) -> list[int]:
     stride = template.height // shape[0]
     regions = template.cell_regions(stride)
     if regions.shape != shape:
-        raise ErfError(
+        raise ConfigError(
             f"the feature has {shape[0]}x{shape[1]} cells where the template "
             f"{template.height}x{template.width} makes {tuple(regions.shape)} of {stride} pixels"
         )
@@ -218,12 +217,150 @@ def _device_of(network: nn.Module, images: Tensor) -> torch.device:
 
 def _check_images(images: Tensor, template: JigsawTemplate) -> None:
     if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
-        raise ErfError(
+        raise ConfigError(
             f"images are {images.dtype} {tuple(images.shape)}; give normalised float "
             "(N, 3, H, W), N > 0"
         )
     if tuple(images.shape[2:]) != (template.height, template.width):
-        raise ErfError(
+        raise ConfigError(
             f"images are {images.shape[2]}x{images.shape[3]}, the template is "
             f"{template.height}x{template.width}; they must be equal"
         )
+
+
+@contextlib.contextmanager
+def measuring(network: nn.Module) -> Iterator[nn.Module]:
+    """The bare network, in evaluation mode and with frozen weights, gradients on, for this block.
+
+    Afterwards, even after an exception, modes, ``requires_grad``, statistics, ``.grad``, torch's
+    random state and autograd's and autocast's state are what they were.
+    """
+    network = unwrap(network)
+    modes = [(module, module.training) for module in network.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    cuda = sorted({p.device.index for p, _ in flags if p.device.type == "cuda"})
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(cuda))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        # A compiled backward frees what it saved on its first use; a measurement uses it per cell.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            network.eval()
+            network.requires_grad_(False)
+            yield network
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel and torch.compile."""
+    while True:
+        inner = getattr(network, "_orig_mod", None)
+        if inner is None and isinstance(network, nn.parallel.DistributedDataParallel):
+            inner = network.module
+        if inner is None:
+            return network
+        network = inner
+
+
+def region_weights(region_sums: Tensor, cell_regions: Tensor, tau: float = 0.7) -> Tensor:
+    """Eq. 2: the weights of the four labels in every cell.
+
+    Args:
+        region_sums: float (h, w, S), non-negative.
+        cell_regions: int64 (h, w) in [0, S), r of Eq. 2.
+        tau: least weight of the cell's own region, in [0, 1].
+
+    Returns:
+        float64 (S, h, w), adding up to 1 in every cell. A cell that sees nothing outside its region
+        (share 1) gives its own label weight 1, and so does a cell that sees nothing at all (a dead
+        feature vector, 0 / 0 in Eq. 2): it tells nothing about the neighbours.
+
+    Raises:
+        ConfigError: shapes that do not belong together, negative sums, or tau outside [0, 1].
+        RunError: sums that are not finite.
+    """
+    if region_sums.shape != (*cell_regions.shape, NUM_REGIONS):
+        raise ConfigError(
+            f"region sums {tuple(region_sums.shape)} do not fit {tuple(cell_regions.shape)} cells"
+        )
+    if not 0 <= tau <= 1:
+        raise ConfigError(f"tau (MODEL.JIGSAW.TAU) is {tau}; it must lie in [0, 1]")
+    sums = check_finite(region_sums.double().permute(2, 0, 1))
+    if (sums < 0).any():
+        raise ConfigError(
+            "an ERF has negative sums; they are sums of absolute or positive gradients"
+        )
+    own = own_region_weights(cell_regions)
+    outside = (sums * (1 - own)).sum(dim=0)
+    # Not 1 - share: that difference loses all digits where nearly everything lies inside.
+    own_share = 1 - outside / sums.sum(dim=0).clamp_min(torch.finfo(sums.dtype).tiny)
+    own_weight = torch.where(outside > 0, own_share.clamp_min(tau), 1.0)
+    others = sums / outside.where(outside > 0, torch.ones_like(outside))
+    return torch.where(own > 0, own_weight, (1 - own_weight) * others)
+
+
+def own_region_weights(cell_regions: Tensor) -> Tensor:
+    """Float64 (S, h, w): weight 1 on each cell's own region, the limit tau = 1 of Eq. 2."""
+    regions = torch.arange(NUM_REGIONS, device=cell_regions.device)
+    return (cell_regions == regions[:, None, None]).double()
+
+
+def region_shares(region_sums: Tensor, cell_regions: Tensor) -> Tensor:
+    """Float64 (S, S): row r = how the ERF of a cell of region r spreads over R1..R4, cell mean.
+
+    A dead cell counts as zeros.
+    """
+    shares = region_sums.double()
+    shares = shares / shares.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.double).tiny)
+    return torch.stack([shares[cell_regions == r].mean(dim=0) for r in range(NUM_REGIONS)])
+
+
+def outside_shares(region_sums: Tensor, cell_regions: Tensor) -> Tensor:
+    """Float64 (S,): the part of a cell's ERF outside its own region, mean over a region's cells."""
+    shares = region_shares(region_sums, cell_regions)
+    return shares.sum(dim=1) - shares.diagonal()
+
+
+def format_summary(region_sums: Tensor, weights: Tensor, cell_regions: Tensor) -> str:
+    """Table of four rows: each region's cells, where their ERF lies, and the labels they learn.
+
+    Args:
+        region_sums: float (h, w, S).
+        weights: float (S, h, w) in force.
+        cell_regions: int64 (h, w).
+    """
+    shares = region_shares(region_sums, cell_regions)
+    outside = outside_shares(region_sums, cell_regions)
+    lines = [
+        "cells of   ERF share in R1    R2    R3    R4   outside   label weight w1    w2    w3    w4"
+    ]
+    for r in range(NUM_REGIONS):
+        labels = weights[:, cell_regions == r].double().mean(dim=1)
+        lines.append(
+            f"R{r + 1} ({int((cell_regions == r).sum()):3d})"
+            + " " * 10
+            + "".join(f"{share:6.3f}" for share in shares[r].tolist())
+            + f"{outside[r].item():10.3f}"
+            + " " * 12
+            + "".join(f"{weight:6.3f}" for weight in labels.tolist())
+        )
+    return "\n".join(lines)
+
+
+def check_finite(values: Tensor) -> Tensor:
+    """The values, float of any shape (...), themselves.
+
+    Raises:
+        RunError: one of them is inf or nan.
+    """
+    if not torch.isfinite(values).all():
+        raise RunError(
+            "the ERF holds inf or nan: the network's weights have diverged, or float16 overflowed "
+            "(MODEL.JIGSAW.ERF.AMP)"
+        )
+    return values

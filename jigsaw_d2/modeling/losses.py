@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from jigsaw_d2.erf_weights import NUM_REGIONS
+NUM_REGIONS = 4
 
 
 def soft_labels(weights: Tensor, gt_classes: Tensor, num_classes: int) -> Tensor:

@@ -9,23 +9,20 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
-from jigsaw_d2.modeling import losses
 from jigsaw_d2.config import OBJECTIVES
-from jigsaw_d2.erf_weights import own_region_weights
-from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.io import ConfigError
+from jigsaw_d2.modeling import losses
+from jigsaw_d2.modeling.erf import own_region_weights
 from jigsaw_d2.template import JigsawTemplate
 
 # Iterations between two values of the training metrics: the period of Detectron2's writers, so
 # that nothing is computed, and no GPU waited for, only to be thrown away.
 LOG_PERIOD = 20
-
-
-class JigsawModelError(JigsawError, ValueError):
-    """Settings, or a batch, that this model cannot work with."""
 
 
 @META_ARCH_REGISTRY.register()
@@ -65,7 +62,7 @@ class JigsawPretrainer(nn.Module):
             channels_last: memory format of images and weights.
 
         Raises:
-            JigsawModelError: an unknown objective or feature, no classes, or tau outside [0, 1].
+            ConfigError: an unknown objective or feature, no classes, or tau outside [0, 1].
         """
         super().__init__()
         shapes = backbone.output_shape()
@@ -130,7 +127,7 @@ class JigsawPretrainer(nn.Module):
         if not self.training:
             return {"region_logits": self.region_logits(logits)}
         if gt_classes is None:
-            raise JigsawModelError("a training batch without gt_classes; evaluate with .eval()")
+            raise ConfigError("a training batch without gt_classes; evaluate with .eval()")
         gt_classes = gt_classes.to(self.device, non_blocking=True)
         storage = _storage_due()
         if storage is not None:
@@ -159,7 +156,7 @@ class JigsawPretrainer(nn.Module):
         """Normalised images (N, 3, H, W) -> class scores of every cell, (N, K, h, w)."""
         logits = self.classifier(self.backbone(images)[self.in_feature])
         if logits.shape[2:] != self.cell_regions.shape:
-            raise JigsawModelError(
+            raise ConfigError(
                 f"images of {tuple(images.shape[2:])} pixels give {self.in_feature} of "
                 f"{tuple(logits.shape[2:])} cells, where the template has "
                 f"{tuple(self.cell_regions.shape)}; give images of the template's size, "
@@ -230,19 +227,35 @@ def _check_settings(
     objective: str, feature: str, features: list[str], num_classes: int, tau: float
 ) -> None:
     if objective not in OBJECTIVES:
-        raise JigsawModelError(
+        raise ConfigError(
             f"MODEL.JIGSAW.OBJECTIVE is {objective!r}; choose one of {', '.join(OBJECTIVES)}"
         )
     if feature not in features:
-        raise JigsawModelError(
+        raise ConfigError(
             f"MODEL.JIGSAW.IN_FEATURE is {feature!r}, but the backbone returns "
             f"{', '.join(features)}; add it to MODEL.RESNETS.OUT_FEATURES (or the like), or choose "
             "one of these"
         )
     if num_classes < 1:
-        raise JigsawModelError(
+        raise ConfigError(
             f"MODEL.JIGSAW.NUM_CLASSES is {num_classes}; set the number of object categories "
             "(training fills it in from the sample store)"
         )
     if not 0 <= tau <= 1:
-        raise JigsawModelError(f"MODEL.JIGSAW.TAU is {tau}; it must lie in [0, 1]")
+        raise ConfigError(f"MODEL.JIGSAW.TAU is {tau}; it must lie in [0, 1]")
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a built model with a frozen norm or parameter, whatever key or code froze it.
+
+    Raises:
+        ConfigError: naming the first few layers.
+    """
+    frozen = [name for name, m in model.named_modules() if isinstance(m, FrozenBatchNorm2d)]
+    fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
+    for names, what in ((frozen, "frozen batch norms"), (fixed, "parameters without gradient")):
+        if names:
+            raise ConfigError(
+                f"{len(names)} {what} ({', '.join(names[:3])} ...): see MODEL.RESNETS.NORM and "
+                "MODEL.BACKBONE.FREEZE_AT, or the backbone's own code"
+            )

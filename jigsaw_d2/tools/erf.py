@@ -51,9 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     import numpy as np
     import torch
 
-    from jigsaw_d2.modeling.erf import DEFINITION, GRAD_WORDS, erf_maps
+    from jigsaw_d2.modeling.erf import DEFINITION, GRAD_WORDS, erf_maps, measuring
     from jigsaw_d2.visualization import inputs
-    from jigsaw_d2.training.network_state import measuring
     from jigsaw_d2.visualization.erf import cell_figure, map_size, save_figure
 
     import_registered(args.register)

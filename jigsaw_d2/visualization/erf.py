@@ -15,8 +15,15 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from jigsaw_d2.detection.config import load_detection_config
-from jigsaw_d2.modeling.erf import DEFINITION, GRAD_WORDS, GRADS, measure_erf
-from jigsaw_d2.erf_weights import ErfError, outside_shares, region_shares
+from jigsaw_d2.io import ConfigError
+from jigsaw_d2.modeling.erf import (
+    DEFINITION,
+    GRAD_WORDS,
+    GRADS,
+    measure_erf,
+    outside_shares,
+    region_shares,
+)
 from jigsaw_d2.template import JigsawTemplate
 from jigsaw_d2.visualization.inputs import (
     RANDOM,
@@ -219,7 +226,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     )
     names = args.names or [Path(weights).name for weights in args.weights]
     if {len(configs), len(features), len(names)} != {count}:
-        raise ErfError(
+        raise ConfigError(
             f"{count} --weights, {len(args.config_file)} --config-file, {len(args.feature)} "
             f"--feature and {len(args.names)} --names do not go together"
         )

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from jigsaw_d2.checkpoint.convert import read_tensors
 from jigsaw_d2.checkpoint.loading import load_backbone
+from jigsaw_d2.config import resolve_norm
 from jigsaw_d2.data_loader import JigsawBatches, build_jigsaw_sampler
 from jigsaw_d2.dataset_mapper import JigsawDatasetMapper
 from jigsaw_d2.detection.config import apply_metadata, load_detection_config
-from jigsaw_d2.erf_weights import ErfError
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.training.norm import resolve_norm
 
 RANDOM = "random"
 # Added to a run's seed, so that measurements and training draw different images.
@@ -124,14 +123,14 @@ def read_images(paths: Sequence[str], size: tuple[int, int], limit: int) -> Tens
         limit: most images read.
 
     Raises:
-        ErfError: no image among ``paths``, or one that cannot be read.
+        ConfigError: no image among ``paths``, or one that cannot be read.
     """
     files: list[Path] = []
     for path in map(Path, paths):
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
         files += [f for f in inside if not path.is_dir() or f.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
-        raise ErfError(f"no images in {', '.join(map(str, paths))}")
+        raise ConfigError(f"no images in {', '.join(map(str, paths))}")
     return torch.stack([_read_cover(file, size) for file in files[:limit]])
 
 
@@ -139,7 +138,7 @@ def _read_cover(file: Path, size: tuple[int, int]) -> Tensor:
     try:
         image = np.asarray(read_image(str(file), format="RGB"))
     except (OSError, ValueError) as error:
-        raise ErfError(f"image {file} cannot be read: {error}") from error
+        raise ConfigError(f"image {file} cannot be read: {error}") from error
     height, width = size
     scale = max(height / image.shape[0], width / image.shape[1])
     shape = (max(width, round(image.shape[1] * scale)), max(height, round(image.shape[0] * scale)))

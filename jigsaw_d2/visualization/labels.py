@@ -13,16 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from jigsaw_d2.modeling import losses
 from jigsaw_d2.checkpoint.convert import read_weights
-from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.erf_weights import ErfError
+from jigsaw_d2.config import get_jigsaw_cfg, resolve_norm
+from jigsaw_d2.io import ConfigError
+from jigsaw_d2.modeling import losses
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.template import REGIONS, JigsawTemplate
-from jigsaw_d2.visualization.inputs import default_device, normalise, rgb_stream
-from jigsaw_d2.training.norm import resolve_norm
 from jigsaw_d2.visualization.erf import save_figure
+from jigsaw_d2.visualization.inputs import default_device, normalise, rgb_stream
 
 
 def labels_figure(
@@ -113,7 +112,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     model, cfg = load_pretrainer(args.config_file, args.weights, args.opts, args.device)
     names = [*SampleStore(list(args.store)).categories, "background"]
     if len(names) != model.num_classes + 1:
-        raise ErfError(
+        raise ConfigError(
             f"{args.weights} knows {model.num_classes} classes, {', '.join(args.store)} has "
             f"{len(names) - 1}; give the store that it was trained on"
         )
@@ -157,12 +156,12 @@ def load_pretrainer(
     """The whole pre-training network from a checkpoint, in evaluation mode.
 
     Raises:
-        ErfError: the file holds no such network, or another one than the config's.
+        ConfigError: the file holds no such network, or another one than the config's.
     """
     data = read_weights(weights)
     state = data.get("model") if isinstance(data, Mapping) else None
     if not isinstance(state, Mapping) or "classifier.weight" not in state:
-        raise ErfError(f"{weights} is no pre-training checkpoint; labels need its classifier")
+        raise ConfigError(f"{weights} is no pre-training checkpoint; labels need its classifier")
     cfg = get_jigsaw_cfg(config_file, list(overrides))
     cfg.MODEL.DEVICE = device
     cfg.MODEL.RESNETS.NORM = resolve_norm(cfg, 1)
@@ -172,5 +171,5 @@ def load_pretrainer(
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
-        raise ErfError(f"{weights} does not fit {config_file}: {reason}") from None
+        raise ConfigError(f"{weights} does not fit {config_file}: {reason}") from None
     return model.eval(), cfg

@@ -14,24 +14,23 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from jigsaw_d2.modeling import losses
 from jigsaw_d2.checkpoint.convert import convert_checkpoint
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data_loader import build_jigsaw_train_loader
 from jigsaw_d2.detection.config import setup_finetune
-from jigsaw_d2.modeling.erf import erf_region_sums
-from jigsaw_d2.erf_weights import region_weights
+from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.extraction.extract import extract_samples
 from jigsaw_d2.extraction.options import ExtractionOptions
 from jigsaw_d2.extraction.sources import CocoSource
 from jigsaw_d2.jobs.demo_data import DemoOptions, make_demo_set
 from jigsaw_d2.jobs.pipeline import DetectionSet
+from jigsaw_d2.modeling import losses
+from jigsaw_d2.modeling.erf import erf_region_sums, region_weights
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.samples import GROUPS
 from jigsaw_d2.template import JigsawTemplate
-from jigsaw_d2.engine.trainer import JigsawTrainer
 
 
 def step_1_samples(folder: Path) -> tuple[DetectionSet, SampleStore]:

@@ -5,8 +5,8 @@ import torch
 from helpers_run import tiny_cfg
 
 from jigsaw_d2.checkpoint.convert import convert_checkpoint
-from jigsaw_d2.io import JigsawError, WeightsError
 from jigsaw_d2.engine.trainer import JigsawTrainer
+from jigsaw_d2.io import JigsawError, WeightsError
 
 RESNET = ("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 18)
 RESNET += ("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "SOLVER.MAX_ITER", 1)

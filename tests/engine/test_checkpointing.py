@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from jigsaw_d2.training.checkpointing import (
-    CheckpointError,
+from jigsaw_d2.engine.state import (
     JigsawCheckpointer,
     read_checkpoint,
     save_atomically,
     truncate_metrics,
 )
+from jigsaw_d2.io import CheckpointError
 
 
 def test_round_trip_returns_the_rest_of_the_state(tmp_path):

@@ -16,7 +16,6 @@ from jigsaw_d2.engine.hooks import (
     memory_mb,
 )
 
-
 CPU = torch.device("cpu")
 
 
@@ -63,9 +62,7 @@ def test_meter_by_hand(tmp_path, monkeypatch):
 
 def test_what_a_checkpoint_holds_is_in_the_ledger_before_it(tmp_path, monkeypatch):
     clock, storage = Clock(monkeypatch), EventStorage(0)
-    hook = MeterHook(
-        Ledger(tmp_path), images=1, pixels=1, macs=1, device=CPU, checkpoint_period=3
-    )
+    hook = MeterHook(Ledger(tmp_path), images=1, pixels=1, macs=1, device=CPU, checkpoint_period=3)
     steps(hook, storage, clock, 5)
     assert read_ledger(tmp_path)["stages"]["pretraining"]["images"] == 3
     hook.after_train()

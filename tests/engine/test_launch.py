@@ -12,8 +12,8 @@ from detectron2.utils import comm
 from helpers_run import read_losses, start, tiny_options, torchrun_variables, train
 from torch.multiprocessing import ProcessRaisedException
 
-from jigsaw_d2.io import ConfigError
-from jigsaw_d2.engine.launch import PeerLostError, RankError, as_peer_lost, launch_job
+from jigsaw_d2.engine.launch import as_peer_lost, launch_job
+from jigsaw_d2.io import ConfigError, PeerLostError, RunError
 
 CONFIG = ["--config-file", "Base-JigsawPretrain.yaml"]
 # Its loss is a mean over images, none of which sees another: the same however they are shared out.
@@ -193,7 +193,7 @@ def test_detectron2s_launch_starts_ranks_and_tells_which_died(tmp_path):
 
 @pytest.mark.parametrize(
     "name, expected",
-    [("run_config.RunConfigError", RankError), ("launching.PeerLostError", PeerLostError)],
+    [("run_config.ConfigError", RunError), ("launching.PeerLostError", PeerLostError)],
 )
 def test_an_error_of_ours_in_a_rank_is_told_in_one_line(monkeypatch, name, expected):
     def fail(*args: object) -> None:

@@ -8,13 +8,9 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 
-from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.engine.lr_schedule import (
-    ScheduleError,
-    WarmupThenCosine,
-    build_lr_scheduler,
-    scale_to_batch,
-)
+from jigsaw_d2.config import get_jigsaw_cfg, scale_to_batch
+from jigsaw_d2.engine.lr_schedule import WarmupThenCosine, build_lr_scheduler
+from jigsaw_d2.io import ConfigError
 
 
 def rates(cfg: CfgNode) -> list[float]:
@@ -81,10 +77,10 @@ def test_edges_of_the_schedule(warmup, length):
 
 
 def test_lengths_that_are_none_are_refused():
-    with pytest.raises(ScheduleError, match="WARMUP_ITERS is 1250 and SOLVER.MAX_ITER 0"):
+    with pytest.raises(ConfigError, match="WARMUP_ITERS is 1250 and SOLVER.MAX_ITER 0"):
         WarmupThenCosine(0.25, 1250, 0)
     cfg = get_jigsaw_cfg("jigsaw_R_50.yaml", ["SOLVER.WARMUP_METHOD", "constant"])
-    with pytest.raises(ScheduleError, match="WARMUP_METHOD"):
+    with pytest.raises(ConfigError, match="WARMUP_METHOD"):
         build_lr_scheduler(cfg, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
 
 
@@ -145,5 +141,5 @@ def test_what_was_switched_off_stays_off_and_nothing_vanishes():
 
 
 def test_a_batch_of_nothing_is_refused():
-    with pytest.raises(ScheduleError, match="IMS_PER_BATCH is 0"):
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH is 0"):
         scale_to_batch(get_jigsaw_cfg("jigsaw_R_50.yaml", ["SOLVER.IMS_PER_BATCH", "0"]))

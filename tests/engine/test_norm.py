@@ -7,14 +7,10 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.training.norm import (
-    FrozenError,
-    average_statistics,
-    check_trainable,
-    check_trainable_config,
-    resolve_norm,
-)
+from jigsaw_d2.config import check_trainable_config, get_jigsaw_cfg, resolve_norm
+from jigsaw_d2.engine.state import average_statistics
+from jigsaw_d2.io import ConfigError
+from jigsaw_d2.modeling.meta_arch import check_trainable
 
 
 def cfg_with(*options: str):
@@ -54,7 +50,7 @@ def test_accumulation_makes_forward_passes_small():
 
 def test_synchronised_norm_on_several_cpus_is_refused():
     cfg = cfg_with("MODEL.DEVICE", "cpu", "MODEL.RESNETS.NORM", "SyncBN")
-    with pytest.raises(FrozenError, match="MODEL.RESNETS.NORM is SyncBN.*MODEL.DEVICE cpu"):
+    with pytest.raises(ConfigError, match="MODEL.RESNETS.NORM is SyncBN.*MODEL.DEVICE cpu"):
         resolve_norm(cfg, 2)
 
 
@@ -67,7 +63,7 @@ def test_synchronised_norm_on_several_cpus_is_refused():
     ],
 )
 def test_detectron2s_defaults_that_spoil_pretraining_are_named(key, value):
-    with pytest.raises(FrozenError, match=key):
+    with pytest.raises(ConfigError, match=key):
         check_trainable_config(cfg_with(key, value))
 
 
@@ -77,12 +73,12 @@ def test_shipped_config_is_trainable():
 
 def test_frozen_layers_of_a_built_network_are_named():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4))
-    with pytest.raises(FrozenError, match=r"1 frozen batch norms \(1 .*MODEL.RESNETS.NORM"):
+    with pytest.raises(ConfigError, match=r"1 frozen batch norms \(1 .*MODEL.RESNETS.NORM"):
         check_trainable(net)
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     check_trainable(net)
     net[0].weight.requires_grad_(False)
-    with pytest.raises(FrozenError, match=r"1 parameters without gradient \(0.weight"):
+    with pytest.raises(ConfigError, match=r"1 parameters without gradient \(0.weight"):
         check_trainable(net)
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.io import ConfigError
 from jigsaw_d2.engine import precision as module
 from jigsaw_d2.engine.precision import (
     Precision,
@@ -12,6 +11,7 @@ from jigsaw_d2.engine.precision import (
     is_settled,
     settle_precision,
 )
+from jigsaw_d2.io import ConfigError
 
 TINY = ["MODEL.DEVICE", "cpu", "MODEL.JIGSAW.NUM_CLASSES", "2", "MODEL.RESNETS.NORM", "BN"]
 TINY += ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from jigsaw_d2.training.random_state import gather_random_states, get_random_state, set_random_state
+from jigsaw_d2.engine.state import gather_random_states, get_random_state, set_random_state
 
 CPU = torch.device("cpu")
 

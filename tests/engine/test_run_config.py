@@ -8,13 +8,9 @@ from helpers_run import tiny_cfg
 from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.training.checkpointing import save_atomically
-from jigsaw_d2.engine.run_config import (
-    RunConfigError,
-    open_store,
-    resolve_config,
-    warn_of_changes,
-)
+from jigsaw_d2.engine.run_config import open_store, resolve_config, warn_of_changes
+from jigsaw_d2.engine.state import save_atomically
+from jigsaw_d2.io import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +45,9 @@ def test_a_drawn_seed_is_kept_by_the_run(tmp_path, store):
 
 def test_what_a_trial_said_is_kept_by_the_run(tmp_path, store, monkeypatch):
     """A resume goes on in the same precision, whatever the machine would say today."""
-    saved = "SOLVER: {AMP: {ENABLED: true, DTYPE: bfloat16}}\nMODEL: {JIGSAW: {CHANNELS_LAST: true}}"
+    saved = (
+        "SOLVER: {AMP: {ENABLED: true, DTYPE: bfloat16}}\nMODEL: {JIGSAW: {CHANNELS_LAST: true}}"
+    )
     monkeypatch.setattr("jigsaw_d2.engine.precision._time_candidates", lambda cfg: 1 / 0)
     open_ = ("SOLVER.AMP.ENABLED", True, "MODEL.JIGSAW.CHANNELS_LAST", None)
     with pytest.raises(ZeroDivisionError):
@@ -78,13 +76,13 @@ def test_what_a_trial_said_is_kept_by_the_run(tmp_path, store, monkeypatch):
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, store, overrides, world_size, message):
-    with pytest.raises(RunConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         resolve_config(tiny_cfg(tmp_path, *overrides), store, world_size)
 
 
 def test_a_machine_without_gpu_says_which_key_to_set(tmp_path, store, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(RunConfigError, match="add MODEL.DEVICE cpu"):
+    with pytest.raises(ConfigError, match="add MODEL.DEVICE cpu"):
         resolve_config(tiny_cfg(tmp_path, "MODEL.DEVICE", "cuda"), store)
 
 
@@ -100,14 +98,14 @@ def test_a_numbered_gpu_becomes_the_current_one(tmp_path, store, monkeypatch):
     chosen = fake_gpus(monkeypatch, 2)
     resolve_config(tiny_cfg(tmp_path, "MODEL.DEVICE", "cuda:1"), store)
     assert chosen == ["cuda:1"]
-    with pytest.raises(RunConfigError, match="cuda:2, but PyTorch sees 2 GPU"):
+    with pytest.raises(ConfigError, match="cuda:2, but PyTorch sees 2 GPU"):
         resolve_config(tiny_cfg(tmp_path, "MODEL.DEVICE", "cuda:2"), store)
-    with pytest.raises(RunConfigError, match="cuda:1 with 2 processes"):
+    with pytest.raises(ConfigError, match="cuda:1 with 2 processes"):
         resolve_config(tiny_cfg(tmp_path, "MODEL.DEVICE", "cuda:1"), store, 2)
 
 
 def test_no_store_is_named():
-    with pytest.raises(RunConfigError, match="DATASETS.TRAIN names no sample store"):
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN names no sample store"):
         open_store(get_jigsaw_cfg("jigsaw_R_50.yaml"))
 
 

@@ -7,8 +7,9 @@ import torch
 from helpers_networks import Named, line_operator, ones_conv, tiny_backbone, tiny_fpn
 from torch import nn
 
+from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import erf
-from jigsaw_d2.erf_weights import ErfError, region_shares
+from jigsaw_d2.modeling.erf import region_shares
 from jigsaw_d2.template import JigsawTemplate
 
 SQUARE = JigsawTemplate(height=8, width=8, split_y=4, split_x=4)
@@ -223,9 +224,9 @@ class StateTest(unittest.TestCase):
 
     def test_after_an_exception(self):
         before = self.snapshot()
-        with self.assertRaisesRegex(ErfError, "res5.*no feature 'p4'"):
+        with self.assertRaisesRegex(ConfigError, "res5.*no feature 'p4'"):
             self.measure(feature="p4")
-        with self.assertRaisesRegex(ErfError, "GRAD"):
+        with self.assertRaisesRegex(ConfigError, "GRAD"):
             self.measure(grad="square")
         self.assert_unchanged(before)
 
@@ -279,22 +280,22 @@ class InputTest(unittest.TestCase):
             (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "normalised float"),
             (torch.zeros(0, 3, 8, 8), "N > 0"),
         ):
-            with self.assertRaisesRegex(ErfError, message):
+            with self.assertRaisesRegex(ConfigError, message):
                 erf.erf_region_sums(network, images, SQUARE, "out")
 
     def test_size_that_the_pyramid_cannot_take(self):
         template = JigsawTemplate(80, 80, 16, 16)
-        with self.assertRaisesRegex(ErfError, "80x80.*multiples of 32"):
+        with self.assertRaisesRegex(ConfigError, "80x80.*multiples of 32"):
             erf.erf_region_sums(tiny_fpn(), random_images(1, size=80), template, "p4")
 
     def test_cell_outside(self):
-        with self.assertRaisesRegex(ErfError, r"\(8, 0\).*8x8"):
+        with self.assertRaisesRegex(ConfigError, r"\(8, 0\).*8x8"):
             erf.erf_maps(Named(ones_conv(3, 1)), torch.zeros(1, 3, 8, 8), [(8, 0)], "out")
 
     def test_diverged_weights(self):
         network = Named(ones_conv(3, 1))
         network.layers[0].weight.data.fill_(float("nan"))
-        with self.assertRaisesRegex(ErfError, "inf or nan"):
+        with self.assertRaisesRegex(ConfigError, "inf or nan"):
             erf.erf_region_sums(network, torch.zeros(1, 3, 8, 8), SQUARE, "out")
 
 

@@ -95,7 +95,7 @@ class RegionWeightsTest(unittest.TestCase):
             (sums * float("nan"), 0.7, "inf or nan"),
             (-sums, 0.7, "negative"),
         ):
-            with self.assertRaisesRegex(erf_weights.ErfError, message):
+            with self.assertRaisesRegex(erf_weights.ConfigError, message):
                 erf_weights.region_weights(bad, regions, tau)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from jigsaw_d2.modeling import losses
-from jigsaw_d2.erf_weights import own_region_weights, region_weights
+from jigsaw_d2.modeling.erf import own_region_weights, region_weights
 
 # One cell a region, then a canvas whose regions differ in size (3x3 cells, split after the first).
 ONE_CELL_EACH = torch.tensor([[0, 1], [2, 3]])

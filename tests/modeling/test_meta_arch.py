@@ -9,10 +9,11 @@ from helpers_networks import TINY_RESNET, Named, tiny_backbone
 from torch import nn
 from torch.nn import functional as F
 
-from jigsaw_d2.modeling import losses
 from jigsaw_d2.config import OBJECTIVES, get_jigsaw_cfg
-from jigsaw_d2.erf_weights import own_region_weights
-from jigsaw_d2.modeling.meta_arch import LOG_PERIOD, JigsawModelError, JigsawPretrainer
+from jigsaw_d2.io import ConfigError
+from jigsaw_d2.modeling import losses
+from jigsaw_d2.modeling.erf import own_region_weights
+from jigsaw_d2.modeling.meta_arch import LOG_PERIOD, JigsawPretrainer
 from jigsaw_d2.template import JigsawTemplate, TemplateError
 
 TINY = JigsawTemplate(height=96, width=96, split_y=32, split_x=32)
@@ -190,17 +191,17 @@ class SettingsTest(unittest.TestCase):
             ({"num_classes": 0}, "NUM_CLASSES is 0"),
             ({"tau": 1.2}, "TAU is 1.2"),
         ):
-            with self.assertRaisesRegex(JigsawModelError, message):
+            with self.assertRaisesRegex(ConfigError, message):
                 build(**options)
         with self.assertRaises(TemplateError):
             build(template=JigsawTemplate(96, 96, 40, 32))
 
     def test_training_without_classes(self):
-        with self.assertRaisesRegex(JigsawModelError, "gt_classes"):
+        with self.assertRaisesRegex(ConfigError, "gt_classes"):
             build()([{"image": image} for image in batch()["image"]])
 
     def test_images_of_another_size(self):
-        with self.assertRaisesRegex(JigsawModelError, "template"):
+        with self.assertRaisesRegex(ConfigError, "template"):
             build().eval()(batch(size=128))
 
 

@@ -8,7 +8,7 @@ import unittest
 import torch
 from torch import nn
 
-from jigsaw_d2.training.network_state import measuring, unwrap
+from jigsaw_d2.modeling.erf import measuring, unwrap
 
 
 def build():

@@ -12,7 +12,6 @@ from helpers_store import make_store
 from helpers_weights import THIN, convert
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.erf_weights import ErfError
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.visualization import inputs as erf_inputs
 
@@ -85,11 +84,11 @@ class ImagesTest(unittest.TestCase):
             self.assertEqual((images.shape, images.dtype), ((2, 3, 32, 32), torch.uint8))
             self.assertTrue((images[0, 0] > 240).all())  # RGB; the crop is the centre
             self.assertEqual(len(erf_inputs.read_images([folder], (32, 32), limit=1)), 1)
-            with self.assertRaisesRegex(ErfError, "notes.txt cannot be read"):
+            with self.assertRaisesRegex(ConfigError, "notes.txt cannot be read"):
                 erf_inputs.read_images([f"{folder}/notes.txt"], (32, 32), limit=1)
             empty = Path(folder, "empty")
             empty.mkdir()
-            with self.assertRaisesRegex(ErfError, "no images in .*empty"):
+            with self.assertRaisesRegex(ConfigError, "no images in .*empty"):
                 erf_inputs.read_images([str(empty)], (32, 32), limit=1)
 
     def test_streams_of_jigsaw_images(self):

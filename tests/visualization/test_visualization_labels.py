@@ -11,10 +11,10 @@ from helpers_networks import TINY_RESNET
 from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.erf_weights import region_weights
+from jigsaw_d2.modeling.erf import region_weights
 from jigsaw_d2.modeling.losses import erf_adaptive_loss, region_means
-from jigsaw_d2.visualization.inputs import normalise, rgb_stream
 from jigsaw_d2.visualization import labels
+from jigsaw_d2.visualization.inputs import normalise, rgb_stream
 from jigsaw_d2.visualization.labels import cell_losses, labels_figure, load_pretrainer
 
 CONFIG = "Base-JigsawPretrain.yaml"

@@ -1,1 +1,0 @@
-"""Pre-training in Detectron2's engine: steps, schedules, hooks, state, ERF refresh."""
