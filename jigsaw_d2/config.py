@@ -18,7 +18,6 @@ from jigsaw_d2.io import ConfigError
 
 logger = logging.getLogger(__name__)
 
-OBJECTIVES = ("erf_adaptive", "block_wise", "global")
 FIT_METHODS = ("pad_crop", "warp", "resize")
 SAMPLINGS = ("uniform", "class_balanced")
 ERF_GRADS = ("abs", "relu")

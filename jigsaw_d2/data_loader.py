@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 SMALL = ("gt_classes", "sample_ids")
 # Batches that each worker of a DataLoader makes ahead, by default.
 PREFETCHED = 2
+# Added to a run's seed, so that measurements and training draw different images.
+SEED_OFFSET = 7_919
 
 
 class LoaderError(JigsawError, ValueError):
@@ -173,6 +175,15 @@ def build_jigsaw_sampler(cfg: CfgNode, mapper: JigsawDatasetMapper) -> JigsawSam
     sizes = mapper.shown_sizes()
     groups = mapper.store.groups if mapper.context else group_codes(sizes[:, 1], sizes[:, 0])
     return JigsawSampler(sizes=sizes, groups=groups, seed=mapper.seed, repeat_factors=factors)
+
+
+def jigsaw_stream(cfg: CfgNode, store: SampleStore) -> JigsawBatches:
+    """Range of positions (ints >= 0) -> batch: Jigsaw images of a stream of its own.
+
+    Drawn and made as the training images are, but with another seed; a function of position alone.
+    """
+    mapper = JigsawDatasetMapper(cfg, store, seed=max(cfg.SEED, 0) + SEED_OFFSET)
+    return JigsawBatches(build_jigsaw_sampler(cfg, mapper), mapper)
 
 
 def build_jigsaw_train_loader(

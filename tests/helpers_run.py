@@ -21,7 +21,6 @@ from helpers_store import make_store
 from torch import nn
 
 import jigsaw_d2.commands.pretrain
-import jigsaw_d2.engine.state
 from jigsaw_d2.commands import run_command
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.engine.trainer import JigsawTrainer
@@ -144,10 +143,7 @@ def _command(argv: list[str], environment: dict[str, str]) -> None:
         if point == "rename" and name in str(target):
             die()
 
-    jigsaw_d2.engine.state.torch.save, jigsaw_d2.engine.state.os.replace = (
-        half_save,
-        late_replace,
-    )
+    torch.save, os.replace = half_save, late_replace
     code = 1
     try:
         if "STDERR" in environment:

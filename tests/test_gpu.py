@@ -5,10 +5,10 @@ import torch
 from detectron2.modeling import build_model
 from helpers_run import tiny_cfg
 
-from jigsaw_d2.config import OBJECTIVES
 from jigsaw_d2.engine.train_step import DeviceBatches, LossReport
 from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.modeling.erf import measure_erf
+from jigsaw_d2.modeling.losses import OBJECTIVES
 
 pytestmark = [
     pytest.mark.cuda,

@@ -7,9 +7,9 @@ from gpu_checks.bench import AMP_DTYPES, Bench
 from gpu_checks.report import Finding, expect
 from torch import nn
 
-from jigsaw_d2.config import OBJECTIVES
 from jigsaw_d2.modeling import losses
 from jigsaw_d2.modeling.erf import measure_erf, region_weights
+from jigsaw_d2.modeling.losses import OBJECTIVES
 
 
 def objectives(bench: Bench) -> Iterator[Finding]:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jigsaw_d2.config import FIT_METHODS, OBJECTIVES
+from jigsaw_d2.config import FIT_METHODS
 from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.modeling.losses import OBJECTIVES
 
 BUDGETS = ("total", "detection")
 COSTS = ("seconds", "flops")

@@ -10,7 +10,9 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from jigsaw_d2.data_loader import jigsaw_stream
 from jigsaw_d2.engine.precision import Precision
+from jigsaw_d2.engine.state import average_statistics
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling.erf import (
     ErfMeasurement,
@@ -22,9 +24,8 @@ from jigsaw_d2.modeling.erf import (
     region_weights,
     unwrap,
 )
+from jigsaw_d2.modeling.losses import OBJECTIVES
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.visualization.erf import erf_figure, figure_pixels
-from jigsaw_d2.visualization.inputs import jigsaw_stream
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,11 @@ PROBES_PER_PERIOD = 10
 
 
 class ErfRefreshHook(HookBase):
-    """Measures the ERF before the step of its iterations and installs the weights in the model.
+    """Measures the ERF for its iterations, ahead of their steps, and installs the weights.
 
-    Which iterations, and which images, follow from the iteration alone, and drift is taken against
+    Before the training for its first iteration, for others after the step before; where a run goes
+    on from a checkpoint, the measurement of its first iteration is repeated, and is the same. Which
+    iterations, and which images, follow from the iteration alone, and drift is taken against
     the model's buffers; so a resumed run does exactly what the unbroken one did. Each rank measures
     its share of the images; the weights of rank 0 are given to all.
     """
@@ -69,7 +72,7 @@ class ErfRefreshHook(HookBase):
             amp_dtype: precision of the measurement; None = the network's own. Should it overflow,
                 that measurement is repeated in the network's own.
             figures: put the regions' maps into the event storage at each refresh.
-            macs: multiply-accumulates of one image's forward pass, for the ledger.
+            macs: multiply-accumulates of one image's forward pass, for the cost log.
 
         Raises:
             ConfigError: a period, first iteration, number of images, drift or ``grad`` that makes no
@@ -95,9 +98,18 @@ class ErfRefreshHook(HookBase):
         # One forward pass, and one backward pass to the input a cell: as many products again.
         self._flops = 2 * macs * (1 + self._model.cell_regions.numel())
 
-    def before_step(self) -> None:
+    def before_train(self) -> None:
+        """For the first iteration of this run."""
+        self._refresh_if_due(self.trainer.start_iter)
+
+    def after_step(self) -> None:
+        """For the iteration that comes next, if one does."""
+        following = self.trainer.iter + 1
+        if following < self.trainer.max_iter:
+            self._refresh_if_due(following)
+
+    def _refresh_if_due(self, iteration: int) -> None:
         """Refresh or probe, where this iteration is one for it."""
-        iteration = self.trainer.iter
         since_first = iteration - self._first_iter
         if since_first >= 0 and since_first % self._period == 0:
             self.refresh(iteration)
@@ -113,6 +125,7 @@ class ErfRefreshHook(HookBase):
         """
         start = time.perf_counter()
         model = self._model
+        average_statistics(model)  # one network is measured, by parts
         measured = self._measure(iteration, self._amp_dtype)
         if self._amp_dtype and not measured.region_sums.isfinite().all():
             logger.warning("ERF not finite in %s; measured again without AMP", self._amp_dtype)
@@ -184,17 +197,22 @@ class ErfRefreshHook(HookBase):
             f"\n{table}" if installed else "",
         )
         if installed and measured.region_maps is not None:
+            from jigsaw_d2.visualization.erf import (  # brings matplotlib in
+                erf_figure,
+                figure_pixels,
+            )
+
             shares = region_shares(sums, regions)
             figure = erf_figure([""], [measured.region_maps], [shares], model.template)
             storage.put_image("erf/regions", figure_pixels(figure))
 
     def _record(self, seconds: float) -> None:
-        """The measurement's cost, to the trainer's ledger if it keeps one."""
-        ledger = getattr(self.trainer, "ledger", None)
-        if ledger is None:
+        """The measurement's cost, to the trainer's cost log if it keeps one."""
+        cost_log = getattr(self.trainer, "cost_log", None)
+        if cost_log is None:
             return
         height, width = self._model.template.height, self._model.template.width
-        ledger.record(
+        cost_log.record(
             "erf_refresh",
             images=self._num_images,
             pixels=self._num_images * height * width,
@@ -218,7 +236,7 @@ def build_erf_refresh_hook(
     Its images are Jigsaw images of ``store``, made as the training ones are but drawn with another
     seed, so that measuring leaves the training stream alone.
     """
-    if cfg.MODEL.JIGSAW.OBJECTIVE != "erf_adaptive":
+    if not OBJECTIVES[cfg.MODEL.JIGSAW.OBJECTIVE].needs_erf:
         return None
     erf = cfg.MODEL.JIGSAW.ERF
     stream = jigsaw_stream(cfg, store)

@@ -1,4 +1,4 @@
-"""What happens around the steps of a pre-training: speed, ledger, checkpoints, statistics."""
+"""What happens around the steps of a pre-training: speed, cost log, checkpoints, figures."""
 
 import logging
 import resource
@@ -10,27 +10,22 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from jigsaw_d2.cost import TRAIN_FORWARDS
-from jigsaw_d2.cost import CostLog as Ledger
-from jigsaw_d2.engine.state import average_statistics, set_random_state
-from jigsaw_d2.visualization.jigsaw import save_batch_figure
+from jigsaw_d2.cost import TRAIN_FORWARDS, CostLog
+from jigsaw_d2.engine.state import WRITE_PERIOD, set_random_state
 
 logger = logging.getLogger(__name__)
 
-# Iterations between two lines of metrics.json and of the log, as Detectron2 has it.
-WRITE_PERIOD = 20
-
 
 class MeterHook(HookBase):
-    """images_per_s, data_wait_share, erf_share and memory_mb; and the ledger of the training.
+    """images_per_s, data_wait_share, erf_share and memory_mb; and the cost log of the training.
 
-    Seconds of a step count from its start (ERF refresh included) to its end, so that evaluation and
-    checkpoints are no part of the speed; the ledger books ERF refreshes apart.
+    A step's seconds count from its start to its end: ERF refreshes, evaluations and checkpoints,
+    which come after, are no part of the speed.
     """
 
     def __init__(
         self,
-        ledger: Ledger,
+        cost_log: CostLog,
         *,
         images: int,
         pixels: int,
@@ -41,15 +36,15 @@ class MeterHook(HookBase):
     ) -> None:
         """
         Args:
-            ledger: of the run.
-            device: whose memory is looked at.
+            cost_log: of the run.
             images: per step, over all ranks.
             pixels: per image.
             macs: multiply-accumulates of one image's forward pass.
+            device: whose memory is looked at.
             world_size: number of devices that work on a step.
-            checkpoint_period: of the run; what a checkpoint holds is in the ledger before it.
+            checkpoint_period: of the run; what a checkpoint holds is in the cost log before it.
         """
-        self._ledger = ledger
+        self._cost_log = cost_log
         self._images = images
         self._pixels = pixels
         self._macs = macs
@@ -57,27 +52,23 @@ class MeterHook(HookBase):
         self._world_size = world_size
         self._checkpoint_period = checkpoint_period
         self._steps = 0
-        self._seconds = 0.0
-        self._run_seconds = 0.0
-        self._erf_seconds = 0.0
-        self._start = 0.0
+        self._seconds = self._run_seconds = self._start = 0.0
 
     def before_step(self) -> None:
         self._start = time.perf_counter()
 
     def after_step(self) -> None:
-        """Scalars of the step just done; the ledger every WRITE_PERIOD steps and checkpoint."""
+        """Scalars of the step just done; the cost log every WRITE_PERIOD steps and checkpoint."""
         storage = self.trainer.storage
         elapsed = time.perf_counter() - self._start
-        erf = self._erf_seconds_of_step()
         self._steps += 1
-        self._seconds += elapsed - erf
+        self._seconds += elapsed
         self._run_seconds += elapsed
-        self._erf_seconds += erf
         waited = storage.latest().get("data_time", (0.0, 0))[0]
-        storage.put_scalar("images_per_s", self._images / max(elapsed - erf, 1e-9))
+        storage.put_scalar("images_per_s", self._images / max(elapsed, 1e-9))
         storage.put_scalar("data_wait_share", min(waited / max(elapsed, 1e-9), 1.0))
-        storage.put_scalar("erf_share", self._erf_seconds / self._run_seconds, smoothing_hint=False)
+        erf = self._cost_log.seconds.get("erf_refresh", 0.0) / self._world_size
+        storage.put_scalar("erf_share", erf / (erf + self._run_seconds), smoothing_hint=False)
         done = self.trainer.iter + 1
         if done % WRITE_PERIOD == 0:
             storage.put_scalar("memory_mb", memory_mb(self._device), smoothing_hint=False)
@@ -88,14 +79,10 @@ class MeterHook(HookBase):
     def after_train(self) -> None:
         self._flush()
 
-    def _erf_seconds_of_step(self) -> float:
-        seconds, iteration = self.trainer.storage.latest().get("erf/seconds", (0.0, -1))
-        return seconds if iteration == self.trainer.iter else 0.0
-
     def _flush(self) -> None:
         if self._steps:
             images = self._steps * self._images
-            self._ledger.record(
+            self._cost_log.record(
                 "pretraining",
                 images=images,
                 pixels=images * self._pixels,
@@ -157,21 +144,6 @@ class CheckpointHook(HookBase):
             self.trainer.save_checkpoint(f"model_{iteration:07d}")
 
 
-class StatisticsHook(HookBase):
-    """One set of batch norm statistics for all ranks, before whatever uses or stores them.
-
-    After the steps that a checkpoint, an evaluation or an ERF measurement may follow.
-    """
-
-    def __init__(self, periods: list[int]) -> None:
-        self._periods = [period for period in periods if period > 0]
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done >= self.trainer.max_iter or any(done % period == 0 for period in self._periods):
-            average_statistics(self.trainer.model)
-
-
 class ContinueHook(HookBase):
     """Last before the first step: random states and smoothing windows as the checkpoint left them.
 
@@ -197,6 +169,8 @@ class FirstBatchHook(HookBase):
     def after_step(self) -> None:
         if self.trainer.iter > 0:
             return
+        from jigsaw_d2.visualization.jigsaw import save_batch_figure  # brings matplotlib in
+
         step = self.trainer._trainer
         path = Path(self.trainer.cfg.OUTPUT_DIR) / "figures" / "first_batch.png"
         pixels = save_batch_figure(step.record.batches[0], step.data_loader, path)

@@ -12,9 +12,9 @@ from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.engine.precision import Precision
-from jigsaw_d2.engine.state import save_atomically, set_random_state
+from jigsaw_d2.engine.state import set_random_state
 from jigsaw_d2.engine.train_step import StepRecord, TrainStep
-from jigsaw_d2.io import CheckpointError
+from jigsaw_d2.io import CheckpointError, open_atomically
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ def save_step(
         "batches": record.batches,
         "random_state": record.random_state,
     }
-    save_atomically(content, path)
+    with open_atomically(path) as stream:
+        torch.save(content, stream)
 
 
 def sample_ids(batches: list[dict[str, Any]]) -> list[list[int]]:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -34,7 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from jigsaw_d2 import __version__
-from jigsaw_d2.io import CheckpointError, RunError, open_atomically, write_text
+from jigsaw_d2.io import CheckpointError, ConfigError, RunError, open_atomically, write_text
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.store.format import hash_image_ids
 
@@ -134,6 +135,7 @@ def restore_state(trainer: "JigsawTrainer", state: dict[str, Any]) -> dict[str, 
 
     Raises:
         CheckpointError: the store is not the one that the run was training on.
+        ConfigError: the batch has another size.
     """
     jigsaw = state["jigsaw"]
     if jigsaw["store"]["fingerprint"] != trainer.store.fingerprint:
@@ -141,6 +143,14 @@ def restore_state(trainer: "JigsawTrainer", state: dict[str, Any]) -> dict[str, 
             f"DATASETS.TRAIN {', '.join(trainer.cfg.DATASETS.TRAIN)} changed since the checkpoint "
             "was written; give the old store back, or start a run in another OUTPUT_DIR with "
             "MODEL.WEIGHTS set to the checkpoint"
+        )
+    then, now = _batch_size(jigsaw["config"]), trainer.cfg.SOLVER.IMS_PER_BATCH
+    if then != now:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH was {then} when the checkpoint was written and is {now}: its "
+            f"iterations, rates and position in the images are those of {then}; set it back (on fewer "
+            "GPUs with a larger SOLVER.ACCUMULATION_STEPS), or start a run in another OUTPUT_DIR "
+            "with MODEL.WEIGHTS set to the checkpoint"
         )
     _restore_optimizer(trainer._trainer.optimizer, state["optimizer"])
     trainer.scheduler.load_state_dict(state["scheduler"])
@@ -173,6 +183,10 @@ def check_same_start(model: nn.Module, start_iter: int, output_dir: str) -> None
             "MODEL.WEIGHTS must be the same files on every machine; put them on a shared disk, or "
             "copy the checkpoints and last_checkpoint to all machines"
         )
+
+
+def _batch_size(config: str) -> int:
+    return yaml.safe_load(config)["SOLVER"]["IMS_PER_BATCH"]
 
 
 def _restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -28,8 +28,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from jigsaw_d2.checkpoint.loading import load_initial_weights
-from jigsaw_d2.cost import CostLog as Ledger
-from jigsaw_d2.cost import backbone_macs, device_name
+from jigsaw_d2.cost import CostLog, backbone_macs, device_name
 from jigsaw_d2.data_loader import build_jigsaw_eval_loader, build_jigsaw_train_loader
 from jigsaw_d2.engine.erf_refresh import build_erf_refresh_hook
 from jigsaw_d2.engine.hooks import (
@@ -37,7 +36,6 @@ from jigsaw_d2.engine.hooks import (
     ContinueHook,
     MeterHook,
     MeterPrinter,
-    StatisticsHook,
     WriterHook,
 )
 from jigsaw_d2.engine.lr_schedule import build_lr_scheduler
@@ -46,6 +44,7 @@ from jigsaw_d2.engine.replay import sample_ids, save_step
 from jigsaw_d2.engine.run_config import open_store, resolve_config, warn_of_changes
 from jigsaw_d2.engine.state import (
     JigsawCheckpointer,
+    average_statistics,
     check_same_start,
     collect_state,
     restore_state,
@@ -66,7 +65,7 @@ class JigsawTrainer(DefaultTrainer):
 
     Attributes:
         store: the samples of DATASETS.TRAIN.
-        ledger: of OUTPUT_DIR.
+        cost_log: of OUTPUT_DIR.
         resumed: after a resume, what the hooks continue from; else empty.
     """
 
@@ -86,7 +85,7 @@ class JigsawTrainer(DefaultTrainer):
         check_trainable(model)
         self.device = device = model.device
         self._macs = backbone_macs(model.backbone, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE)
-        self.ledger = Ledger(cfg.OUTPUT_DIR, device_name(device), writes=comm.is_main_process())
+        self.cost_log = CostLog(cfg.OUTPUT_DIR, device_name(device), writes=comm.is_main_process())
         if cfg.MODEL.JIGSAW.ACTIVATION_CHECKPOINTING:
             checkpoint_activations(model.backbone)
         if cfg.MODEL.JIGSAW.COMPILE:
@@ -98,7 +97,7 @@ class JigsawTrainer(DefaultTrainer):
             model, broadcast_buffers=False, device_ids=None, gradient_as_bucket_view=True
         )
         precision = Precision.from_config(cfg)
-        logger.info("computing in %s on %s", precision.dtype or torch.float32, self.ledger.device)
+        logger.info("computing in %s on %s", precision.dtype or torch.float32, self.cost_log.device)
         self._trainer = TrainStep(parallel, optimizer, precision, cfg.SOLVER.ACCUMULATION_STEPS)
         self._trainer.model.train()
         self.checkpointer = JigsawCheckpointer(model, cfg.OUTPUT_DIR)
@@ -188,12 +187,10 @@ class JigsawTrainer(DefaultTrainer):
         cfg = self.cfg
         height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
         model = self.checkpointer.model
-        erf = cfg.MODEL.JIGSAW.ERF
-        periods = [cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD, erf.PERIOD]
         made = [
             hooks.IterationTimer(),
             MeterHook(
-                self.ledger,
+                self.cost_log,
                 images=cfg.SOLVER.IMS_PER_BATCH,
                 pixels=height * width,
                 macs=self._macs,
@@ -203,7 +200,6 @@ class JigsawTrainer(DefaultTrainer):
             ),
             hooks.LRScheduler(),
             build_erf_refresh_hook(cfg, model, self.store, self._macs),
-            StatisticsHook(periods),
             CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
         ]
@@ -265,6 +261,7 @@ class JigsawTrainer(DefaultTrainer):
 
     def save_checkpoint(self, name: str) -> None:
         """Write ``name``.pth; every rank must call it."""
+        average_statistics(self.checkpointer.model)
         state = self.state_dict()
         if comm.is_main_process():
             self.checkpointer.save(name, **state)
@@ -318,12 +315,13 @@ class JigsawTrainer(DefaultTrainer):
 
     def _evaluate(self) -> OrderedDict:
         start = time.perf_counter()
+        average_statistics(self.checkpointer.model)
         self._last_eval_results = self.test(self.cfg, self.checkpointer.model)
         images = self.cfg.INPUT.JIGSAW.EVAL_IMAGES if self._last_eval_results else 0
         if images:
             seconds = (time.perf_counter() - start) * comm.get_world_size()
             height, width = self.cfg.INPUT.JIGSAW.TEMPLATE_SIZE
-            self.ledger.record(
+            self.cost_log.record(
                 "evaluation",
                 images=images,
                 pixels=images * height * width,

@@ -5,11 +5,14 @@ R4 bottom-right; K classes, background last; h, w feature cells. ``gt_classes`` 
 values in [0, K), ``cell_regions`` int64 (h, w) with values in [0, S).
 
 Each objective exists twice: ``*_region_losses`` gives float (N, S), what each region of each image
-contributes, for the logs; ``*_loss`` reduces that to the scalar that is trained. All arithmetic is
+contributes, for the logs; ``*_loss`` reduces that to the scalar that is trained. ``OBJECTIVES`` names
+them all: a new one is a row there and a config that names it. All arithmetic is
 float32 or wider, whatever precision the logits come in and whatever autocast is on.
 """
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +20,36 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 NUM_REGIONS = 4
+
+
+class Canvas(NamedTuple):
+    """What objectives know of a Jigsaw image beside its classes.
+
+    cell_regions: int64 (h, w); area_shares: float (S,), adding up to 1; erf_weights: float (S, h, w)
+    of Eq. 2.
+    """
+
+    cell_regions: Tensor
+    area_shares: Tensor
+    erf_weights: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A row of ``OBJECTIVES``.
+
+    region_losses: (logits, gt_classes, canvas) -> float (N, S), each region's contribution.
+    reduce: (those, canvas) -> the scalar that is trained.
+    needs_erf: whether Eq. 2's weights must be measured.
+    """
+
+    region_losses: Callable[[Tensor, Tensor, Canvas], Tensor]
+    reduce: Callable[[Tensor, Canvas], Tensor]
+    needs_erf: bool = False
+
+    def loss(self, logits: Tensor, gt_classes: Tensor, canvas: Canvas) -> Tensor:
+        """Scalar for cell logits (N, K, h, w)."""
+        return self.reduce(self.region_losses(logits, gt_classes, canvas), canvas)
 
 
 def soft_labels(weights: Tensor, gt_classes: Tensor, num_classes: int) -> Tensor:
@@ -114,6 +147,27 @@ def global_loss(logits: Tensor, gt_classes: Tensor, area_shares: Tensor) -> Tens
 def combine_global(region_losses: Tensor, area_shares: Tensor) -> Tensor:
     """Scalar of the global objective from its (N, S) region losses."""
     return (region_losses * area_shares.to(region_losses)).sum(dim=1).mean()
+
+
+OBJECTIVES = {
+    "erf_adaptive": Objective(
+        lambda logits, gt_classes, canvas: erf_adaptive_region_losses(
+            logits, gt_classes, canvas.erf_weights, canvas.cell_regions
+        ),
+        lambda region_losses, canvas: region_losses.mean(),
+        needs_erf=True,
+    ),
+    "block_wise": Objective(
+        lambda logits, gt_classes, canvas: block_wise_region_losses(
+            logits, gt_classes, canvas.cell_regions
+        ),
+        lambda region_losses, canvas: region_losses.mean(),
+    ),
+    "global": Objective(
+        lambda logits, gt_classes, canvas: global_region_losses(logits, gt_classes),
+        lambda region_losses, canvas: combine_global(region_losses, canvas.area_shares),
+    ),
+}
 
 
 def region_means(values: Tensor, cell_regions: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
-from jigsaw_d2.config import OBJECTIVES
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import losses
 from jigsaw_d2.modeling.erf import own_region_weights
@@ -55,7 +54,7 @@ class JigsawPretrainer(nn.Module):
             in_feature: the feature map that is classified.
             num_classes: C, object categories without background.
             template: regions of the canvas, in multiples of the stride.
-            objective: one of ``config.OBJECTIVES``.
+            objective: one of ``losses.OBJECTIVES``.
             tau: least weight of a cell's own region (Eq. 2); kept for ``ErfRefreshHook``.
             pixel_mean: one value a channel, in the order of the images, range [0, 255].
             pixel_std: likewise.
@@ -170,21 +169,15 @@ class JigsawPretrainer(nn.Module):
 
     def loss(self, logits: Tensor, gt_classes: Tensor, objective: str | None = None) -> Tensor:
         """Scalar of an objective, by default the trained one, for cell logits (N, K, h, w)."""
-        objective = objective or self.objective
-        if objective == "global":
-            return losses.global_loss(logits, gt_classes, self.area_shares)
-        if objective == "block_wise":
-            return losses.block_wise_loss(logits, gt_classes, self.cell_regions)
-        return losses.erf_adaptive_loss(logits, gt_classes, self.erf_weights, self.cell_regions)
+        return losses.OBJECTIVES[objective or self.objective].loss(logits, gt_classes, self._canvas)
 
     def region_losses(self, logits: Tensor, gt_classes: Tensor) -> Tensor:
         """Float32 (N, S): what each region contributes to the objective that is trained."""
-        if self.objective == "global":
-            return losses.global_region_losses(logits, gt_classes)
-        if self.objective == "block_wise":
-            return losses.block_wise_region_losses(logits, gt_classes, self.cell_regions)
-        weights, regions = self.erf_weights, self.cell_regions
-        return losses.erf_adaptive_region_losses(logits, gt_classes, weights, regions)
+        return losses.OBJECTIVES[self.objective].region_losses(logits, gt_classes, self._canvas)
+
+    @property
+    def _canvas(self) -> losses.Canvas:
+        return losses.Canvas(self.cell_regions, self.area_shares, self.erf_weights)
 
     @torch.no_grad()
     def _log_metrics(self, storage: EventStorage, logits: Tensor, gt_classes: Tensor) -> None:
@@ -196,8 +189,11 @@ class JigsawPretrainer(nn.Module):
             "top5": (ranks < 5).float().mean(dim=0),
         }
         names = [f"region/R{r + 1}_{what}" for what in rows for r in range(losses.NUM_REGIONS)]
-        names += [f"objective/{name}" for name in OBJECTIVES]
-        values = [*rows.values(), *(self.loss(logits, gt_classes, o)[None] for o in OBJECTIVES)]
+        names += [f"objective/{name}" for name in losses.OBJECTIVES]
+        values = [
+            *rows.values(),
+            *(self.loss(logits, gt_classes, o)[None] for o in losses.OBJECTIVES),
+        ]
         for name, value in zip(names, torch.cat(values).tolist()):  # the one wait for the GPU
             storage.put_scalar(name, value, smoothing_hint=False)
 
@@ -226,9 +222,9 @@ def _storage_due() -> EventStorage | None:
 def _check_settings(
     objective: str, feature: str, features: list[str], num_classes: int, tau: float
 ) -> None:
-    if objective not in OBJECTIVES:
+    if objective not in losses.OBJECTIVES:
         raise ConfigError(
-            f"MODEL.JIGSAW.OBJECTIVE is {objective!r}; choose one of {', '.join(OBJECTIVES)}"
+            f"MODEL.JIGSAW.OBJECTIVE is {objective!r}; choose one of {', '.join(losses.OBJECTIVES)}"
         )
     if feature not in features:
         raise ConfigError(

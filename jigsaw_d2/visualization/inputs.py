@@ -15,15 +15,12 @@ from torch import Tensor
 from jigsaw_d2.checkpoint.convert import read_tensors
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.config import resolve_norm
-from jigsaw_d2.data_loader import JigsawBatches, build_jigsaw_sampler
-from jigsaw_d2.dataset_mapper import JigsawDatasetMapper
+from jigsaw_d2.data_loader import JigsawBatches, jigsaw_stream
 from jigsaw_d2.detection.config import apply_metadata, load_detection_config
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.sample_store import SampleStore
 
 RANDOM = "random"
-# Added to a run's seed, so that measurements and training draw different images.
-SEED_OFFSET = 7_919
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -88,15 +85,6 @@ def normalise(images: Tensor, cfg: CfgNode) -> Tensor:
         images = images.flip(1)
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
     return (images - mean) / torch.tensor(cfg.MODEL.PIXEL_STD).view(-1, 1, 1)
-
-
-def jigsaw_stream(cfg: CfgNode, store: SampleStore) -> JigsawBatches:
-    """Range of positions (ints >= 0) -> batch: Jigsaw images of a stream of its own.
-
-    Drawn and made as the training images are, but with another seed; a function of position alone.
-    """
-    mapper = JigsawDatasetMapper(cfg, store, seed=max(cfg.SEED, 0) + SEED_OFFSET)
-    return JigsawBatches(build_jigsaw_sampler(cfg, mapper), mapper)
 
 
 def rgb_stream(cfg: CfgNode, stores: Sequence[str], seed: int = 0) -> JigsawBatches:

@@ -9,7 +9,6 @@ from torch import nn
 from jigsaw_d2.engine.state import (
     JigsawCheckpointer,
     read_checkpoint,
-    save_atomically,
     truncate_metrics,
 )
 from jigsaw_d2.io import CheckpointError
@@ -53,7 +52,7 @@ def test_names_or_shapes_of_another_model_are_listed(tmp_path):
 
 
 def test_missing_damaged_and_foreign_files_are_told_apart(tmp_path):
-    save_atomically({"model": {}, "jigsaw": {}}, tmp_path / "model_0000001.pth")
+    torch.save({"model": {}, "jigsaw": {}}, tmp_path / "model_0000001.pth")
     with pytest.raises(CheckpointError, match="model_9.pth is missing.*model_0000001.pth"):
         read_checkpoint(tmp_path / "model_9.pth")
     whole = (tmp_path / "model_0000001.pth").read_bytes()

@@ -43,7 +43,7 @@ def load_images(positions):
     return torch.stack(images)
 
 
-class Ledger:
+class CostLog:
     def __init__(self):
         self.entries = []
 
@@ -56,7 +56,7 @@ class Walk(TrainerBase):
 
     def __init__(self, model, hook):
         super().__init__()
-        self.model, self.ledger, self.seen = model, Ledger(), []
+        self.model, self.cost_log, self.seen = model, CostLog(), []
         self.register_hooks([hook])
 
     def run_step(self):
@@ -107,9 +107,9 @@ class ScheduleTest(unittest.TestCase):
 class RefreshTest(unittest.TestCase):
     def run_hook(self, model, iteration=0, **settings):
         hook = ErfRefreshHook(model, load_images, num_images=3, period=5, macs=7, **settings)
-        hook.trainer = SimpleNamespace(iter=iteration, ledger=Ledger())
+        hook.trainer = SimpleNamespace(start_iter=iteration, cost_log=CostLog())
         with EventStorage(iteration) as hook.trainer.storage:
-            hook.before_step()
+            hook.before_train()
         return hook
 
     def test_installs_eq_2_of_its_own_images(self):
@@ -138,7 +138,7 @@ class RefreshTest(unittest.TestCase):
         self.run_hook(model)
         self.assertTrue(torch.equal(state, torch.get_rng_state()))
 
-    def test_scalars_summary_and_ledger(self):
+    def test_scalars_summary_and_cost_log(self):
         model = build_model()
         with self.assertLogs(erf_refresh.logger, logging.INFO) as log:
             hook = self.run_hook(model)
@@ -149,7 +149,7 @@ class RefreshTest(unittest.TestCase):
         outside = outside_shares(model.erf_region_sums, model.cell_regions)
         for r in range(4):
             self.assertAlmostEqual(scalars[f"erf/outside_share_R{r + 1}"], outside[r].item())
-        ((stage, amounts),) = hook.trainer.ledger.entries
+        ((stage, amounts),) = hook.trainer.cost_log.entries
         self.assertEqual(
             (stage, amounts["images"], amounts["pixels"]), ("erf_refresh", 3, 3 * 96 * 96)
         )
@@ -203,9 +203,9 @@ def measure_in_process(rank, world_size, folder, num_images):
     model = build_model()
     wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     hook = ErfRefreshHook(wrapped, load_images, num_images=num_images)
-    hook.trainer = SimpleNamespace(iter=0)
+    hook.trainer = SimpleNamespace(start_iter=0)
     with EventStorage() as hook.trainer.storage:
-        hook.before_step()
+        hook.before_train()
     loss = wrapped({"image": load_images(range(1)), "gt_classes": torch.tensor([[0, 1, 2, 3]])})
     loss["loss_jigsaw"].backward()  # the reducer still works
     torch.save((model.erf_weights, model.erf_region_sums), f"{folder}/rank{rank}.pth")

@@ -6,13 +6,11 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from jigsaw_d2.cost import CostLog as Ledger
-from jigsaw_d2.cost import read_cost_log as read_ledger
+from jigsaw_d2.cost import CostLog, read_cost_log
 from jigsaw_d2.engine.hooks import (
     CheckpointHook,
     MeterHook,
     MeterPrinter,
-    StatisticsHook,
     memory_mb,
 )
 
@@ -28,15 +26,12 @@ class Clock:
 
 
 def steps(hook: MeterHook, storage: EventStorage, clock: Clock, number: int) -> None:
-    """``number`` steps of 2 s, half a second of it waiting; the ERF takes 4 s of step 0."""
+    """``number`` steps of 2 s, half a second of it waiting."""
     trainer = SimpleNamespace(storage=storage, iter=0)
     hook.trainer = trainer
     for iteration in range(number):
         trainer.iter = storage.iter = iteration
         hook.before_step()
-        if iteration == 0:
-            clock.now += 4.0
-            storage.put_scalar("erf/seconds", 4.0, smoothing_hint=False)
         clock.now += 2.0
         storage.put_scalar("data_time", 0.5)
         hook.after_step()
@@ -45,28 +40,29 @@ def steps(hook: MeterHook, storage: EventStorage, clock: Clock, number: int) -> 
 
 def test_meter_by_hand(tmp_path, monkeypatch):
     clock, storage = Clock(monkeypatch), EventStorage(0)
-    ledger = Ledger(tmp_path, "CPU")
-    hook = MeterHook(ledger, images=16, pixels=100, macs=1000, device=CPU, world_size=2)
+    cost_log = CostLog(tmp_path, "CPU")
+    cost_log.record("erf_refresh", seconds=8.0)  # 4 s of two devices, before the first step
+    hook = MeterHook(cost_log, images=16, pixels=100, macs=1000, device=CPU, world_size=2)
     steps(hook, storage, clock, 20)
     latest = {name: value for name, (value, _) in storage.latest().items()}
     assert latest["images_per_s"] == 8.0  # 16 images in 2 s
     assert latest["data_wait_share"] == 0.25
     assert latest["erf_share"] == pytest.approx(4 / 44)  # of 20 x 2 s and 4 s
     assert latest["memory_mb"] > 10
-    booked = read_ledger(tmp_path)["stages"]["pretraining"]
+    booked = read_cost_log(tmp_path)["stages"]["pretraining"]
     assert booked["images"] == 320 and booked["pixels"] == 32_000
     # A multiply and an add per MAC, three forward passes' worth per step.
     assert booked["flops"] == 320 * 6 * 1000
     assert booked["seconds"] == pytest.approx(20 * 2 * 2)  # two devices
 
 
-def test_what_a_checkpoint_holds_is_in_the_ledger_before_it(tmp_path, monkeypatch):
+def test_what_a_checkpoint_holds_is_in_the_cost_log_before_it(tmp_path, monkeypatch):
     clock, storage = Clock(monkeypatch), EventStorage(0)
-    hook = MeterHook(Ledger(tmp_path), images=1, pixels=1, macs=1, device=CPU, checkpoint_period=3)
+    hook = MeterHook(CostLog(tmp_path), images=1, pixels=1, macs=1, device=CPU, checkpoint_period=3)
     steps(hook, storage, clock, 5)
-    assert read_ledger(tmp_path)["stages"]["pretraining"]["images"] == 3
+    assert read_cost_log(tmp_path)["stages"]["pretraining"]["images"] == 3
     hook.after_train()
-    assert read_ledger(tmp_path)["stages"]["pretraining"]["images"] == 5
+    assert read_cost_log(tmp_path)["stages"]["pretraining"]["images"] == 5
 
 
 def test_printer_tells_regions_once_a_step(tmp_path, caplog):
@@ -100,16 +96,6 @@ def test_checkpoints_are_named_as_detectron2_names_them(period, expected):
         hook.trainer = SimpleNamespace(iter=iteration, max_iter=8, save_checkpoint=saved.append)
         hook.after_step()
     assert saved == expected
-
-
-def test_statistics_are_averaged_before_whatever_uses_them(monkeypatch):
-    done = []
-    monkeypatch.setattr("jigsaw_d2.engine.hooks.average_statistics", done.append)
-    hook = StatisticsHook([4, 0, 6])
-    for iteration in range(13):
-        hook.trainer = SimpleNamespace(iter=iteration, max_iter=13, model=iteration)
-        hook.after_step()
-    assert done == [3, 5, 7, 11, 12]
 
 
 def test_memory_is_in_mebibytes():

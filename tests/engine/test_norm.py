@@ -38,7 +38,7 @@ def test_norm_for_the_machine(device, world_size, batch, norm, expected):
 
 
 def test_the_choice_is_said(caplog):
-    with caplog.at_level(logging.INFO, "jigsaw_d2.training.norm"):
+    with caplog.at_level(logging.INFO, "jigsaw_d2.config"):
         resolve_norm(cfg_with("MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "8"), 2)
     assert "MODEL.RESNETS.NORM auto -> BN (2 process(es) on CPU, 4 images each)" in caplog.text
 

@@ -3,13 +3,13 @@
 import logging
 
 import pytest
+import torch
 import yaml
 from helpers_run import tiny_cfg
 from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.engine.run_config import open_store, resolve_config, warn_of_changes
-from jigsaw_d2.engine.state import save_atomically
 from jigsaw_d2.io import ConfigError
 
 
@@ -38,7 +38,7 @@ def test_a_drawn_seed_is_kept_by_the_run(tmp_path, store):
     assert first != second
     (tmp_path / "run").mkdir()
     content = {"model": {}, "jigsaw": {"config": "SEED: 1234"}}
-    save_atomically(content, tmp_path / "run" / "model_0000002.pth")
+    torch.save(content, tmp_path / "run" / "model_0000002.pth")
     (tmp_path / "run" / "last_checkpoint").write_text("model_0000002.pth")
     assert resolve_config(cfg, store).SEED == 1234
 
@@ -54,7 +54,7 @@ def test_what_a_trial_said_is_kept_by_the_run(tmp_path, store, monkeypatch):
         resolve_config(tiny_cfg(tmp_path, *open_), store)
     (tmp_path / "run").mkdir()
     content = {"model": {}, "jigsaw": {"config": saved}}
-    save_atomically(content, tmp_path / "run" / "model_0000002.pth")
+    torch.save(content, tmp_path / "run" / "model_0000002.pth")
     (tmp_path / "run" / "last_checkpoint").write_text("model_0000002.pth")
     cfg = resolve_config(tiny_cfg(tmp_path, *open_), store)
     assert (cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE) == (True, "bfloat16")

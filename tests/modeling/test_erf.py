@@ -7,7 +7,7 @@ import torch
 from helpers_networks import Named, line_operator, ones_conv, tiny_backbone, tiny_fpn
 from torch import nn
 
-from jigsaw_d2.io import ConfigError
+from jigsaw_d2.io import ConfigError, RunError
 from jigsaw_d2.modeling import erf
 from jigsaw_d2.modeling.erf import region_shares
 from jigsaw_d2.template import JigsawTemplate
@@ -295,7 +295,7 @@ class InputTest(unittest.TestCase):
     def test_diverged_weights(self):
         network = Named(ones_conv(3, 1))
         network.layers[0].weight.data.fill_(float("nan"))
-        with self.assertRaisesRegex(ConfigError, "inf or nan"):
+        with self.assertRaisesRegex(RunError, "inf or nan"):
             erf.erf_region_sums(network, torch.zeros(1, 3, 8, 8), SQUARE, "out")
 
 

@@ -9,10 +9,11 @@ from helpers_networks import TINY_RESNET, Named, tiny_backbone
 from torch import nn
 from torch.nn import functional as F
 
-from jigsaw_d2.config import OBJECTIVES, get_jigsaw_cfg
+from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import losses
 from jigsaw_d2.modeling.erf import own_region_weights
+from jigsaw_d2.modeling.losses import OBJECTIVES
 from jigsaw_d2.modeling.meta_arch import LOG_PERIOD, JigsawPretrainer
 from jigsaw_d2.template import JigsawTemplate, TemplateError
 
