@@ -33,7 +33,10 @@ def flag(argv: list[str], name: str) -> str:
 
 
 class FakeRunner:
-    """Pre-training costs 60 s, a detection step 2 s; AP is what ``score(weights, seed)`` says."""
+    """Pre-training costs 60 s, a detection step 2 s; AP is what ``score(weights, seed)`` says.
+
+    On N GPUs the ledger holds N times as many seconds.
+    """
 
     def __init__(self, score=lambda weights, seed: 10.0, fail=lambda argv: False):
         self.calls, self._score, self._fail = [], score, fail
@@ -54,8 +57,11 @@ class FakeRunner:
     def _pretrain(self, stage, folder, argv):
         (folder / "model_final.pth").write_text(" ".join(argv))
         steps = stage.iterations
-        record_stage(folder, "pretraining", images=16 * steps, flops=100, seconds=1.0 * steps)
-        record_stage(folder, "erf_refresh", seconds=5.0)
+        gpus = int(flag(argv, "--num-gpus"))
+        record_stage(folder, "pretraining", images=16 * steps, flops=100, seconds=gpus * steps)
+        record_stage(folder, "erf_refresh", seconds=5.0 * gpus)
+        line = {"iteration": steps - 1, "time": 1.0}
+        (folder / "metrics.json").write_text(json.dumps(line) + "\n")
 
     def _convert(self, stage, folder, argv):
         Path(flag(argv, "--output")).write_text(Path(flag(argv, "--input")).read_text())
@@ -63,8 +69,11 @@ class FakeRunner:
     def _finetune(self, stage, folder, argv):
         steps, seed = stage.iterations, int(flag(argv, "SEED"))
         score = self._score(flag(argv, "--weights"), seed)
-        record_stage(folder, "finetuning", images=8 * steps, flops=10 * steps, seconds=2.0 * steps)
-        record_stage(folder, "evaluation", images=2, seconds=3.0)
+        seconds = 2.0 * int(flag(argv, "--num-gpus"))
+        record_stage(
+            folder, "finetuning", images=8 * steps, flops=10 * steps, seconds=seconds * steps
+        )
+        record_stage(folder, "evaluation", images=2, seconds=1.5 * seconds)
         metrics = {
             "AP": score,
             "AP50": 2 * score,
@@ -74,5 +83,6 @@ class FakeRunner:
             "APl": None,
         }
         (folder / "results.json").write_text(json.dumps({"bbox": metrics}))
-        lines = [{"iteration": 0, "total_loss": 1.0}, {"iteration": steps - 1, "bbox/AP": score}]
+        lines = [{"iteration": 0, "total_loss": 1.0, "time": 2.0}]
+        lines += [{"iteration": steps - 1, "bbox/AP": score}]
         (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))

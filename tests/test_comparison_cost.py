@@ -1,8 +1,10 @@
 """What a dry run promises, by hand where the speed is given, and that a speed can be measured."""
 
 import dataclasses
+import time
 
 import pytest
+import torch
 
 from jigsaw_d2.comparison.dry_run import (
     Speed,
@@ -11,6 +13,7 @@ from jigsaw_d2.comparison.dry_run import (
     estimate,
     measured_speed,
     pretraining_flops,
+    step_seconds,
 )
 from jigsaw_d2.comparison.plan import PRESETS, SCRATCH, jigsaw_arm
 from jigsaw_d2.detection.finetune_config import load_detection_config
@@ -63,3 +66,47 @@ def test_speed_is_measured():
     )
     speed = measured_speed(plan)
     assert 0 < speed.pretrain_step < 60 and 0 < speed.detection_step < 60
+
+
+class Device:
+    """Steps that take 10 ms and 1 ms an image; one of more images than fit runs out of memory."""
+
+    def __init__(self, fits=10**6):
+        self.fits, self.tried = fits, []
+
+    def __call__(self, images):
+        def step():
+            if images > self.fits:
+                raise torch.OutOfMemoryError("out of memory")
+            time.sleep(0.01 + 0.001 * images)
+
+        self.tried.append(images)
+        return step
+
+
+def test_a_trial_batch_is_the_real_one():
+    device = Device()
+    seconds = step_seconds(device, 24, "cpu")
+    assert device.tried == [1, 2, 4, 8, 16, 24]
+    assert seconds >= 0.034
+
+
+def test_a_trial_ends_where_memory_or_time_do():
+    device = Device(fits=4)
+    assert step_seconds(device, 64, "cpu") >= 0.014 * 16
+    assert device.tried == [1, 2, 4, 8]
+    device = Device()
+    step_seconds(device, 4096, "cpu", limit=0.3)
+    assert device.tried[-1] < 64
+    with pytest.raises(torch.OutOfMemoryError):
+        step_seconds(Device(fits=0), 4, "cpu")
+
+
+def test_several_devices_share_a_batch(monkeypatch):
+    batches = []
+    monkeypatch.setattr(
+        "jigsaw_d2.comparison.dry_run.step_seconds",
+        lambda trial, batch, device: batches.append(batch) or 1.0,
+    )
+    measured_speed(dataclasses.replace(PLAN, num_gpus=4))  # of 8 Jigsaw images, and of 4
+    assert batches == [2, 1]

@@ -81,6 +81,14 @@ def test_time_budget_measures_sets_lengths_and_keeps_them(job):
     assert again.calls == [] and second.explanation == first.explanation
 
 
+def test_trial_tells_wall_clock_time_on_any_number_of_gpus(job):
+    # The ledger counts the seconds of all four; the time that passes is a quarter of them.
+    JobRunner(replace(job, num_gpus=4), quiet, FakeRunner()).run(seconds=2000)
+    known = json.loads((job.output / "lengths.json").read_text())
+    assert known["trial"]["detection_step"] == 2.0 and known["trial"]["erf_refresh"] == 5.0
+    assert "at 1.000 s" in known["answer"]["explanation"]
+
+
 def test_lengths_reach_both_schedules_in_steps_of_their_own_batch():
     job = Job(
         None, None, "jigsaw_R_50.yaml", "finetune/faster_rcnn_R_18_FPN_small.yaml",

@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 from helpers_jobs import FakeRunner, fake_passports, flag, tiny_set
@@ -15,6 +16,7 @@ from jigsaw_d2.jobs.pipeline import (
     read_curve,
     read_results,
     stage_cost,
+    step_seconds,
 )
 
 SMALL = "finetune/faster_rcnn_R_18_FPN_small.yaml"
@@ -90,6 +92,29 @@ def test_missing_results_are_an_error_and_missing_costs_are_zero(tmp_path):
     with pytest.raises(PipelineError, match="no box results"):
         read_results(tmp_path)
     assert stage_cost(tmp_path, "pretraining") == {"images": 0, "flops": 0, "seconds": 0}
+
+
+def test_warm_up_is_no_part_of_a_step_s_time(tmp_path):
+    """Read off what Detectron2's own hooks write, whose first steps are a hundred times slower."""
+    from detectron2.engine import TrainerBase
+    from detectron2.engine.hooks import IterationTimer, PeriodicWriter
+    from detectron2.utils.events import JSONWriter
+
+    class Trainer(TrainerBase):
+        def run_step(self):
+            time.sleep(0.3 if self.iter < 2 else 0.003)
+
+    trainer = Trainer()
+    writer = JSONWriter(str(tmp_path / "metrics.json"))
+    trainer.register_hooks([IterationTimer(), PeriodicWriter([writer])])
+    trainer.train(0, 12)
+    assert 0.003 <= step_seconds(tmp_path) < 0.05  # the mean of all is 0.0525
+
+
+def test_a_training_of_two_steps_tells_no_time(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"iteration": 1, "total_loss": 1.0}\n')
+    with pytest.raises(PipelineError, match="more than two"):
+        step_seconds(tmp_path)
 
 
 @pytest.fixture

@@ -20,9 +20,8 @@ from jigsaw_d2.jobs.pipeline import DetectionSet
 from jigsaw_d2.training.lr_schedule import scale_to_batch
 from jigsaw_d2.training.precision import Precision
 
-_TRIAL_STEPS = 4  # the fastest counts: the first one still allocates
-_TRIAL_SECONDS = 10.0  # begin no further step after as many
-_TRIAL_PIXELS = 400_000  # of a trial batch, at most, beyond its first image
+_TRIAL_STEPS = 3  # the fastest counts
+_TRIAL_SECONDS = 10.0  # of each training, after which no larger batch is tried
 
 
 @dataclass(frozen=True)
@@ -97,51 +96,88 @@ def detection_size(cfg: CfgNode) -> tuple[int, int]:
 def measured_speed(plan: Plan) -> Speed:
     """Time trial steps of both trainings, on noise of the sizes and batches to come.
 
-    One device is timed; several are taken to share a batch evenly.
+    One device is timed, with its share of a batch.
     """
     detector = load_detection_config(plan.detector_config, list(plan.detector))
     return Speed(
-        pretrain_step_seconds(pretraining_cfg(plan)) / plan.num_gpus,
-        detection_step_seconds(detector) / plan.num_gpus,
+        pretrain_step_seconds(pretraining_cfg(plan), plan.num_gpus),
+        detection_step_seconds(detector, plan.num_gpus),
     )
 
 
-def pretrain_step_seconds(cfg: CfgNode) -> float:
-    """Seconds of a forward and backward pass of the backbone on one batch of Jigsaw images."""
+def pretrain_step_seconds(cfg: CfgNode, devices: int = 1) -> float:
+    """Seconds of a forward and backward pass of the backbone on one device's Jigsaw images."""
     cfg = _trial_cfg(cfg)
     form = torch.channels_last if cfg.MODEL.JIGSAW.CHANNELS_LAST else torch.contiguous_format
     backbone = build_backbone(cfg).to(cfg.MODEL.DEVICE, memory_format=form).train()
-    height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
-    batch = _trial_batch(cfg.SOLVER.IMS_PER_BATCH, height * width)
-    # Noise: on blank images batch norm makes subnormal numbers, with which a CPU crawls.
-    images = torch.randn(batch, 3, height, width).to(cfg.MODEL.DEVICE, memory_format=form)
     precision = Precision.from_config(cfg)
 
-    def step() -> None:
-        with precision.autocast():
-            loss = backbone(images)[cfg.MODEL.JIGSAW.IN_FEATURE].float().sum()
-        loss.backward()
+    def trial(batch: int) -> Callable[[], None]:
+        # Noise: on blank images batch norm makes subnormal numbers, with which a CPU crawls.
+        images = torch.randn(batch, 3, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE)
+        images = images.to(cfg.MODEL.DEVICE, memory_format=form)
 
-    return _fastest(step, cfg.MODEL.DEVICE) * cfg.SOLVER.IMS_PER_BATCH / batch
+        def step() -> None:
+            backbone.zero_grad()
+            with precision.autocast():
+                loss = backbone(images)[cfg.MODEL.JIGSAW.IN_FEATURE].float().sum()
+            loss.backward()
+
+        return step
+
+    return step_seconds(trial, math.ceil(cfg.SOLVER.IMS_PER_BATCH / devices), cfg.MODEL.DEVICE)
 
 
-def detection_step_seconds(cfg: CfgNode) -> float:
-    """Seconds of a forward and backward pass of the detector, and its update, on one batch."""
+def detection_step_seconds(cfg: CfgNode, devices: int = 1) -> float:
+    """Seconds of a forward and backward pass of the detector, and its update, on one device."""
     cfg = _trial_cfg(cfg)
     cfg.MODEL.WEIGHTS = ""
     detector = build_model(cfg).train()
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.0, momentum=0.9)
-    height, width = detection_size(cfg)
-    batch = _trial_batch(cfg.SOLVER.IMS_PER_BATCH, height * width)
-    inputs = [_noise_image(height, width) for _ in range(batch)]
+    size = detection_size(cfg)
 
-    def step() -> None:
-        optimizer.zero_grad()
-        torch.stack(list(detector(inputs).values())).sum().backward()
-        optimizer.step()
+    def trial(batch: int) -> Callable[[], None]:
+        inputs = [_noise_image(*size) for _ in range(batch)]
+
+        def step() -> None:
+            optimizer.zero_grad()
+            torch.stack(list(detector(inputs).values())).sum().backward()
+            optimizer.step()
+
+        return step
 
     with EventStorage():
-        return _fastest(step, cfg.MODEL.DEVICE) * cfg.SOLVER.IMS_PER_BATCH / batch
+        batch = math.ceil(cfg.SOLVER.IMS_PER_BATCH / devices)
+        return step_seconds(trial, batch, cfg.MODEL.DEVICE)
+
+
+def step_seconds(
+    trial: Callable[[int], Callable[[], None]],
+    batch: int,
+    device: str,
+    limit: float = _TRIAL_SECONDS,
+) -> float:
+    """Seconds of a step on ``batch`` images, timed on as many as time and memory allow.
+
+    Batches of 1, 2, 4, ... images are tried up to ``batch``; where ``limit`` seconds or the
+    device's memory end that early, the largest one is scaled up.
+
+    Args:
+        trial: number of images -> a step on as many.
+    """
+    size, start = 1, time.perf_counter()
+    while True:
+        began = time.perf_counter()
+        try:
+            seconds = _fastest(trial(size), device) * batch / size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            return seconds
+        now = time.perf_counter()
+        if size == batch or now - start + 2 * (now - began) > limit:  # twice the images, the time
+            return seconds
+        size = min(2 * size, batch)
 
 
 def _trial_cfg(cfg: CfgNode) -> CfgNode:
@@ -153,11 +189,6 @@ def _trial_cfg(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def _trial_batch(batch: int, pixels: int) -> int:
-    """Images of a trial batch: as many as the real one's, as far as _TRIAL_PIXELS go."""
-    return min(batch, max(1, _TRIAL_PIXELS // pixels))
-
-
 def _noise_image(height: int, width: int) -> dict:
     """Input of a detector: noise, one object of class 0 over its inner half."""
     box = [[width / 4, height / 4, width * 3 / 4, height * 3 / 4]]
@@ -167,15 +198,15 @@ def _noise_image(height: int, width: int) -> dict:
 
 
 def _fastest(step: Callable[[], None], device: str) -> float:
-    """Seconds of the fastest of _TRIAL_STEPS calls, or of those that _TRIAL_SECONDS allow."""
-    times: list[float] = []
-    while len(times) < _TRIAL_STEPS and sum(times) < _TRIAL_SECONDS:
+    """Seconds of the fastest of _TRIAL_STEPS calls, after one that allocates and does not count."""
+    times = []
+    for _ in range(1 + _TRIAL_STEPS):
         start = time.perf_counter()
         step()
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return min(times[1:])
 
 
 def dry_run_table(plan: Plan, data: DetectionSet, speed: Speed | None = None) -> str:

@@ -245,6 +245,20 @@ def read_curve(folder: Path, iterations: int) -> list[tuple[int, float]]:
     return sorted(points.items())
 
 
+def step_seconds(folder: Path) -> float:
+    """Wall-clock seconds of a training's step: the median of the last 20, never of its first two.
+
+    Raises:
+        PipelineError: the training was too short to tell.
+    """
+    path = folder / "metrics.json"
+    times = [json.loads(line).get("time") for line in path.read_text().splitlines()]
+    known = [seconds for seconds in times if seconds is not None]
+    if not known:
+        raise PipelineError(f"{path} tells no time of a step: train for more than two")
+    return known[-1]
+
+
 def stage_cost(folder: Path, stage: str) -> dict[str, float]:
     """{"images", "flops", "seconds"} of one stage in a folder's ledger; zeros where it has none."""
     entry = read_ledger(folder)["stages"].get(stage, {})
