@@ -11,7 +11,7 @@ Where what lives, along the way of the data:
     checkpoint, weights/                       checkpoint -> weights with a passport -> detector
     detection/                                 training the detector
     cost, cost_table                           the ledger of compute
-    jobs/, comparison/                         whole jobs, and comparisons over seeds
+    tools/                                     the whole job in one command
     config, datasets, errors                   what everything shares
     commands/, visualization/                  command lines; figures
 """

@@ -67,8 +67,7 @@ def sum_stages(output_dirs: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
         ledger = read_ledger(folder)
         if not ledger["stages"]:
             raise LedgerError(
-                f"{folder} holds no {LEDGER_NAME}; name the folder of a run, or the one that a "
-                "store lies in"
+                f"{folder} holds no {LEDGER_NAME}; name the folder of a store or of a run"
             )
         for stage, entry in ledger["stages"].items():
             found.setdefault(stage, []).append(entry)

@@ -12,8 +12,8 @@ def build_parser() -> argparse.ArgumentParser:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="folder with a cost.json: the one that a store lies in, an OUTPUT_DIR; several are "
-        "added up, as the stages of one result",
+        help="folder with a cost.json: a store, an OUTPUT_DIR; several are added up, as the stages "
+        "of one result",
     )
     return parser
 

@@ -14,6 +14,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from benchmark.demo_data import DemoOptions, make_demo_set
 from jigsaw_d2 import losses
 from jigsaw_d2.checkpoint import convert_checkpoint
 from jigsaw_d2.config import get_jigsaw_cfg
@@ -24,12 +25,11 @@ from jigsaw_d2.erf_weights import region_weights
 from jigsaw_d2.extraction.extract import extract_samples
 from jigsaw_d2.extraction.options import ExtractionOptions
 from jigsaw_d2.extraction.sources import CocoSource
-from jigsaw_d2.jobs.demo_data import DemoOptions, make_demo_set
-from jigsaw_d2.jobs.pipeline import DetectionSet
 from jigsaw_d2.meta_arch import JigsawPretrainer
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.samples import GROUPS
 from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.tools.stages import DetectionSet
 from jigsaw_d2.trainer import JigsawTrainer
 from jigsaw_d2.weights.backbone_loading import load_backbone
 
