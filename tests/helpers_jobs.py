@@ -14,7 +14,7 @@ from jigsaw_d2.tools.stages import DetectionSet
 def tiny_set(folder: Path, train_images: int = 4, val_images: int = 2) -> DetectionSet:
     """A demo set of a few images."""
     options = DemoOptions(train_images=train_images, val_images=val_images)
-    return DetectionSet.from_folder(make_demo_set(folder, options))
+    return make_demo_set(folder, options)
 
 
 def flag(argv: list[str], name: str) -> str:

@@ -37,7 +37,7 @@ from jigsaw_d2.weights.backbone_loading import load_backbone
 def step_1_samples(folder: Path) -> tuple[DetectionSet, SampleStore]:
     """Sec. 3.1: every annotated box, enlarged at random, becomes a sample; so do empty places."""
     options = DemoOptions(train_images=24, val_images=4)
-    data = DetectionSet.from_folder(make_demo_set(folder / "set", options))
+    data = make_demo_set(folder / "set", options)
     source = CocoSource(data.train_json, data.train_images)
     # workers=0: in this process, so that this script needs no main guard on any platform
     extract_samples(source, folder / "store", ExtractionOptions(workers=0, overwrite=True))

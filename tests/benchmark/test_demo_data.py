@@ -14,7 +14,9 @@ OPTIONS = DemoOptions(seed=3, train_images=40, val_images=4)
 
 @pytest.fixture(scope="module")
 def demo_set(tmp_path_factory):
-    return make_demo_set(tmp_path_factory.mktemp("demo") / "set", OPTIONS)
+    folder = tmp_path_factory.mktemp("demo") / "set"
+    make_demo_set(folder, OPTIONS)
+    return folder
 
 
 def test_is_a_readable_coco_set_with_square_tall_and_wide_classes(demo_set):
@@ -69,7 +71,8 @@ def test_an_image_depends_on_seed_split_and_number_alone():
 
 
 def test_longer_set_begins_with_the_shorter(demo_set, tmp_path):
-    other = make_demo_set(tmp_path / "set", DemoOptions(seed=3, train_images=2, val_images=1))
+    other = tmp_path / "set"
+    make_demo_set(other, DemoOptions(seed=3, train_images=2, val_images=1))
     name = "images/train_00001.jpg"
     assert (other / name).read_bytes() == (demo_set / name).read_bytes()
 
@@ -81,9 +84,10 @@ def test_pixels_are_those_of_every_version(demo_set):
 
 
 def test_second_call_keeps_the_set_and_other_options_are_refused(tmp_path):
-    folder = make_demo_set(tmp_path / "set", DemoOptions(train_images=2, val_images=1))
+    folder = tmp_path / "set"
+    data = make_demo_set(folder, DemoOptions(train_images=2, val_images=1))
     before = (folder / "train.json").stat().st_mtime_ns
-    make_demo_set(folder, DemoOptions(train_images=2, val_images=1))
+    assert make_demo_set(folder, DemoOptions(train_images=2, val_images=1)) == data
     with pytest.raises(ConfigError, match="train_images: 2 -> 3"):
         make_demo_set(folder, DemoOptions(train_images=3, val_images=1))
     assert (folder / "train.json").stat().st_mtime_ns == before

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmark.plan import ABLATIONS, BUDGETS, COSTS, PRESETS, Plan, on_gpu, parse_arm
+from benchmark.plan import ABLATIONS, BUDGETS, COSTS, PRESETS, Plan, parse_arm
 from jigsaw_d2.tools.run import add_file_arguments, files_dataset, say
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help shall not
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         from benchmark.dry_run import dry_run_table
 
-        sys.stdout.write(dry_run_table(plan, data) + "\n")
+        sys.stdout.write(dry_run_table(plan, data.name) + "\n")
         return 0
     from benchmark.report import write_report
 
@@ -118,22 +118,21 @@ def plan_from(args: argparse.Namespace) -> Plan:
     Raises:
         ConfigError: see ``Plan.checked``.
     """
-    plan = on_gpu(PRESETS[args.preset]) if uses_gpu(args) else PRESETS[args.preset]
-    arms = plan.arms
+    plan = PRESETS[args.preset]
+    arms, device = plan.arms, ("MODEL.DEVICE", "cuda") if uses_gpu(args) else ()
     if args.ablation:
         arms = (*ABLATIONS[args.ablation], *(arm for arm in arms if arm.kind == "scratch"))
     if args.arms:
         arms = tuple(parse_arm(text) for text in args.arms)
-    names = ("budget", "cost", "pretrain_config", "detector_config", "pretrain_iterations")
-    names += ("detection_iterations", "evaluations", "num_gpus")
-    said = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    fields = {*vars(plan)} - {"preset", "arms", "seeds", "pretrain", "detector"}
     return replace(
         plan,
         arms=arms,
         seeds=tuple(args.seeds or plan.seeds),
-        pretrain=(*plan.pretrain, *args.pretrain),
-        detector=(*plan.detector, *args.detector),
-        **said,
+        pretrain=(*plan.pretrain, *device, *args.pretrain),
+        detector=(*plan.detector, *device, *args.detector),
+        **{name: given[name] for name in fields & {*given}},
     ).checked()
 
 
@@ -143,12 +142,12 @@ def data_from(args: argparse.Namespace, output: Path) -> "DetectionSet":
     Raises:
         DataError: files that do not exist.
     """
-    from benchmark.demo_data import demo_dataset
+    from benchmark.demo_data import make_demo_set
     from jigsaw_d2.tools.stages import DetectionSet
 
     if args.data:
         return DetectionSet.from_folder(args.data)
-    return files_dataset(args) if args.json else demo_dataset(output / "demo")
+    return files_dataset(args) if args.json else make_demo_set(output / "demo")
 
 
 def pool_from(args: argparse.Namespace, output: Path) -> "Pool | None":
@@ -157,9 +156,8 @@ def pool_from(args: argparse.Namespace, output: Path) -> "Pool | None":
         return None
     from benchmark.runner import Pool
 
-    slurm: dict[str, object] = {}
+    slurm = None
     if args.cluster == "slurm":
         slurm = {"timeout_min": int(60 * args.job_hours), "cpus_per_task": args.job_cpus}
         slurm |= {"slurm_partition": args.partition} if args.partition else {}
-    gpus = (args.num_gpus or 1) if uses_gpu(args) else 0
-    return Pool(output / "jobs", args.jobs, args.cluster, gpus=gpus, **slurm)
+    return Pool(output / "jobs", args.jobs, (args.num_gpus or 1) if uses_gpu(args) else 0, slurm)

@@ -35,13 +35,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Draw the set, run the job with and without pre-training, print the table."""
     args = build_parser().parse_args(argv)
-    from benchmark.demo_data import demo_dataset
+    from benchmark.demo_data import make_demo_set
     from jigsaw_d2.tools.job import Job, default_configs
     from jigsaw_d2.tools.stages import DetectionSet
 
     output = Path(args.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
-    data = DetectionSet.from_folder(args.data) if args.data else demo_dataset(output / "data")
+    data = DetectionSet.from_folder(args.data) if args.data else make_demo_set(output / "data")
     # The CPU's configs on every machine: the demo is a first look, and the same one everywhere.
     configs = default_configs(on_gpu=False)
     overrides = ((*PRETRAIN, *args.pretrain), (*DETECTOR, *args.detector))

@@ -7,7 +7,7 @@ only its length may differ, and that by the budget rule alone:
     "detection"  every arm has the same detection iterations (paper, Table 3)
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jigsaw_d2.io import ConfigError
@@ -22,25 +22,15 @@ AGAIN_SEED_OFFSET = 1000  # between the seeds of an arm and of its A/A copy
 
 @dataclass(frozen=True)
 class Arm:
-    """One initialisation.
-
-    Attributes:
-        name: in tables and, with other characters than letters and digits replaced, in paths.
-        kind: "scratch", "jigsaw" or "weights".
-        pretrain: KEY VALUE overrides of the pre-training config.
-        extract: further arguments of the extraction.
-        weights: a converted file, for kind "weights".
-        seed_offset: added to each seed.
-        length: of the pre-training, as a factor on the plan's.
-    """
+    """One initialisation: ``name`` in tables, ``slug`` in paths, ``kind`` as the fields say."""
 
     name: str
-    kind: str
-    pretrain: tuple[str, ...] = ()
-    extract: tuple[str, ...] = ()
-    weights: Path | None = None
-    seed_offset: int = 0
-    length: float = 1.0
+    kind: str  # "scratch", "jigsaw" or "weights"
+    pretrain: tuple[str, ...] = ()  # KEY VALUE overrides of the pre-training config
+    extract: tuple[str, ...] = ()  # further arguments of the extraction
+    weights: Path | None = None  # a converted file
+    seed_offset: int = 0  # added to each seed
+    length: float = 1.0  # of the pre-training, as a factor on the plan's
 
     @property
     def slug(self) -> str:
@@ -50,61 +40,41 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole comparison.
-
-    Attributes:
-        pretrain_config, detector_config: as the commands take them.
-        pretrain, detector: KEY VALUE overrides shared by all arms.
-        pretrain_iterations, detection_iterations: optimiser steps; 0 = the config's own.
-        evaluations: of the detector, the last one included, spread evenly over its training.
-        seeds: one run an arm each.
-    """
+    """A whole comparison: one run of every arm with every seed, under settings that all share."""
 
     preset: str
+    about: str
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     pretrain_config: str
     detector_config: str
-    pretrain_iterations: int = 0
+    pretrain_iterations: int = 0  # optimiser steps; 0 = the config's own
     detection_iterations: int = 0
-    pretrain: tuple[str, ...] = ()
+    pretrain: tuple[str, ...] = ()  # KEY VALUE overrides
     detector: tuple[str, ...] = ()
     budget: str = "total"
     cost: str = "seconds"
-    evaluations: int = 1
+    evaluations: int = 1  # of the detector, the last one included, spread evenly
     num_gpus: int = 1
-    about: str = field(default="", compare=False)
 
     def checked(self) -> "Plan":
         """Itself, if it can be run.
 
         Raises:
-            ConfigError: what is wrong, and what there is to choose from.
+            ConfigError: what is wrong.
         """
-        slugs = [arm.slug for arm in self.arms]
-        if not self.arms or len(set(slugs)) != len(slugs):
-            raise ConfigError(
-                f"arms need names of their own; these are {', '.join(slugs) or 'none'}"
-            )
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ConfigError(f"seeds {self.seeds}: give different numbers, 0 or more")
-        if max(self.seeds) - min(self.seeds) >= AGAIN_SEED_OFFSET:
-            raise ConfigError(
-                f"seeds {self.seeds} must lie within {AGAIN_SEED_OFFSET} of each other"
-            )
-        if self.budget not in BUDGETS or self.cost not in COSTS:
-            raise ConfigError(
-                f"budget {self.budget!r} of {BUDGETS}, cost {self.cost!r} of {COSTS}: unknown"
-            )
+        slugs, seeds = [arm.slug for arm in self.arms], self.seeds
+        if not slugs or len(set(slugs)) != len(slugs):
+            raise ConfigError(f"arms need names of their own; these are {', '.join(slugs)}")
+        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            raise ConfigError(f"seeds {seeds}: give different numbers, 0 or more")
+        if max(seeds) - min(seeds) >= AGAIN_SEED_OFFSET:
+            raise ConfigError(f"seeds {seeds} must lie within {AGAIN_SEED_OFFSET} of each other")
         return self
 
 
 def jigsaw_arm(objective: str = "erf_adaptive") -> Arm:
-    """Pre-training with one of the three objectives (Table 2).
-
-    Raises:
-        ConfigError: another objective.
-    """
+    """Pre-training with one of the three objectives (Table 2)."""
     if objective not in OBJECTIVES:
         raise ConfigError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
     return Arm(f"jigsaw {objective}", "jigsaw", ("MODEL.JIGSAW.OBJECTIVE", objective))
@@ -120,20 +90,16 @@ def parse_arm(text: str) -> Arm:
     Raises:
         ConfigError: none of these, or a file that does not exist.
     """
-    if text == "scratch":
-        return SCRATCH
-    if text == "scratch-again":
-        return SCRATCH_AGAIN
+    for arm in (SCRATCH, SCRATCH_AGAIN):
+        if text == arm.slug:
+            return arm
     if text.split(":")[0] == "jigsaw":
         return jigsaw_arm(text.partition(":")[2] or "erf_adaptive")
-    name, equals, file = text.partition("=")
-    if not equals or not name:
+    name, _, file = text.partition("=")
+    if not name or not Path(file).is_file():
         raise ConfigError(
-            f"arm {text!r}: give scratch, scratch-again, jigsaw[:OBJECTIVE] or NAME=WEIGHTS.pkl"
-        )
-    if not Path(file).is_file():
-        raise ConfigError(
-            f"arm {text!r}: {file} does not exist; convert_weights.py writes such a file"
+            f"arm {text!r}: give scratch, scratch-again, jigsaw[:OBJECTIVE] or NAME=WEIGHTS.pkl, a "
+            "file of convert_weights.py that exists"
         )
     return Arm(name, "weights", weights=Path(file).resolve())
 
@@ -152,18 +118,14 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
     "fit": _variants("fit", "INPUT.JIGSAW.FIT", FIT_METHODS, _BLOCK),
     "context": _variants("context", "INPUT.JIGSAW.CONTEXT", (True, False), _ERF),  # Sec. 3.1
     "negatives": tuple(
-        replace(
-            _ERF, name=f"positives per negative {ratio}", extract=("--negative-ratio", str(ratio))
-        )
-        for ratio in (2, 10, 50)
+        replace(_ERF, name=f"positives per negative {n}", extract=("--negative-ratio", str(n)))
+        for n in (2, 10, 50)
     ),
     "tau": _variants("tau", "MODEL.JIGSAW.TAU", (0.5, 0.6, 0.7, 0.8, 1.0), _ERF),  # Fig. 7a
     "iterations": tuple(  # Fig. 7b: 16k, 32k, 64k, 128k
         replace(_ERF, name=f"length x{factor:g}", length=factor) for factor in (0.25, 0.5, 1, 2)
     ),
 }
-
-
 # Of a detector that shall train within a minute: both sides within 128 pixels.
 SMALL_IMAGES = (
     *("INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MAX_SIZE_TRAIN", "128"),
@@ -220,9 +182,3 @@ PRESETS: dict[str, Plan] = {
         evaluations=6,
     ),
 }
-
-
-def on_gpu(plan: Plan) -> Plan:
-    """The plan for a machine with a GPU."""
-    device = ("MODEL.DEVICE", "cuda")
-    return replace(plan, pretrain=(*plan.pretrain, *device), detector=(*plan.detector, *device))

@@ -1,13 +1,12 @@
-"""What a comparison found: one JSON-able dict, its Markdown and its figures.
+"""What a comparison found: one JSON-able dict, its Markdown and its figure; failures included.
 
-Nothing is left out, no failure either. Few seeds are the rule, so the intervals are wide, and ought
-to be: with three seeds Student's factor before the standard error is 4.3, with two it is 12.7.
+Few seeds are the rule, so the intervals are wide, and ought to be: with three seeds Student's
+factor before the standard error is 4.3, with two it is 12.7.
 """
 
 import json
 import platform
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +17,7 @@ import yaml
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from benchmark.runner import DONE, Comparison, Run
+from benchmark.runner import BEFORE, DONE, Comparison, Run
 from jigsaw_d2 import __version__
 from jigsaw_d2.cost import device_name
 from jigsaw_d2.io import write_text
@@ -27,21 +26,18 @@ from jigsaw_d2.tools.stages import DetectionSet, flat
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "opencv-python-headless", "pycocotools")
 UNITS = {"seconds": (1.0, "device seconds"), "flops": (1e15, "backbone PFLOPs")}
-BEFORE = ("extraction", "pretraining", "erf_refresh")
-OWN_SETTINGS = ("MODEL.WEIGHTS", "SEED", "OUTPUT_DIR")  # what makes an arm and a run
+OWN_SETTINGS = {"MODEL.WEIGHTS", "SEED", "OUTPUT_DIR"}  # what makes an arm and a run
+FIGURE = "figures/ap_over_cost.png"
 
 
 def write_report(comparison: Comparison, command: str) -> Path:
-    """Write report.md, report.json and figures/ into the comparison's folder; path of the first."""
-    folder = comparison.output
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    """Write report.md, report.json and the figure into the comparison's folder."""
+    path = comparison.output / "report.md"
+    (comparison.output / FIGURE).parent.mkdir(parents=True, exist_ok=True)
     report = build_report(comparison, command)
-    figures = {"ap_over_cost": curve_figure(report), "ap_by_seed": seeds_figure(report)}
-    for name, figure in figures.items():
-        figure.savefig(folder / "figures" / f"{name}.png", dpi=110)
-    path = folder / "report.md"
+    curve_figure(report).savefig(comparison.output / FIGURE, dpi=110)
     write_text(path.with_suffix(".json"), json.dumps(report, indent=1, allow_nan=False) + "\n")
-    write_text(path, render(report, [f"figures/{name}.png" for name in figures]))
+    write_text(path, render(report))
     return path
 
 
@@ -53,17 +49,11 @@ def build_report(comparison: Comparison, command: str = "") -> dict:
     """
     plan, runs = comparison.plan, comparison.runs
     short = _shortener(comparison.data, comparison.output)
-    arms = [
-        {
-            "name": arm.name,
-            "kind": arm.kind,
-            "runs": [_run(run, short) for run in runs if run.arm == arm],
-            "summary": {
-                metric: interval([*_values(runs, arm.name, metric).values()]) for metric in METRICS
-            },
-        }
-        for arm in dict.fromkeys(run.arm for run in runs)
-    ]
+    arms = []
+    for arm in dict.fromkeys(run.arm for run in runs):
+        summary = {name: interval(_values(runs, arm.name, name).values()) for name in METRICS}
+        own = [_run(run, short) for run in runs if run.arm == arm]
+        arms.append({"name": arm.name, "kind": arm.kind, "runs": own, "summary": summary})
     return {
         "version": 2,
         "preset": plan.preset,
@@ -85,7 +75,7 @@ def build_report(comparison: Comparison, command: str = "") -> dict:
 
 
 def _shortener(data: DetectionSet, output: Path) -> Callable[[str], str]:
-    """Replaces the paths of this machine by OUTPUT, DATA and IMAGES, the longest first."""
+    """Replaces the paths of this machine, the longest first."""
     names = {str(data.train_images): "IMAGES", str(data.train_json.parent): "DATA"}
     names[str(output)] = "OUTPUT"
     if data.train_images.parent == data.train_json.parent:
@@ -101,24 +91,23 @@ def _shortener(data: DetectionSet, output: Path) -> Callable[[str], str]:
 
 def _run(run: Run, short: Callable[[str], str]) -> dict:
     same = ("seed", "status", "metrics", "curve", "iterations", "costs")
-    commands = [short(command) for command in run.commands]
     facts = {name: getattr(run, name) for name in same}
-    return {**facts, "error": short(run.error), "commands": commands}
+    return {**facts, "error": short(run.error), "commands": [*map(short, run.commands)]}
 
 
 def _values(runs: Sequence[Run], arm: str, metric: str) -> dict[int, float]:
     """{index of the seed: value} of an arm's finished runs for which the metric is defined."""
     done = [run for run in runs if run.arm.name == arm and run.status == DONE]
-    values = {run.index: run.metrics.get(metric) for run in done}
-    return {index: value for index, value in values.items() if value is not None}
+    return {run.index: run.metrics[metric] for run in done if run.metrics.get(metric) is not None}
 
 
-def interval(values: Sequence[float]) -> dict | None:
+def interval(values: Iterable[float]) -> dict | None:
     """Mean and half width of its 95 % interval by Student's t; None without values.
 
     Returns:
         {"mean", "half_width", "count", "covers_zero"}; a single value has no interval: two Nones.
     """
+    values = [*values]
     if not values:
         return None
     mean, half = fmean(values), None
@@ -137,8 +126,8 @@ def differences(runs: Sequence[Run]) -> list[dict]:
     arms = list(dict.fromkeys(run.arm for run in runs))
     arms.sort(key=lambda arm: (arm.kind != "scratch", arm.kind == "scratch" and arm.seed_offset))
     found = []
-    for i, theirs in enumerate(arms):
-        for ours in arms[i + 1 :]:
+    for number, theirs in enumerate(arms):
+        for ours in arms[number + 1 :]:
             entry: dict = {"ours": ours.name, "theirs": theirs.name}
             for metric in ("AP", "AP50"):
                 own, other = (_values(runs, arm.name, metric) for arm in (ours, theirs))
@@ -154,21 +143,21 @@ def setting_differences(comparison: Comparison) -> dict[str, dict[str, str]]:
         path = comparison.folder(run) / "detector" / "config.yaml"
         if run.status == DONE and run.arm.name not in settings:
             settings[run.arm.name] = flat(yaml.safe_load(path.read_text()))
-    keys = {key for tree in settings.values() for key in tree} - set(OWN_SETTINGS)
+    keys = {key for tree in settings.values() for key in tree} - OWN_SETTINGS
     found = {k: {arm: str(tree.get(k)) for arm, tree in settings.items()} for k in sorted(keys)}
     return {key: values for key, values in found.items() if len(set(values.values())) > 1}
 
 
 def environment() -> dict[str, str]:
     """Versions and hardware, without names of machines or people."""
-    facts = {"jigsaw_d2": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            facts[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            facts[package] = "not installed as a distribution"
-    facts["device"] = device_name("cuda" if torch.cuda.is_available() else "cpu")
-    return {**facts, "platform": f"{sys.platform} {platform.machine()}"}
+    installed = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
+    return {
+        "jigsaw_d2": __version__,
+        "python": platform.python_version(),
+        **{name: installed.get(name, "not a distribution") for name in PACKAGES},
+        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
 
 
 def dataset_facts(data: DetectionSet) -> dict:
@@ -181,43 +170,48 @@ def dataset_facts(data: DetectionSet) -> dict:
     return facts
 
 
-def render(report: dict, figures: Sequence[str] = ()) -> str:
-    """Markdown of ``build_report``'s dict; ``figures`` are paths relative to it."""
-    parts = [
-        _head(report),
-        "## Box AP on the held-out images\n\n" + results_table(report),
-        "## Paired differences\n\n" + differences_table(report),
-        settings_text(report),
-        "## Every run\n\n" + runs_table(report),
-        "## Cost\n\n" + cost_table(report),
-        *(f"![{name}]({name})" for name in figures),
-        "## Commands\n\n" + _commands(report),
-        "## Versions and hardware\n\n" + table(["what", "which"], report["environment"].items()),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of texts."""
-    return tabulate(rows, head, tablefmt="pipe", disable_numparse=True)
-
-
-def _head(report: dict) -> str:
-    data = report["dataset"]
+def render(report: dict) -> str:
+    """Markdown of ``build_report``'s dict, to lie beside the figure."""
+    data, unfinished = report["dataset"], 0
+    for arm in report["arms"]:
+        unfinished += sum(run["status"] != DONE for run in arm["runs"])
     counts = ", ".join(
         f"{split} {data[split]['images']} images, {data[split]['annotations']} annotations"
         for split in ("train", "val")
     )
-    missing = sum(run["status"] != DONE for arm in report["arms"] for run in arm["runs"])
-    state = f"\n\n**{missing} run(s) failed or did not run yet; see below.**" if missing else ""
-    return (
-        f"# Comparison on {data['name']}, preset {report['preset']}\n\n"
+    state = f"**{unfinished} run(s) failed or did not run yet; see below.**" if unfinished else ""
+    commands = [
+        f"{arm['name']}, seed {run['seed']}:\n\n```\n" + "\n".join(run["commands"]) + "\n```"
+        for arm in report["arms"]
+        if (run := arm["runs"][0])["commands"]
+    ]
+    parts = [
+        f"# Comparison on {data['name']}, preset {report['preset']}",
         f"{data['name']}: {counts}, {len(data['categories'])} classes. Seeds "
         f"{', '.join(map(str, report['seeds']))}. Budget: {budget_text(report)}. Every arm's "
-        f"detector: `{report['detector_config']}` {_inline(report['detector_overrides'])}; "
-        f"pre-training: `{report['pretrain_config']}` {_inline(report['pretrain_overrides'])}.\n\n"
-        f"Made by `{report['command']}`{state}"
-    )
+        f"detector: `{report['detector_config']}` {_with(report['detector_overrides'])}; "
+        f"pre-training: `{report['pretrain_config']}` {_with(report['pretrain_overrides'])}.",
+        f"Made by `{report['command']}`",
+        state,
+        "## Box AP on the held-out images",
+        _results(report),
+        "Mean over seeds ± half width of the 95 % interval (Student's t). "
+        "\\- : not defined, such as APl without large objects, or no finished run.",
+        "## Paired differences",
+        _differences(report),
+        _settings(report),
+        "## Every run",
+        _runs(report),
+        "## Cost",
+        _costs(report),
+        "Device seconds without start-up and evaluation, mean over finished runs.",
+        f"![AP over cost]({FIGURE})",
+        "## Commands",
+        *commands,
+        "## Versions and hardware",
+        _table(["what", "which"], report["environment"].items()),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def budget_text(report: dict) -> str:
@@ -235,47 +229,6 @@ def budget_text(report: dict) -> str:
     )
 
 
-def _inline(overrides: list[str]) -> str:
-    return f"with `{' '.join(overrides)}`" if overrides else "as it is"
-
-
-def results_table(report: dict) -> str:
-    """Mean and 95 % interval over seeds of each metric, one row an arm."""
-    rows = []
-    for arm in report["arms"]:
-        done = sum(run["status"] == DONE for run in arm["runs"])
-        cells = [_mean(arm["summary"][metric]) for metric in METRICS]
-        rows.append([arm["name"], f"{done} of {len(arm['runs'])}", *cells])
-    return table(["arm", "seeds", *METRICS], rows) + (
-        "\n\nMean over seeds ± half width of the 95 % interval (Student's t). "
-        "\\- : not defined, such as APl without large objects, or no finished run."
-    )
-
-
-def _mean(found: dict | None) -> str:
-    if found is None:
-        return "-"
-    half = "(one seed)" if found["half_width"] is None else f"± {found['half_width']:.2f}"
-    return f"{found['mean']:.2f} {half}"
-
-
-def differences_table(report: dict) -> str:
-    """Paired differences over seeds, and whether zero lies within the interval."""
-    rows = [
-        [f"{d['ours']} − {d['theirs']}", _mean(d["AP"]), _mean(d["AP50"]), verdict(d["AP"])]
-        for d in report["differences"]
-    ]
-    if not rows:
-        return "A single arm has nothing to differ from."
-    text = table(["difference", "AP", "AP50", "verdict on AP"], rows)
-    if any(arm["name"] == "scratch again" for arm in report["arms"]):
-        text += (
-            '\n\n"scratch again − scratch" is the A/A test: the same arm twice with other seeds. '
-            "What it shows is chance alone, and no smaller difference means anything."
-        )
-    return text
-
-
 def verdict(found: dict | None) -> str:
     """One phrase on whether a difference is told apart from chance."""
     if found is None:
@@ -287,23 +240,56 @@ def verdict(found: dict | None) -> str:
     return "above zero" if found["mean"] > 0 else "below zero"
 
 
-def settings_text(report: dict) -> str:
-    """In which settings the arms' detectors differ."""
-    if not report["detector_differences"]:
-        return "The finished arms' detector configs are identical but for weights, seed and folder."
-    names = [arm["name"] for arm in report["arms"]]
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    return tabulate(rows, head, tablefmt="pipe", disable_numparse=True)
+
+
+def _with(overrides: list[str]) -> str:
+    return f"with `{' '.join(overrides)}`" if overrides else "as it is"
+
+
+def _mean(found: dict | None) -> str:
+    if found is None:
+        return "-"
+    half = "(one seed)" if found["half_width"] is None else f"± {found['half_width']:.2f}"
+    return f"{found['mean']:.2f} {half}"
+
+
+def _results(report: dict) -> str:
+    rows = []
+    for arm in report["arms"]:
+        done = sum(run["status"] == DONE for run in arm["runs"])
+        cells = [_mean(arm["summary"][metric]) for metric in METRICS]
+        rows.append([arm["name"], f"{done} of {len(arm['runs'])}", *cells])
+    return _table(["arm", "seeds", *METRICS], rows)
+
+
+def _differences(report: dict) -> str:
     rows = [
-        [f"`{key}`", *(values.get(name, "-") for name in names)]
-        for key, values in report["detector_differences"].items()
+        [f"{d['ours']} − {d['theirs']}", _mean(d["AP"]), _mean(d["AP50"]), verdict(d["AP"])]
+        for d in report["differences"]
     ]
-    return (
-        "The arms' saved detector configs differ, beside weights, seed and folder, in:\n\n"
-        + table(["detector setting", *names], rows)
-    )
+    if not rows:
+        return "A single arm has nothing to differ from."
+    text = _table(["difference", "AP", "AP50", "verdict on AP"], rows)
+    if any(arm["name"] == "scratch again" for arm in report["arms"]):
+        text += (
+            '\n\n"scratch again − scratch" is the A/A test: the same arm twice with other seeds. '
+            "What it shows is chance alone, and no smaller difference means anything."
+        )
+    return text
 
 
-def runs_table(report: dict) -> str:
-    """One row a run, the others than finished ones with their reason."""
+def _settings(report: dict) -> str:
+    found, names = report["detector_differences"], [arm["name"] for arm in report["arms"]]
+    if not found:
+        return "The finished arms' detector configs are identical but for weights, seed and folder."
+    rows = [[f"`{key}`", *(values.get(n, "-") for n in names)] for key, values in found.items()]
+    text = "The arms' saved detector configs differ, beside weights, seed and folder, in:\n\n"
+    return text + _table(["detector setting", *names], rows)
+
+
+def _runs(report: dict) -> str:
     rows = []
     for arm in report["arms"]:
         for run in arm["runs"]:
@@ -313,34 +299,20 @@ def runs_table(report: dict) -> str:
             scores = ["-" if score is None else f"{score:.2f}" for score in scores]
             rows.append([arm["name"], run["seed"], status.replace("|", "/"), *lengths, *scores])
     lengths = ("pre-training iterations", "detection iterations")
-    return table(["arm", "seed", "status", *lengths, "AP", "AP50"], rows)
+    return _table(["arm", "seed", "status", *lengths, "AP", "AP50"], rows)
 
 
-def cost_table(report: dict) -> str:
-    """The ledger, mean over the finished runs of each arm."""
-    stages = (*BEFORE, "finetuning")
-    rows = []
+def _costs(report: dict) -> str:
+    stages, rows = (*BEFORE, "finetuning"), []
     for arm in report["arms"]:
         done = [run["costs"] for run in arm["runs"] if run["status"] == DONE]
-        mean = {
-            unit: [fmean(costs.get(s, {}).get(unit, 0.0) for costs in done) for s in stages]
-            for unit in (UNITS if done else ())
-        }
-        seconds = [*mean["seconds"], sum(mean["seconds"])] if done else [0] * 5
-        flops = f"{sum(mean['flops']) / 1e15:.3f}" if done else "-"
-        rows.append([arm["name"], *(f"{s:.0f} s" if s else "-" for s in seconds), flops])
-    return (
-        table(["arm", *stages, "total", "backbone PFLOPs"], rows)
-        + "\n\nDevice seconds without start-up and evaluation, mean over finished runs."
-    )
-
-
-def _commands(report: dict) -> str:
-    return "\n\n".join(
-        f"{arm['name']}, seed {run['seed']}:\n\n```\n" + "\n".join(run["commands"]) + "\n```"
-        for arm in report["arms"]
-        if (run := arm["runs"][0])["commands"]
-    )
+        seconds, flops = (
+            [fmean(costs.get(s, {}).get(unit, 0.0) for costs in done or [{}]) for s in stages]
+            for unit in UNITS
+        )
+        cells = [f"{s:.0f} s" if s else "-" for s in (*seconds, sum(seconds))]
+        rows.append([arm["name"], *cells, f"{sum(flops) / 1e15:.3f}" if done else "-"])
+    return _table(["arm", *stages, "total", "backbone PFLOPs"], rows)
 
 
 def curve_figure(report: dict) -> Figure:
@@ -369,21 +341,3 @@ def cost_curve(run: dict, unit: str) -> list[tuple[float, float]]:
     before = sum(run["costs"].get(stage, {}).get(unit, 0.0) for stage in BEFORE)
     step = run["costs"]["finetuning"][unit] / run["iterations"]["detection"]
     return [(before + step * done, ap) for done, ap in run["curve"]]
-
-
-def seeds_figure(report: dict) -> Figure:
-    """AP of every finished run, one column an arm, with the mean and its 95 % interval."""
-    arms = report["arms"]
-    figure = Figure(figsize=(1.5 + 1.4 * len(arms), 4), layout="constrained")
-    axes = figure.subplots()
-    for x, arm in enumerate(arms):
-        scores = [run["metrics"].get("AP") for run in arm["runs"] if run["status"] == DONE]
-        scores = [score for score in scores if score is not None]
-        axes.plot([x] * len(scores), scores, "o", color=f"C{x}", alpha=0.6)
-        if mean := arm["summary"]["AP"]:
-            half = mean["half_width"] or 0.0
-            axes.errorbar(x + 0.15, mean["mean"], half, color="black", capsize=4, marker="_")
-    axes.set_xticks(range(len(arms)), [arm["name"].replace(" ", "\n") for arm in arms])
-    axes.set(ylabel="box AP, %", title=f"{report['dataset']['name']}: runs, mean, 95 % interval")
-    axes.grid(axis="y", alpha=0.3)
-    return figure

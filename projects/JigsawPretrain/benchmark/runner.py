@@ -37,6 +37,7 @@ from jigsaw_d2.training.lr_schedule import scale_to_batch
 logger = logging.getLogger(__name__)
 
 DONE, FAILED, PENDING = "done", "failed", "not run"
+BEFORE = ("extraction", "pretraining", "erf_refresh")  # what is paid before detection
 
 
 class NotYet(Exception):
@@ -45,38 +46,25 @@ class NotYet(Exception):
 
 @dataclass
 class Run:
-    """One arm with one seed, and what came of it.
-
-    Attributes:
-        index: of the seed in the plan; runs of two arms with the same index are a pair.
-        status: DONE, FAILED or PENDING.
-        error: why it failed or did not run, in one line.
-        metrics: box metrics in percent, None where not defined.
-        curve: (detection iterations done, AP in percent).
-        costs: {"extraction" | "pretraining" | "erf_refresh" | "finetuning" | "evaluation":
-            {"images", "flops", "seconds"}}.
-        iterations: {"pretraining", "detection"}.
-        commands: as typed, in order.
-    """
+    """One arm with one seed, and what came of it."""
 
     arm: Arm
-    index: int
+    index: int  # of the seed in the plan; runs of two arms with the same index are a pair
     seed: int
     status: str = PENDING
-    error: str = ""
-    metrics: dict[str, float | None] = field(default_factory=dict)
-    curve: list[tuple[int, float]] = field(default_factory=list)
-    costs: dict[str, dict[str, float]] = field(default_factory=dict)
-    iterations: dict[str, int] = field(default_factory=dict)
-    commands: list[str] = field(default_factory=list)
+    error: str = ""  # why it failed or did not run, in one line
+    metrics: dict[str, float | None] = field(default_factory=dict)  # of boxes, percent
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (iterations done, AP)
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)  # of ``stage_cost``
+    iterations: dict[str, int] = field(default_factory=dict)  # "pretraining", "detection"
+    commands: list[str] = field(default_factory=list)  # as typed, in order
 
     def __str__(self) -> str:
         return f"{self.arm.name}, seed {self.seed}"
 
     def cost_before_detection(self, unit: str) -> float:
         """Seconds or FLOPs spent on extraction, pre-training and ERF refreshes."""
-        stages = ("extraction", "pretraining", "erf_refresh")
-        return sum(self.costs.get(stage, {}).get(unit, 0.0) for stage in stages)
+        return sum(self.costs[stage][unit] for stage in BEFORE if stage in self.costs)
 
     def detection_cost_per_iteration(self, unit: str) -> float:
         """Seconds or FLOPs of one detection iteration."""
@@ -161,19 +149,11 @@ class Comparison:
         if self.plan.evaluations > 1:
             # Rounded up: the last one is the end itself, not one step before it.
             overrides += ["TEST.EVAL_PERIOD", str(-(-iterations // self.plan.evaluations))]
-        stage = finetuning_stage(
-            self.data,
-            weights,
-            self.folder(run) / "detector",
-            self.plan.detector_config,
-            overrides,
-            seed=run.seed,
-            num_gpus=self.plan.num_gpus,
-        )
-        self._do(run, stage)
-        for name in ("finetuning", "evaluation"):
-            run.costs[name] = stage_cost(stage.folder, name)
-        run.metrics, run.curve = read_results(stage.folder), read_curve(stage.folder, iterations)
+        folder, shared = self.folder(run) / "detector", self._shared(run)
+        config = self.plan.detector_config
+        stage = finetuning_stage(self.data, weights, folder, config, overrides, **shared)
+        self._do(run, stage, "finetuning", "evaluation")
+        run.metrics, run.curve = read_results(folder), read_curve(folder, iterations)
 
     def folder(self, run: Run) -> Path:
         """Of one run."""
@@ -190,20 +170,15 @@ class Comparison:
         run.iterations["pretraining"] = iterations
         if iterations != length:
             overrides += length_overrides(cfg, iterations)
-        stage = pretraining_stage(
-            stores,
-            self.folder(run) / "pretrain",
-            self.plan.pretrain_config,
-            overrides,
-            seed=run.seed,
-            num_gpus=self.plan.num_gpus,
-        )
-        self._do(run, stage)
-        for name in ("pretraining", "erf_refresh"):
-            run.costs[name] = stage_cost(stage.folder, name)
+        config, folder = self.plan.pretrain_config, self.folder(run) / "pretrain"
+        stage = pretraining_stage(stores, folder, config, overrides, **self._shared(run))
+        self._do(run, stage, "pretraining", "erf_refresh")
         converted = conversion_stage(stage.output, self.folder(run) / "weights")
         self._do(run, converted)
         return converted.output
+
+    def _shared(self, run: Run) -> dict[str, int]:
+        return {"seed": run.seed, "num_gpus": self.plan.num_gpus}
 
     def _stores(self, run: Run) -> tuple[Path, Path]:
         """The training and held-out samples, extracted as the run's arm wants them."""
@@ -217,18 +192,19 @@ class Comparison:
             self._do(run, stage)
         return stages[0].output, stages[1].output
 
-    def _do(self, run: Run, stage: Stage) -> None:
+    def _do(self, run: Run, stage: Stage, *costs: str) -> None:
+        """Run a stage, note its command and those of its costs that are named."""
         if self._deadline is not None and time.time() > self._deadline and not stage.is_done():
             raise NotYet("the time allowed was over")
         stage.run(lambda text: self.say(f"  {run}: {text}"), self._runner)
         run.commands.append(stage.command)
+        run.costs |= {name: stage_cost(stage.folder, name) for name in costs}
 
     def extra_iterations(self, index: int) -> int:
         """Detection iterations that arms from scratch get for what pre-training cost.
 
-        The dearest Jigsaw run with the same seed index counts, so that each pair has equal cost and
-        further seeds do not change runs that are done. A run's price is divided by its own cost of
-        a detection iteration.
+        That of the dearest Jigsaw run with the same seed index, so that each pair has equal cost
+        and further seeds do not change runs that are done.
 
         Raises:
             NotYet: one of these Jigsaw runs is not done, so the length is not known.
@@ -268,38 +244,33 @@ class RunJob:
 class Pool:
     """Several runs at once, each in a job of submitit: a local process, or one of a cluster."""
 
-    def __init__(
-        self, folder: Path, jobs: int, cluster: str = "local", *, gpus: int = 0, **slurm: object
-    ) -> None:
+    def __init__(self, folder: Path, jobs: int, gpus: int = 0, slurm: dict | None = None) -> None:
         """
         Args:
             folder: of the jobs' logs.
             jobs: at once; local ones share this machine's GPUs out.
-            cluster: "local" or "slurm".
             gpus: of each job.
-            slurm: parameters of ``submitit.AutoExecutor``.
+            slurm: parameters of ``submitit.AutoExecutor``; None = local processes.
 
         Raises:
             RunError: submitit is not installed.
         """
         # What Slurm sends to a job that it pre-empts; submitit reads it while it is imported.
         os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "TERM")
-        here = str(Path(__file__).resolve().parents[1])
-        paths = [here, str(Path(here).parents[1]), os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for what a job unpickles
+        project = Path(__file__).resolve().parents[1]  # a job must find what it unpickles
+        paths = [str(project), str(project.parents[1]), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         try:
             import submitit
         except ImportError:
             raise RunError("--jobs and --cluster need submitit: pip install submitit") from None
-        self._gpus, self._jobs, self._local = gpus, jobs, cluster == "local"
+        self._gpus, self._jobs, self._local = gpus, jobs, slurm is None
         if self._local:
             self._executor = submitit.LocalExecutor(folder)
-            self._executor.update_parameters(timeout_min=60 * 24 * 365, gpus_per_node=gpus)
         else:
-            self._executor = submitit.AutoExecutor(
-                folder, cluster=cluster, slurm_max_num_timeout=1000
-            )
-            self._executor.update_parameters(name="jigsaw", gpus_per_node=gpus, **slurm)
+            self._executor = submitit.AutoExecutor(folder, "slurm", slurm_max_num_timeout=1000)
+        options = slurm or {"timeout_min": 60 * 24 * 365}
+        self._executor.update_parameters(name="jigsaw", gpus_per_node=gpus, **options)
 
     def map(self, comparison: Comparison, runs: Iterable[Run]) -> Iterator[Run]:
         """Each of ``runs``, executed, as they finish; leaving early cancels the others."""
