@@ -101,8 +101,8 @@ SCRIPTS = {
     "extract_samples.py": "extract",
     "convert_weights.py": "convert",
     "finetune_net.py": "finetune",
-    "compare.py": "benchmark.compare",
-    "demo.py": "benchmark.demo",
+    "compare.py": "compare",
+    "demo.py": "demo",
     "visualize.py": "visualize",
 }
 READMES = [
@@ -139,7 +139,7 @@ def test_commands_in_a_readme_have_the_flags_they_use(readme):
 
 
 def _module_of(name):
-    if name.startswith("benchmark."):
+    if name in ("compare", "demo"):
         return name
     assert name in COMMANDS, f"{name} is no command"
     return f"jigsaw_d2.{'tools' if name == 'run' else 'commands'}.{name}"

@@ -98,8 +98,7 @@ class JobRunner:
             RunError: a stage failed; the same call goes on from there.
             ConfigError: the output has other settings, or ``seconds`` do not suffice.
         """
-        for split, store in zip(("train", "val"), self.stores):
-            self._do(extraction_stage(self.job.data, split, store.parent, seed=self.job.seed))
+        self.extract()
         if seconds is not None:
             lengths = self.lengths(seconds)
             self.result.explanation = lengths.explanation
@@ -111,6 +110,11 @@ class JobRunner:
         if self.job.with_scratch:
             self._detect("scratch", None, "scratch")
         return self.result
+
+    def extract(self) -> None:
+        """The samples of both splits."""
+        for split, store in zip(("train", "val"), self.stores):
+            self._do(extraction_stage(self.job.data, split, store.parent, seed=self.job.seed))
 
     def _do(self, stage: Stage) -> Stage:
         """Run a stage and enter it into the table."""
@@ -171,7 +175,7 @@ class JobRunner:
             known = json.loads(path.read_text())
             check_same(known["settings"], settings, path)
             return Lengths(**known["lengths"])
-        trial = self._trial(first, second)
+        trial = self.trial()
         images = len(json.loads(job.data.train_json.read_text())["images"])
         batches = (
             get_jigsaw_cfg(job.pretrain_config, list(job.pretrain)).SOLVER.IMS_PER_BATCH,
@@ -196,8 +200,9 @@ class JobRunner:
             ),
         )
 
-    def _trial(self, first: Stage, second: Stage) -> Trial:
-        """Wall-clock speeds of both trainings."""
+    def trial(self) -> Trial:
+        """Wall-clock speeds of both trainings, from a few steps of each; needs the samples."""
+        first, second = self._trials()
         self._do(first)
         self._do(second)
         devices = self.job.num_gpus  # the ledger counts the seconds of every one

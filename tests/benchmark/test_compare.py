@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers_jobs import FakeRunner, flag, tiny_set
 
-from benchmark import compare
+import compare
 from benchmark.plan import (
     ABLATIONS,
     FIT_METHODS,
@@ -328,12 +328,15 @@ def test_the_command_line_changes_the_preset():
     assert plan.detector[-2:] == ("MODEL.DEVICE", "cuda")
 
 
-def test_dry_run_lists_arms_and_runs_nothing(data, tmp_path, capsys):
+def test_dry_run_lists_arms_and_runs_nothing(data, tmp_path, monkeypatch, capsys):
+    runner = FakeRunner()
+    monkeypatch.setattr("jigsaw_d2.tools.stages.run_subprocess", runner)
     argv = ["--data", str(tmp_path / "set"), "--output", str(tmp_path / "out"), "--dry-run"]
     assert compare.main(argv) == 0
     printed = capsys.readouterr().out
     for name in ("jigsaw erf_adaptive", "scratch again", "0 1 2", "1000 1001 1002", "9 runs"):
         assert name in printed
+    assert "a trial here took 1.000 s a step of pre-training" in printed
     assert not (tmp_path / "out").exists()
 
 

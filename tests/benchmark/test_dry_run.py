@@ -1,54 +1,58 @@
 """What a dry run promises, by hand where the speed is given, and that a speed can be measured."""
 
 import dataclasses
-import time
+import json
 
 import pytest
-import torch
+from helpers_jobs import FakeRunner, flag, tiny_set
 
 from benchmark.dry_run import (
-    Speed,
     detection_size,
     detection_step_flops,
+    dry_run_table,
     estimate,
-    measured_speed,
-    pretraining_flops,
-    step_seconds,
+    first_images,
+    measure,
+    pretraining_cost,
 )
 from benchmark.plan import PRESETS, SCRATCH, jigsaw_arm
 from jigsaw_d2.detection.finetune_config import load_detection_config
+from jigsaw_d2.tools.time_budget import Trial
 
-SPEED = Speed(pretrain_step=0.5, detection_step=2.0)
+TRIAL = Trial(pretrain_step=0.5, erf_refresh=3.0, detection_step=2.0, evaluation=9.0)
 PLAN = dataclasses.replace(PRESETS["smoke"], pretrain_iterations=41, detection_iterations=10)
 
 
 def test_equal_total_cost_in_seconds():
-    # 41 * 0.5 = 20.5 s are 10.25 detection steps, so 11; 10 + 11 = 21 steps of 2 s.
-    ours, scratch = (estimate(PLAN, arm, SPEED) for arm in (jigsaw_arm(), SCRATCH))
+    # 41 * 0.5 + 1 refresh of 3 = 23.5 s are 11.75 detection steps, so 12; 22 steps of 2 s.
+    ours, scratch = (estimate(PLAN, arm, TRIAL) for arm in (jigsaw_arm(), SCRATCH))
     assert (ours.pretrain_iterations, ours.detection_iterations) == (41, 10)
-    assert ours.seconds == pytest.approx(40.5)
-    assert (scratch.pretrain_iterations, scratch.detection_iterations) == (0, 21)
-    assert scratch.seconds == pytest.approx(42.0)
+    assert ours.seconds == pytest.approx(43.5)
+    assert (scratch.pretrain_iterations, scratch.detection_iterations) == (0, 22)
+    assert scratch.seconds == pytest.approx(44.0)
 
 
-def test_equal_total_cost_in_flops():
-    plan = dataclasses.replace(PLAN, cost="flops")
-    ours, scratch = (estimate(plan, arm, SPEED) for arm in (jigsaw_arm(), SCRATCH))
-    step = detection_step_flops(load_detection_config(plan.detector_config, list(plan.detector)))
+@pytest.mark.parametrize("cost, trial", [("flops", TRIAL), ("seconds", None)])
+def test_equal_total_cost_in_flops(cost, trial):
+    plan = dataclasses.replace(PLAN, cost=cost)
+    ours, scratch = (estimate(plan, arm, trial) for arm in (jigsaw_arm(), SCRATCH))
+    step = detection_step_flops(load_detection_config(plan.detector_config, plan.detector))
     assert 0 <= scratch.flops - ours.flops < step  # rounded up by less than one step
-    assert ours.flops == pytest.approx(pretraining_flops(plan, jigsaw_arm())[1] + 10 * step)
+    paid = pretraining_cost(plan, jigsaw_arm(), trial)[1]
+    assert ours.flops == pytest.approx(paid + 10 * step)
 
 
 def test_equal_detection_cost():
     plan = dataclasses.replace(PLAN, budget="detection")
-    assert estimate(plan, SCRATCH, SPEED).detection_iterations == 10
+    assert estimate(plan, SCRATCH, TRIAL).detection_iterations == 10
 
 
 def test_a_longer_arm_costs_more_and_counts_for_scratch():
     twice = dataclasses.replace(jigsaw_arm(), name="twice", length=2.0)
     plan = dataclasses.replace(PLAN, arms=(jigsaw_arm(), twice, SCRATCH))
-    assert estimate(plan, twice, SPEED).pretrain_iterations == 82
-    assert estimate(plan, SCRATCH, SPEED).detection_iterations == 10 + 21  # ceil(41 / 2)
+    assert estimate(plan, twice, TRIAL).pretrain_iterations == 82
+    # 82 * 0.5 + 2 * 3 = 47 s, 23.5 detection steps.
+    assert estimate(plan, SCRATCH, TRIAL).detection_iterations == 10 + 24
 
 
 def test_size_of_a_detection_image():
@@ -58,55 +62,33 @@ def test_size_of_a_detection_image():
     assert detection_size(cfg) == (96, 128)
 
 
-def test_speed_is_measured():
-    plan = dataclasses.replace(
-        PLAN,
-        pretrain=("INPUT.JIGSAW.TEMPLATE_SIZE", "[96, 96]", "SOLVER.IMS_PER_BATCH", "2"),
-        detector=("INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", "1"),
-    )
-    speed = measured_speed(plan)
-    assert 0 < speed.pretrain_step < 60 and 0 < speed.detection_step < 60
+def test_a_trial_runs_the_commands_on_real_batches_and_leaves_nothing(tmp_path):
+    data = tiny_set(tmp_path / "set")
+    before = sorted(tmp_path.rglob("*"))
+    runner = FakeRunner()
+    trial = measure(dataclasses.replace(PLAN, num_gpus=4), data, lambda text: None, runner)
+    # Fake speeds: 1 s a pre-training step, 5 s a refresh, 2 s a detection step, 3 s an evaluation.
+    assert trial == Trial(1.0, 5.0, 2.0, 3.0)
+    assert [argv[0] for argv in runner.calls] == ["extract", "extract", "pretrain", "finetune"]
+    for argv in runner.calls[2:]:
+        assert flag(argv, "--num-gpus") == "4" and int(flag(argv, "SOLVER.MAX_ITER")) >= 12
+    assert flag(runner.calls[2], "SOLVER.IMS_PER_BATCH") == "8"
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-class Device:
-    """Steps that take 10 ms and 1 ms an image; one of more images than fit runs out of memory."""
-
-    def __init__(self, fits=10**6):
-        self.fits, self.tried = fits, []
-
-    def __call__(self, images):
-        def step():
-            if images > self.fits:
-                raise torch.OutOfMemoryError("out of memory")
-            time.sleep(0.01 + 0.001 * images)
-
-        self.tried.append(images)
-        return step
+def test_a_trial_needs_few_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmark.dry_run.TRIAL_IMAGES", 3)
+    data = tiny_set(tmp_path / "set", train_images=6, val_images=2)
+    part = first_images(data, tmp_path)
+    content = json.loads(part.train_json.read_text())
+    assert [image["id"] for image in content["images"]] == [1, 2, 3]
+    assert {entry["image_id"] for entry in content["annotations"]} == {1, 2, 3}
+    assert part.train_images == data.train_images and part.checked()
 
 
-def test_a_trial_batch_is_the_real_one():
-    device = Device()
-    seconds = step_seconds(device, 24, "cpu")
-    assert device.tried == [1, 2, 4, 8, 16, 24]
-    assert seconds >= 0.034
-
-
-def test_a_trial_ends_where_memory_or_time_do():
-    device = Device(fits=4)
-    assert step_seconds(device, 64, "cpu") >= 0.014 * 16
-    assert device.tried == [1, 2, 4, 8]
-    device = Device()
-    step_seconds(device, 4096, "cpu", limit=0.3)
-    assert device.tried[-1] < 64
-    with pytest.raises(torch.OutOfMemoryError):
-        step_seconds(Device(fits=0), 4, "cpu")
-
-
-def test_several_devices_share_a_batch(monkeypatch):
-    batches = []
-    monkeypatch.setattr(
-        "benchmark.dry_run.step_seconds",
-        lambda trial, batch, device: batches.append(batch) or 1.0,
-    )
-    measured_speed(dataclasses.replace(PLAN, num_gpus=4))  # of 8 Jigsaw images, and of 4
-    assert batches == [2, 1]
+def test_a_plan_for_gpus_is_not_timed_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    runner = FakeRunner()
+    assert measure(PRESETS["paper"], tiny_set(tmp_path / "set"), lambda text: None, runner) is None
+    assert runner.calls == []
+    assert "No GPU here" in dry_run_table(PLAN, "set", None)

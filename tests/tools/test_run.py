@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from helpers_jobs import FakeRunner, flag, tiny_set
 
-from benchmark import demo
+import demo
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.detection.finetune_config import load_detection_config
 from jigsaw_d2.io import ConfigError, RunError
