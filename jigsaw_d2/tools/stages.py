@@ -91,13 +91,13 @@ class Stage:
             Wall-clock seconds over all attempts.
 
         Raises:
-            ConfigError: the folder was made with other settings, or holds other files.
+            ConfigError: what the folder holds was made with other settings, or is something else.
             RunError: the command failed, or did not write its output.
         """
         known = _read_stage(self.folder)
         if known is None and self.folder.exists() and any(self.folder.iterdir()):
             raise ConfigError(f"{self.folder} holds files of something else: choose another folder")
-        if known is not None:
+        if known is not None and (self.output.exists() or any(self.folder.glob("*.pth"))):
             check_same(known["settings"], self.settings, self.folder)
         before = known["seconds"] if known else 0.0
         if self.is_done():
@@ -144,14 +144,10 @@ def check_same(old: Mapping[str, object], new: Mapping[str, object], place: Path
     new = json.loads(json.dumps(new))  # tuples as JSON gives them back
     names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     if names:
-        changes = [
-            f"  {name}: {old.get(name, '(default)')} -> {new.get(name, '(default)')}"
-            for name in names
-        ]
+        changes = [f"{n}: {old.get(n, '(default)')} -> {new.get(n, '(default)')}" for n in names]
         raise ConfigError(
-            f"{place} was made with other settings (there -> now):\n"
-            + "\n".join(changes)
-            + "\nNothing was changed there. Choose another --output, or the settings of then."
+            f"{place} was made with other settings (there -> now): {'; '.join(changes)}\n"
+            "Nothing was changed there. Choose another --output, or the settings of then."
         )
 
 
@@ -185,8 +181,11 @@ def run_subprocess(stage: Stage, argv: list[str], say: Say) -> None:
             process.wait()
             raise
     if status != 0:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise RunError(f"{stage.title} failed with status {status}; the end of {log}:\n{end}")
+        end = log.read_text(errors="replace").strip().splitlines()[-15:] or ["no words"]
+        raise RunError(
+            f"{stage.title} failed with status {status}: {end[-1]}\nThe end of {log}:\n"
+            + "\n".join(end)
+        )
 
 
 @contextlib.contextmanager
@@ -400,7 +399,8 @@ def length_overrides(cfg: CfgNode, iterations: int) -> list[str]:
     reference = solver.REFERENCE_BATCH_SIZE or solver.IMS_PER_BATCH
     length = max(1, round(iterations * solver.IMS_PER_BATCH / reference))
     ratio = length / solver.MAX_ITER
-    steps = tuple(max(1, round(step * ratio)) for step in solver.STEPS if step < solver.MAX_ITER)
+    scaled = (max(1, round(step * ratio)) for step in solver.STEPS)
+    steps = tuple(dict.fromkeys(step for step in scaled if step < length))
     warmup = min(solver.WARMUP_ITERS, int(length * WARMUP_SHARE))
     return [
         *("SOLVER.MAX_ITER", str(length), "SOLVER.STEPS", repr(steps)),

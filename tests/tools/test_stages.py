@@ -77,6 +77,7 @@ def test_other_settings_are_refused_with_both_shown_and_nothing_is_touched(tmp_p
     if half:
         with pytest.raises(RunError):
             stage.run(quiet, Recorder(fail=True))
+        (tmp_path / "a" / "model_0000009.pth").write_text("hours of work")
     else:
         stage.run(quiet, Recorder())
     before = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
@@ -88,6 +89,13 @@ def test_other_settings_are_refused_with_both_shown_and_nothing_is_touched(tmp_p
         assert words in str(refused.value)
     assert "SIZE" not in str(refused.value) and not runner.calls
     assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+
+
+def test_a_mistake_that_made_nothing_can_be_mended(tmp_path):
+    with pytest.raises(RunError):
+        make_stage(tmp_path / "a", RATE="fast").run(quiet, Recorder(fail=True))
+    make_stage(tmp_path / "a", RATE=0.1).run(quiet, Recorder())
+    assert json.loads((tmp_path / "a" / "stage.json").read_text())["settings"] == {"RATE": 0.1}
 
 
 def test_another_command_line_of_the_same_settings_changes_nothing(tmp_path):
@@ -249,6 +257,9 @@ def test_schedules_keep_their_shape_at_another_length():
     assert (solver.MAX_ITER, tuple(solver.STEPS), solver.WARMUP_ITERS) == (1600, (1280, 1500), 50)
     short = load_detection_config(SMALL, length_overrides(cfg, 16)).SOLVER
     assert (short.MAX_ITER, tuple(short.STEPS), short.WARMUP_ITERS) == (16, (13, 15), 1)
+    # 640 / 800 of 6 is step 5; 750 / 800 would be step 6, behind the last one.
+    assert flag(length_overrides(cfg, 6), "SOLVER.STEPS") == "(5,)"
+    assert flag(length_overrides(cfg, 1), "SOLVER.STEPS") == "()"
     with pytest.raises(ConfigError, match="no training"):
         length_overrides(cfg, 0)
 

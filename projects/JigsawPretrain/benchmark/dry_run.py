@@ -61,8 +61,8 @@ def dry_run_table(plan: Plan, name: str, trial: Trial | None) -> str:
         speed = (
             f"About {seconds / 60:.0f} minutes of training: a trial here took "
             f"{trial.pretrain_step:.3f} s a step of pre-training, {trial.erf_refresh:.1f} s an ERF "
-            f"refresh and {trial.detection_step:.3f} s a step of the detector; start-up, extraction "
-            "and evaluation come on top. "
+            f"refresh and {trial.detection_step:.3f} s a step of the detector; start-up, "
+            "extraction and evaluation come on top. "
         )
     return (
         f"{tabulate(rows, head, tablefmt='pipe', disable_numparse=True)}\n\n"
@@ -90,7 +90,7 @@ def estimate(plan: Plan, arm: Arm, trial: Trial | None) -> Estimate:
 
 
 def pretraining_cost(plan: Plan, arm: Arm, trial: Trial | None) -> tuple[int, float, float]:
-    """Optimiser steps of an arm's pre-training, the backbone's FLOPs, and seconds with refreshes."""
+    """Optimiser steps of an arm's pre-training, the backbone's FLOPs; seconds, ERF included."""
     cfg = scale_to_batch(get_jigsaw_cfg(plan.pretrain_config, [*plan.pretrain, *arm.pretrain]))
     steps = max(1, round((plan.pretrain_iterations or cfg.SOLVER.MAX_ITER) * arm.length))
     image = backbone_flops(cfg, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE) * TRAIN_FORWARDS

@@ -56,17 +56,11 @@ def build_report(comparison: Comparison, command: str = "") -> dict:
         arms.append({"name": arm.name, "kind": arm.kind, "runs": own, "summary": summary})
     return {
         "version": 2,
-        "preset": plan.preset,
-        "about": plan.about,
         "command": short(command),
         "dataset": dataset_facts(comparison.data),
-        "budget": plan.budget,
-        "cost_unit": plan.cost,
-        "seeds": list(plan.seeds),
+        **{name: value for name, value in vars(plan).items() if name != "arms"},
         "pretrain_config": short(plan.pretrain_config),
         "detector_config": short(plan.detector_config),
-        "pretrain_overrides": list(plan.pretrain),
-        "detector_overrides": list(plan.detector),
         "arms": arms,
         "differences": differences(runs),
         "detector_differences": setting_differences(comparison),
@@ -75,11 +69,9 @@ def build_report(comparison: Comparison, command: str = "") -> dict:
 
 
 def _shortener(data: DetectionSet, output: Path) -> Callable[[str], str]:
-    """Replaces the paths of this machine, the longest first."""
-    names = {str(data.train_images): "IMAGES", str(data.train_json.parent): "DATA"}
-    names[str(output)] = "OUTPUT"
-    if data.train_images.parent == data.train_json.parent:
-        del names[str(data.train_images)]
+    """Replaces the paths of this machine: of two that begin alike, the longer one first."""
+    root = data.train_json.parent
+    names = {str(data.train_images): "IMAGES", str(root): "DATA", str(output): "OUTPUT"}
 
     def short(text: str) -> str:
         for path in sorted(names, key=len, reverse=True):
@@ -90,8 +82,7 @@ def _shortener(data: DetectionSet, output: Path) -> Callable[[str], str]:
 
 
 def _run(run: Run, short: Callable[[str], str]) -> dict:
-    same = ("seed", "status", "metrics", "curve", "iterations", "costs")
-    facts = {name: getattr(run, name) for name in same}
+    facts = {name: value for name, value in vars(run).items() if name not in ("arm", "index")}
     return {**facts, "error": short(run.error), "commands": [*map(short, run.commands)]}
 
 
@@ -172,9 +163,8 @@ def dataset_facts(data: DetectionSet) -> dict:
 
 def render(report: dict) -> str:
     """Markdown of ``build_report``'s dict, to lie beside the figure."""
-    data, unfinished = report["dataset"], 0
-    for arm in report["arms"]:
-        unfinished += sum(run["status"] != DONE for run in arm["runs"])
+    data = report["dataset"]
+    unfinished = sum(run["status"] != DONE for arm in report["arms"] for run in arm["runs"])
     counts = ", ".join(
         f"{split} {data[split]['images']} images, {data[split]['annotations']} annotations"
         for split in ("train", "val")
@@ -189,8 +179,8 @@ def render(report: dict) -> str:
         f"# Comparison on {data['name']}, preset {report['preset']}",
         f"{data['name']}: {counts}, {len(data['categories'])} classes. Seeds "
         f"{', '.join(map(str, report['seeds']))}. Budget: {budget_text(report)}. Every arm's "
-        f"detector: `{report['detector_config']}` {_with(report['detector_overrides'])}; "
-        f"pre-training: `{report['pretrain_config']}` {_with(report['pretrain_overrides'])}.",
+        f"detector: `{report['detector_config']}` {_with(report['detector'])}; "
+        f"pre-training: `{report['pretrain_config']}` {_with(report['pretrain'])}.",
         f"Made by `{report['command']}`",
         state,
         "## Box AP on the held-out images",
@@ -225,7 +215,7 @@ def budget_text(report: dict) -> str:
         return "none yet: no Jigsaw run has finished, so nothing here is at equal total cost"
     return (
         "equal total cost, as in Table 5: a run from scratch trains longer by what the Jigsaw run "
-        f"of its seed cost before detection, counted in {report['cost_unit']} of the ledger"
+        f"of its seed cost before detection, counted in {report['cost']} of the ledger"
     )
 
 
@@ -317,11 +307,11 @@ def _costs(report: dict) -> str:
 
 def curve_figure(report: dict) -> Figure:
     """AP over total cost, one line a run; pre-training shifts a line to the right."""
-    scale, label = UNITS[report["cost_unit"]]
+    scale, label = UNITS[report["cost"]]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, arm in enumerate(report["arms"]):
-        curves = [cost_curve(run, report["cost_unit"]) for run in arm["runs"]]
+        curves = [cost_curve(run, report["cost"]) for run in arm["runs"]]
         for first, points in enumerate(filter(None, curves)):
             costs, scores = zip(*((cost / scale, ap) for cost, ap in points))
             name = None if first else arm["name"]

@@ -6,6 +6,7 @@ OUTPUT/runs/<arm>/<seed>/{pretrain,weights,detector}
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -125,7 +126,7 @@ class Comparison:
 
     def execute_run(self, run: Run) -> Run:
         """``run`` with all its stages done, or with the reason why not."""
-        run = replace(run, commands=[], status=FAILED, error="")
+        run = Run(run.arm, run.index, run.seed, FAILED)
         self.say(f"{run}: begun")
         try:
             self._execute(run)
@@ -133,7 +134,7 @@ class Comparison:
         except NotYet as reason:
             run.status, run.error = PENDING, str(reason)
         except (JigsawError, OSError) as error:
-            run.error = " ".join(str(error).strip().splitlines()[:2])
+            run.error = str(error).strip().splitlines()[0]
             logger.exception("%s", run)
         return run
 
@@ -238,6 +239,7 @@ class RunJob:
         """What submitit queues in place of a job that was pre-empted."""
         from submitit.helpers import DelayedSubmission
 
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends another while it queues again
         return DelayedSubmission(self, comparison, run)
 
 
