@@ -196,16 +196,20 @@ def test_without_a_jigsaw_run_nothing_is_called_equal(data, tmp_path):
     assert [run.iterations["detection"] for run in comparison.runs] == [20]
 
 
-def test_other_settings_are_a_failed_run_that_shows_both_and_deletes_nothing(data, tmp_path):
-    plan = dataclasses.replace(PLAN, budget="detection", seeds=(0,))
-    compare_with(FakeRunner(score), data, tmp_path, plan)
-    runner = FakeRunner(score)
+def test_other_settings_are_refused_with_both_shown_and_nothing_changes(data, tmp_path, jobs):
+    plan = dataclasses.replace(PLAN, budget="detection", seeds=(0,), arms=(SCRATCH,))
+    comparison = compare_with(FakeRunner(score), data, tmp_path, plan)
+    write_report(comparison, "compare")
+    before = {path: path.read_bytes() for path in comparison.output.rglob("*") if path.is_file()}
     changed = dataclasses.replace(plan, detection_iterations=30)
-    comparison = compare_with(runner, data, tmp_path, changed)
-    assert runner.calls == [] and {run.status for run in comparison.runs} == {FAILED}
-    text = render(build_report(comparison))
-    assert "made with other settings" in text and "SOLVER.MAX_ITER: 20 -> 30" in text
-    assert (comparison.folder(comparison.runs[0]) / "detector" / "results.json").is_file()
+    for pool in (None, jobs):
+        runner = FakeRunner(score)
+        comparison = Comparison(changed, data, tmp_path / "out", quiet, runner=runner)
+        with pytest.raises(ConfigError, match="SOLVER.MAX_ITER: 20 -> 30"):
+            comparison.execute(lambda: write_report(comparison, "compare"), pool)
+        assert runner.calls == []
+    after = {path: path.read_bytes() for path in comparison.output.rglob("*") if path.is_file()}
+    assert after == before
 
 
 def test_no_time_leaves_runs_pending_and_listed(data, tmp_path):

@@ -71,7 +71,9 @@ def build_report(comparison: Comparison, command: str = "") -> dict:
 def _shortener(data: DetectionSet, output: Path) -> Callable[[str], str]:
     """Replaces the paths of this machine: of two that begin alike, the longer one first."""
     root = data.train_json.parent
-    names = {str(data.train_images): "IMAGES", str(root): "DATA", str(output): "OUTPUT"}
+    names = {str(root): "DATA", str(output): "OUTPUT"}
+    if root not in data.train_images.parents:
+        names[str(data.train_images)] = "IMAGES"
 
     def short(text: str) -> str:
         for path in sorted(names, key=len, reverse=True):

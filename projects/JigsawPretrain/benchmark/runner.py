@@ -4,7 +4,6 @@ OUTPUT/samples*/{train,val}             stores, one pair for each way to extract
 OUTPUT/runs/<arm>/<seed>/{pretrain,weights,detector}
 """
 
-import logging
 import os
 import signal
 import time
@@ -35,9 +34,7 @@ from jigsaw_d2.tools.stages import (
 )
 from jigsaw_d2.training.lr_schedule import scale_to_batch
 
-logger = logging.getLogger(__name__)
-
-DONE, FAILED, PENDING = "done", "failed", "not run"
+DONE, FAILED, PENDING, REFUSED = "done", "failed", "not run", "refused"
 BEFORE = ("extraction", "pretraining", "erf_refresh")  # what is paid before detection
 
 
@@ -110,6 +107,9 @@ class Comparison:
         Args:
             after_run: called after each run, e.g. for a report.
             pool: for several runs at once; None = one after another, in this process.
+
+        Raises:
+            ConfigError: the folder holds a comparison of other settings; nothing is changed there.
         """
         if pool:  # two runs must not cut the same store
             for arm in (arm for arm in self.plan.arms if arm.kind == "jigsaw"):
@@ -119,6 +119,8 @@ class Comparison:
             wave = [run for run in self.runs if (run.arm.kind == "scratch") == from_scratch]
             finished = pool.map(self, wave) if pool else map(self.execute_run, wave)
             for run in finished:
+                if run.status == REFUSED:
+                    raise ConfigError(run.error)
                 self.runs = [run if str(run) == str(other) else other for other in self.runs]
                 self.say(f"{run}: {run.status}" + (f" ({run.error})" if run.error else ""))
                 after_run()
@@ -133,9 +135,11 @@ class Comparison:
             run.status = DONE
         except NotYet as reason:
             run.status, run.error = PENDING, str(reason)
+        except ConfigError as error:
+            run.status, run.error = REFUSED, str(error)
         except (JigsawError, OSError) as error:
             run.error = str(error).strip().splitlines()[0]
-            logger.exception("%s", run)
+            self.say(f"{run}: {error}")
         return run
 
     def _execute(self, run: Run) -> None:
