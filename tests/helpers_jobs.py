@@ -8,7 +8,7 @@ from helpers_store import make_store
 from benchmark.demo_data import DemoOptions, make_demo_set
 from jigsaw_d2.cost import record_stage
 from jigsaw_d2.io import RunError
-from jigsaw_d2.tools.stages import DetectionSet
+from jigsaw_d2.tools.pipeline import DetectionSet
 
 
 def tiny_set(folder: Path, train_images: int = 4, val_images: int = 2) -> DetectionSet:

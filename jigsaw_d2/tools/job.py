@@ -17,12 +17,8 @@ from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.detection.finetune_config import load_detection_config
 from jigsaw_d2.io import write_text
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.tools.stages import (
+from jigsaw_d2.tools.pipeline import (
     DetectionSet,
-    Runner,
-    Say,
-    Stage,
-    check_same,
     conversion_stage,
     extraction_stage,
     finetuning_stage,
@@ -32,6 +28,7 @@ from jigsaw_d2.tools.stages import (
     stage_cost,
     step_seconds,
 )
+from jigsaw_d2.tools.stages import Runner, Say, Stage, check_same
 from jigsaw_d2.tools.time_budget import DataSize, Lengths, Trial, plan_lengths
 from jigsaw_d2.training.lr_schedule import scale_to_batch
 

@@ -8,7 +8,7 @@ from jigsaw_d2.io import ConfigError, write_text
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help shall not
     from jigsaw_d2.tools.job import Job
-    from jigsaw_d2.tools.stages import DetectionSet
+    from jigsaw_d2.tools.pipeline import DetectionSet
 
 EPILOG = """\
 examples:
@@ -95,7 +95,7 @@ def files_dataset(args: argparse.Namespace) -> "DetectionSet":
         ConfigError: one is missing.
         DataError: a file that does not exist.
     """
-    from jigsaw_d2.tools.stages import DetectionSet
+    from jigsaw_d2.tools.pipeline import DetectionSet
 
     if not (args.json and args.images and args.val_json):
         raise ConfigError("--json, --images and --val-json go together")

@@ -14,7 +14,7 @@ from jigsaw_d2.tools.run import add_file_arguments, files_dataset, say
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help shall not
     from benchmark.runner import Pool
-    from jigsaw_d2.tools.stages import DetectionSet
+    from jigsaw_d2.tools.pipeline import DetectionSet
 
 EPILOG = """\
 examples:
@@ -145,7 +145,7 @@ def data_from(args: argparse.Namespace, output: Path) -> "DetectionSet":
         DataError: files that do not exist.
     """
     from benchmark.demo_data import make_demo_set
-    from jigsaw_d2.tools.stages import DetectionSet
+    from jigsaw_d2.tools.pipeline import DetectionSet
 
     if args.data:
         return DetectionSet.from_folder(args.data)

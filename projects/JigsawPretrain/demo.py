@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from benchmark.demo_data import make_demo_set
     from jigsaw_d2.tools.job import Job, default_configs
-    from jigsaw_d2.tools.stages import DetectionSet
+    from jigsaw_d2.tools.pipeline import DetectionSet
 
     output = Path(args.output).resolve()
     output.mkdir(parents=True, exist_ok=True)

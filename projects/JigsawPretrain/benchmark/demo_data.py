@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 
 from jigsaw_d2.io import DataError
-from jigsaw_d2.tools.stages import DetectionSet, check_same
+from jigsaw_d2.tools.pipeline import DetectionSet
+from jigsaw_d2.tools.stages import check_same
 
 Array = np.ndarray
 SPLITS = ("train", "val")

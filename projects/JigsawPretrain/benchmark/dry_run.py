@@ -15,7 +15,8 @@ from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops
 from jigsaw_d2.detection.finetune_config import load_detection_config
 from jigsaw_d2.tools.job import Job, JobRunner
-from jigsaw_d2.tools.stages import DetectionSet, Runner, Say
+from jigsaw_d2.tools.pipeline import DetectionSet
+from jigsaw_d2.tools.stages import Runner, Say
 from jigsaw_d2.tools.time_budget import Trial
 from jigsaw_d2.training.lr_schedule import scale_to_batch
 

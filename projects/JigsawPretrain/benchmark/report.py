@@ -21,7 +21,7 @@ from benchmark.runner import BEFORE, DONE, Comparison, Run
 from jigsaw_d2 import __version__
 from jigsaw_d2.cost import device_name
 from jigsaw_d2.io import write_text
-from jigsaw_d2.tools.stages import DetectionSet, flat
+from jigsaw_d2.tools.pipeline import DetectionSet, flat
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "opencv-python-headless", "pycocotools")

@@ -18,11 +18,8 @@ from benchmark.plan import Arm, Plan
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.detection.finetune_config import load_detection_config
 from jigsaw_d2.io import ConfigError, JigsawError, RunError
-from jigsaw_d2.tools.stages import (
+from jigsaw_d2.tools.pipeline import (
     DetectionSet,
-    Runner,
-    Say,
-    Stage,
     conversion_stage,
     extraction_stage,
     finetuning_stage,
@@ -32,6 +29,7 @@ from jigsaw_d2.tools.stages import (
     read_results,
     stage_cost,
 )
+from jigsaw_d2.tools.stages import Runner, Say, Stage
 from jigsaw_d2.training.lr_schedule import scale_to_batch
 
 DONE, FAILED, PENDING, REFUSED = "done", "failed", "not run", "refused"
