@@ -208,18 +208,6 @@ def length_overrides(cfg: CfgNode, iterations: int) -> list[str]:
     ]
 
 
-def step_seconds(folder: Path) -> float:
-    """Wall-clock seconds of a training's step: the median of the last 20, never of its first two.
-
-    Raises:
-        RunError: the training was too short to tell.
-    """
-    times = [line["time"] for line in read_metrics(folder) if "time" in line]
-    if not times:
-        raise RunError(f"{folder}/metrics.json tells no time of a step: train for more than two")
-    return times[-1]
-
-
 def read_results(folder: Path) -> dict[str, float | None]:
     """Box metrics of a finished fine-tuning: {"AP": percent, "AP50": ..., "AP-<class>": ...}.
 
@@ -248,6 +236,18 @@ def read_curve(folder: Path, iterations: int) -> list[tuple[int, float]]:
         if math.isfinite(line.get("bbox/AP", math.nan))
     }
     return sorted(points.items())
+
+
+def step_seconds(folder: Path) -> float:
+    """Wall-clock seconds of a training's step: the median of the last 20, never of its first two.
+
+    Raises:
+        RunError: the training was too short to tell.
+    """
+    times = [line["time"] for line in read_metrics(folder) if "time" in line]
+    if not times:
+        raise RunError(f"{folder}/metrics.json tells no time of a step: train for more than two")
+    return times[-1]
 
 
 def stage_cost(folder: Path, stage: str) -> dict[str, float]:
