@@ -369,10 +369,11 @@ def test_intervals_equal_the_printed_table_and_the_hand_count():
 @pytest.fixture
 def jobs(tmp_path, monkeypatch):
     """A pool of three local jobs, whose processes find the tests' helpers."""
-    for name in ("PYTHONPATH", "SUBMITIT_PREEMPT_SIGNAL"):
+    for name in ("PYTHONPATH", "SUBMITIT_PREEMPT_SIGNAL", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # restored behind what Pool sets
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     monkeypatch.delenv("SUBMITIT_PREEMPT_SIGNAL")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return Pool(tmp_path / "jobs", 3)
 
 

@@ -270,6 +270,7 @@ class Pool:
             raise RunError("--jobs and --cluster need submitit: pip install submitit") from None
         self._gpus, self._jobs, self._local = gpus, jobs, slurm is None
         if self._local:
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
             self._executor = submitit.LocalExecutor(folder)
         else:
             self._executor = submitit.AutoExecutor(folder, "slurm", slurm_max_num_timeout=1000)
