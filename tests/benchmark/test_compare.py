@@ -26,7 +26,6 @@ from benchmark.plan import (
 from benchmark.report import (
     budget_text,
     build_report,
-    cost_curve,
     interval,
     render,
     verdict,
@@ -244,7 +243,7 @@ def test_report_tells_every_setting_in_which_detectors_differ(data, tmp_path):
 def test_curve_begins_behind_the_cost_of_pre_training(data, tmp_path):
     comparison = compare_with(FakeRunner(score), data, tmp_path)
     report = build_report(comparison)
-    curves = {arm["name"]: cost_curve(arm["runs"][0], "seconds") for arm in report["arms"]}
+    curves = {arm["name"]: arm["runs"][0]["cost_curve"] for arm in report["arms"]}
     assert curves == {
         "jigsaw erf_adaptive": [(100.0, 15.0)],
         "scratch": [(100.0, 10.0)],

@@ -128,26 +128,26 @@ def make_demo_set(output: str | Path, options: DemoOptions = DemoOptions()) -> D
     shutil.rmtree(part, ignore_errors=True)
     (part / "images").mkdir(parents=True)
     for split, count in enumerate((options.train_images, options.val_images)):
-        records = [_write_image(part, options.seed, split, number) for number in range(count)]
-        (part / f"{SPLITS[split]}.json").write_text(json.dumps(_coco_document(records)))
+        content = _draw_split(part, options.seed, split, count)
+        (part / f"{SPLITS[split]}.json").write_text(json.dumps(content))
     (part / "demo.json").write_text(json.dumps(asdict(options)))
     part.rename(output)
     return DetectionSet.from_folder(output)
 
 
-def _write_image(folder: Path, seed: int, split: int, number: int) -> tuple[dict, list[dict]]:
-    image, annotations = draw_demo_image(seed, split, number)
-    name = f"{SPLITS[split]}_{number:05d}.jpg"
-    cv2.imwrite(str(folder / "images" / name), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
-    height, width = image.shape[:2]
-    return {"id": number + 1, "file_name": name, "height": height, "width": width}, annotations
-
-
-def _coco_document(records: list[tuple[dict, list[dict]]]) -> dict:
-    annotations = [{"image_id": image["id"], **a} for image, found in records for a in found]
+def _draw_split(folder: Path, seed: int, split: int, count: int) -> dict:
+    """Write the images of a split; its COCO document."""
+    images, annotations = [], []
+    for number in range(count):
+        pixels, found = draw_demo_image(seed, split, number)
+        name, (height, width) = f"{SPLITS[split]}_{number:05d}.jpg", pixels.shape[:2]
+        path = str(folder / "images" / name)
+        cv2.imwrite(path, pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+        images.append({"id": number + 1, "file_name": name, "height": height, "width": width})
+        annotations += [{"image_id": number + 1, **annotation} for annotation in found]
     return {
         "info": {"description": "jigsaw_d2 demo set, drawn from a seed"},
-        "images": [image for image, _ in records],
+        "images": images,
         "annotations": [{"id": i, **entry} for i, entry in enumerate(annotations, start=1)],
         "categories": [
             {"id": i, "name": shape.name, "supercategory": "shape"}

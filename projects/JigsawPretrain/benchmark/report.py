@@ -52,7 +52,7 @@ def build_report(comparison: Comparison, command: str = "") -> dict:
     arms = []
     for arm in dict.fromkeys(run.arm for run in runs):
         summary = {name: interval(_values(runs, arm.name, name).values()) for name in METRICS}
-        own = [_run(run, short) for run in runs if run.arm == arm]
+        own = [_run(run, short, plan.cost) for run in runs if run.arm == arm]
         arms.append({"name": arm.name, "kind": arm.kind, "runs": own, "summary": summary})
     return {
         "version": 2,
@@ -83,9 +83,10 @@ def _shortener(data: DetectionSet, output: Path) -> Callable[[str], str]:
     return short
 
 
-def _run(run: Run, short: Callable[[str], str]) -> dict:
+def _run(run: Run, short: Callable[[str], str], unit: str) -> dict:
     facts = {name: value for name, value in vars(run).items() if name not in ("arm", "index")}
-    return {**facts, "error": short(run.error), "commands": [*map(short, run.commands)]}
+    facts |= {"error": short(run.error), "commands": [*map(short, run.commands)]}
+    return {**facts, "cost_curve": run.cost_curve(unit)}
 
 
 def _values(runs: Sequence[Run], arm: str, metric: str) -> dict[int, float]:
@@ -313,8 +314,7 @@ def curve_figure(report: dict) -> Figure:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, arm in enumerate(report["arms"]):
-        curves = [cost_curve(run, report["cost"]) for run in arm["runs"]]
-        for first, points in enumerate(filter(None, curves)):
+        for first, points in enumerate(filter(None, (run["cost_curve"] for run in arm["runs"]))):
             costs, scores = zip(*((cost / scale, ap) for cost, ap in points))
             name = None if first else arm["name"]
             axes.plot(costs, scores, "o-", color=f"C{number}", alpha=0.7, markersize=4, label=name)
@@ -324,12 +324,3 @@ def curve_figure(report: dict) -> Figure:
     if axes.has_data():
         axes.legend()
     return figure
-
-
-def cost_curve(run: dict, unit: str) -> list[tuple[float, float]]:
-    """(total cost up to then, AP in percent) of each evaluation; empty for an unfinished run."""
-    if run["status"] != DONE:
-        return []
-    before = sum(run["costs"].get(stage, {}).get(unit, 0.0) for stage in BEFORE)
-    step = run["costs"]["finetuning"][unit] / run["iterations"]["detection"]
-    return [(before + step * done, ap) for done, ap in run["curve"]]

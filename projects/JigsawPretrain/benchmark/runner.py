@@ -66,6 +66,13 @@ class Run:
         """Seconds or FLOPs of one detection iteration."""
         return self.costs["finetuning"][unit] / self.iterations["detection"]
 
+    def cost_curve(self, unit: str) -> list[tuple[float, float]]:
+        """(total cost up to then, AP in percent) of each evaluation; none of an unfinished run."""
+        if self.status != DONE:
+            return []
+        before, step = self.cost_before_detection(unit), self.detection_cost_per_iteration(unit)
+        return [(before + step * done, ap) for done, ap in self.curve]
+
 
 class Comparison:
     """A plan, a dataset and a folder; ``execute`` goes on wherever it was left."""
