@@ -164,15 +164,14 @@ class JobRunner:
             ConfigError: they were decided for another budget, or other settings.
         """
         job, path = self.job, self.job.output / "lengths.json"
-        first, second = self._trials()
+        trial = self.trial()
         settings = {"seconds": seconds, "detectors": 2 if job.with_scratch else 1}
-        for stage in (first, second):
+        for stage in self._trials():
             settings |= {f"{stage.argv[0]} {key}": v for key, v in stage.settings.items()}
         if path.is_file():
             known = json.loads(path.read_text())
             check_same(known["settings"], settings, path)
             return Lengths(**known["lengths"])
-        trial = self.trial()
         images = len(json.loads(job.data.train_json.read_text())["images"])
         batches = (
             get_jigsaw_cfg(job.pretrain_config, list(job.pretrain)).SOLVER.IMS_PER_BATCH,
