@@ -22,7 +22,7 @@ test: setup
 
 # make demo DATA=folder runs on a folder with images/, train.json and val.json.
 demo: setup
-	$(PY) -m jigsaw_d2 demo $(if $(DATA),--data "$(DATA)") --output "$(OUTPUT)"
+	$(PY) projects/JigsawPretrain/demo.py $(if $(DATA),--data "$(DATA)") --output "$(OUTPUT)"
 
 lint: setup
 	@$(PYTHON) dev/set_up.py --venv "$(VENV)" --lint

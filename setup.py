@@ -78,6 +78,7 @@ setup(
         "tabulate>=0.8",
     ],
     extras_require={
+        "benchmark": ["scipy>=1.10", "submitit>=1.5"],
         "test": ["pytest>=7.4", "pytest-xdist>=3.3", "hypothesis>=6.80"],
         "lint": ["black>=24", "isort>=5.12", "flake8>=6"],
     },

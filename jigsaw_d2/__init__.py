@@ -10,8 +10,8 @@ Where what lives, along the way of the data:
     trainer, evaluation, training/             pre-training in Detectron2's engine
     checkpoint/                                checkpoint -> weights with metadata -> detector
     detection/                                 training the detector
-    cost                                       the cost log
-    jobs/, comparison/                         whole jobs, and comparisons over seeds
+    cost, cost_table                           the ledger of compute
+    tools/                                     the whole job in one command
     config, datasets, errors                   what everything shares
     commands/, visualization/                  command lines; figures
 """

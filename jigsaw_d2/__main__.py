@@ -14,9 +14,7 @@ COMMANDS = {
     "finetune": "train a detector from converted weights",
     "visualize": "figures: samples, jigsaw, erf, labels",
     "erf": "effective receptive field of any Detectron2 backbone",
-    "cost": "what a run cost, beside ImageNet",
-    "compare": "initialisations at equal budget, over seeds",
-    "demo": "all of it on a set drawn from a seed",
+    "cost": "ledger of a run's compute",
 }
 
 
@@ -31,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
             f"usage: python -m jigsaw_d2 COMMAND ... (COMMAND --help tells more)\n\n{lines}\n"
         )
         return 0 if asked_for_help else 2
-    command = importlib.import_module(f"jigsaw_d2.commands.{argv[0]}")
+    package = "tools" if argv[0] == "run" else "commands"
+    command = importlib.import_module(f"jigsaw_d2.{package}.{argv[0]}")
     return run_command(command.main, argv[1:])
 
 

@@ -2,29 +2,19 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 from helpers_store import make_store
 
+from benchmark.demo_data import DemoOptions, make_demo_set
 from jigsaw_d2.cost import record_stage
-from jigsaw_d2.jobs.demo_data import DemoOptions, make_demo_set
-from jigsaw_d2.jobs.pipeline import DetectionSet
-from jigsaw_d2.jobs.stages import StageError
+from jigsaw_d2.io import RunError
+from jigsaw_d2.tools.pipeline import DetectionSet
 
 
 def tiny_set(folder: Path, train_images: int = 4, val_images: int = 2) -> DetectionSet:
     """A demo set of a few images."""
     options = DemoOptions(train_images=train_images, val_images=val_images)
-    return DetectionSet.from_folder(make_demo_set(folder, options))
-
-
-def fake_passports(monkeypatch) -> None:
-    """Let the digest of fake weights be their text."""
-
-    def read(weights):
-        return SimpleNamespace(digest="" if weights == "none" else Path(weights).read_text())
-
-    monkeypatch.setattr("jigsaw_d2.jobs.pipeline.read_passport", read)
+    return make_demo_set(folder, options)
 
 
 def flag(argv: list[str], name: str) -> str:
@@ -47,12 +37,12 @@ class FakeRunner:
             f"OUTPUT_DIR: {stage.folder}\nSOLVER:\n  LENGTH: {len(argv)}\n"
         )
         if self._fail(argv):
-            raise StageError(f"{argv[0]} broke\nwith details")
+            raise RunError(f"{argv[0]} broke\nwith details")
         getattr(self, f"_{argv[0]}")(stage, stage.folder, argv)
 
     def _extract(self, stage, folder, argv):
         make_store(Path(flag(argv, "--output")))
-        record_stage(folder, "extraction", images=4, seconds=10.0)
+        record_stage(flag(argv, "--output"), "extraction", images=4, seconds=10.0)
 
     def _pretrain(self, stage, folder, argv):
         (folder / "model_final.pth").write_text(" ".join(argv))

@@ -102,6 +102,7 @@ SCRIPTS = {
     "convert_weights.py": "convert",
     "finetune_net.py": "finetune",
     "compare.py": "compare",
+    "demo.py": "demo",
     "visualize.py": "visualize",
 }
 READMES = [
@@ -129,13 +130,19 @@ def test_commands_in_a_readme_have_the_flags_they_use(readme):
     found = list(_commands_in((ROOT / readme).read_text()))
     assert found
     for name, words in found:
-        assert name in COMMANDS, f"{readme}: {name} is no command"
-        parser = importlib.import_module(f"jigsaw_d2.commands.{name}").build_parser()
+        parser = importlib.import_module(_module_of(name)).build_parser()
         flags = [word for word in words if word.startswith("--")]
         known = {
             flag for parser in _with_subparsers(parser) for flag in parser._option_string_actions
         }
         assert set(flags) <= known, f"{readme}: {name} knows no {set(flags) - known}"
+
+
+def _module_of(name):
+    if name in ("compare", "demo"):
+        return name
+    assert name in COMMANDS, f"{name} is no command"
+    return f"jigsaw_d2.{'tools' if name == 'run' else 'commands'}.{name}"
 
 
 def _with_subparsers(parser):

@@ -77,7 +77,7 @@ def calls(monkeypatch, tmp_path):
 def test_set_up_installs_in_order_and_only_once(calls, tmp_path):
     venv = tmp_path / "venv"
     set_up.set_up(venv)
-    project = f"{ROOT}[test]"
+    project = f"{ROOT}[benchmark,test]"
     assert calls == [
         ("venv",),
         ("pip", "setuptools", "wheel", "torch", "torchvision", {}),
@@ -111,7 +111,7 @@ def test_a_failed_set_up_is_not_taken_for_finished(calls, tmp_path, monkeypatch,
 def test_a_users_detectron2_keeps_its_torch(calls, tmp_path, monkeypatch):
     monkeypatch.setattr(set_up, "_detectron2_state", lambda venv: "user")
     set_up.set_up(tmp_path / "venv")
-    project = f"{ROOT}[test]"
+    project = f"{ROOT}[benchmark,test]"
     assert calls == [("venv",), ("pip", "-e", project, {"constrained": False}), ("verify",)]
 
 

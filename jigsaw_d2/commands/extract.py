@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--strict", action="store_true", help="stop at the first fault in the input")
     run.add_argument("--overwrite", action="store_true", help="replace an existing store")
-    run.add_argument("--cost-dir", help="folder of the compute ledger (default: that of --output)")
+    run.add_argument("--cost-dir", help="folder of the compute ledger (default: the store)")
     return parser
 
 
@@ -211,7 +211,7 @@ def _extract(
     report_figure(report).savefig(folder / FIGURE_NAME, metadata={"Software": None})
     processes = max(options.workers or 0, 1)
     record_stage(
-        cost_dir or Path(output).absolute().parent,
+        cost_dir or output,
         "extraction",
         images=report["images_read"],
         pixels=report["pixels_read"],

@@ -1,13 +1,169 @@
 #!/usr/bin/env python
-"""Compare initialisations at equal budget, over seeds (Tables 1-5, Fig. 7).
+"""Initialisations of a detector at equal budget, over seeds, in one report (Tables 1-5, Fig. 7)."""
 
-The command is ``jigsaw_d2.commands.compare``; ``python -m jigsaw_d2 compare`` runs it too.
+import argparse
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmark.plan import ABLATIONS, BUDGETS, COSTS, PRESETS, Plan, parse_arm
+from jigsaw_d2.commands import run_command
+from jigsaw_d2.tools.run import add_file_arguments, files_dataset, say
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help shall not
+    from benchmark.runner import Pool
+    from jigsaw_d2.tools.pipeline import DetectionSet
+
+EPILOG = """\
+examples:
+  compare.py --preset smoke --output OUT                             on the demo's own set
+  compare.py --preset smoke --data FOLDER --output OUT               images/, train.json, val.json
+  compare.py --preset small --data FOLDER --output OUT --minutes 9   call again to go on
+  compare.py --preset small --data FOLDER --output OUT --ablation tau --dry-run
+  compare.py --data FOLDER --output OUT --arms scratch jigsaw imagenet=imagenet.pkl --seeds 0 1 2
+  compare.py --preset small --data FOLDER --output OUT --jobs 4      at once, on this machine's GPUs
+  compare.py --preset paper --data FOLDER --output OUT --jobs 15 --cluster slurm --partition gpu \\
+      --num-gpus 8
 """
 
-import sys
 
-from jigsaw_d2.commands import run_command
-from jigsaw_d2.commands.compare import main
+def build_parser() -> argparse.ArgumentParser:
+    """Arguments of the command."""
+    parser = argparse.ArgumentParser(
+        prog="compare.py",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    presets = "; ".join(f"{name}: {plan.about}" for name, plan in PRESETS.items())
+    parser.add_argument("--preset", choices=PRESETS, default="smoke", help=presets)
+    parser.add_argument(
+        "--output", required=True, help="folder of runs and report; call again to go on"
+    )
+    data = parser.add_argument_group("dataset (default: the demo's, drawn from a seed)")
+    data.add_argument("--data", help="folder with images/, train.json and val.json")
+    add_file_arguments(data, required=False)
+    plan = parser.add_argument_group("what to compare (defaults come from the preset)")
+    plan.add_argument(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="scratch, scratch-again, jigsaw[:OBJECTIVE], NAME=FILE.pkl",
+    )
+    plan.add_argument(
+        "--ablation", choices=ABLATIONS, help="the arms of one of the paper's ablations"
+    )
+    plan.add_argument("--seeds", nargs="+", type=int, help="one run of every arm each")
+    plan.add_argument("--budget", choices=BUDGETS, help="equal total cost, or equal detection cost")
+    plan.add_argument("--cost", choices=COSTS, help="what of the ledger counts as cost")
+    plan.add_argument("--pretrain-config", help="config of the pre-training")
+    plan.add_argument("--detector-config", help="config of the detector")
+    plan.add_argument("--pretrain-iterations", type=int, help="optimiser steps of pre-training")
+    plan.add_argument("--detection-iterations", type=int, help="optimiser steps of the detector")
+    plan.add_argument("--evaluations", type=int, help="of the detector, for the curves")
+    plan.add_argument("--pretrain", nargs="+", default=[], metavar="X", help="KEY VALUE pairs")
+    plan.add_argument("--detector", nargs="+", default=[], metavar="X", help="KEY VALUE pairs")
+    plan.add_argument("--num-gpus", type=int, help="GPUs of each training")
+    parser.add_argument(
+        "--minutes", type=float, help="start no further stage after as many minutes"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the arms and what they would cost"
+    )
+    jobs = parser.add_argument_group("several runs at once (by submitit)")
+    jobs.add_argument("--jobs", type=int, default=1, help="at most as many; default: %(default)s")
+    jobs.add_argument("--cluster", choices=("local", "slurm"), default="local", help="where")
+    jobs.add_argument("--partition", help="of Slurm")
+    jobs.add_argument("--job-hours", type=float, default=24, help="of Slurm; jobs queue up again")
+    jobs.add_argument("--job-cpus", type=int, default=8, help="of Slurm, for each job")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, report; 0 if every run is done, 1 if one failed or is still to do."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(argv)
+    from benchmark.runner import DONE, Comparison
+    from jigsaw_d2.tools.stages import exit_on_sigterm
+
+    plan = plan_from(args)
+    output = Path(args.output).resolve()
+    data = data_from(args, output)
+    if args.dry_run:
+        from benchmark.dry_run import dry_run_table, measure
+
+        sys.stdout.write(dry_run_table(plan, data.name, measure(plan, data, say)) + "\n")
+        return 0
+    from benchmark.report import write_report
+
+    comparison = Comparison(plan, data, output, say, minutes=args.minutes)
+    command = shlex.join(["python", "compare.py", *argv])
+    with exit_on_sigterm():
+        comparison.execute(lambda: write_report(comparison, command), pool_from(args, output))
+    report = write_report(comparison, command)
+    sys.stdout.write(f"\n{report.read_text()}\nreport: {report}, {report.with_suffix('.json')}\n")
+    return 0 if all(run.status == DONE for run in comparison.runs) else 1
+
+
+def uses_gpu(args: argparse.Namespace) -> bool:
+    """Whether the trainings run on GPUs: this machine's, or those asked of a cluster."""
+    import torch
+
+    return torch.cuda.is_available() or (args.cluster != "local" and bool(args.num_gpus))
+
+
+def plan_from(args: argparse.Namespace) -> Plan:
+    """The preset's plan with what the command line says otherwise.
+
+    Raises:
+        ConfigError: see ``Plan.checked``.
+    """
+    plan = PRESETS[args.preset]
+    arms, device = plan.arms, ("MODEL.DEVICE", "cuda") if uses_gpu(args) else ()
+    if args.ablation:
+        arms = (*ABLATIONS[args.ablation], *(arm for arm in arms if arm.kind == "scratch"))
+    if args.arms:
+        arms = tuple(parse_arm(text) for text in args.arms)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    fields = {*vars(plan)} - {"preset", "arms", "seeds", "pretrain", "detector"}
+    return replace(
+        plan,
+        arms=arms,
+        seeds=tuple(args.seeds or plan.seeds),
+        pretrain=(*plan.pretrain, *device, *args.pretrain),
+        detector=(*plan.detector, *device, *args.detector),
+        **{name: given[name] for name in fields & {*given}},
+    ).checked()
+
+
+def data_from(args: argparse.Namespace, output: Path) -> "DetectionSet":
+    """The dataset that the command line names, or the demo's, drawn into ``output``.
+
+    Raises:
+        DataError: files that do not exist.
+    """
+    from benchmark.demo_data import make_demo_set
+    from jigsaw_d2.tools.pipeline import DetectionSet
+
+    if args.data:
+        return DetectionSet.from_folder(args.data)
+    return files_dataset(args) if args.json else make_demo_set(output / "demo")
+
+
+def pool_from(args: argparse.Namespace, output: Path) -> "Pool | None":
+    """For several runs at once; None where one follows the other in this process."""
+    if args.jobs == 1 and args.cluster == "local":
+        return None
+    from benchmark.runner import Pool
+
+    slurm = None
+    if args.cluster == "slurm":
+        slurm = {"timeout_min": int(60 * args.job_hours), "cpus_per_task": args.job_cpus}
+        slurm |= {"slurm_partition": args.partition} if args.partition else {}
+    return Pool(output / "jobs", args.jobs, (args.num_gpus or 1) if uses_gpu(args) else 0, slurm)
+
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

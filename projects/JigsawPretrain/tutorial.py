@@ -14,6 +14,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from benchmark.demo_data import DemoOptions, make_demo_set
 from jigsaw_d2.checkpoint.convert import convert_checkpoint
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.config import get_jigsaw_cfg
@@ -23,20 +24,19 @@ from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.extraction.extract import extract_samples
 from jigsaw_d2.extraction.options import ExtractionOptions
 from jigsaw_d2.extraction.sources import CocoSource
-from jigsaw_d2.jobs.demo_data import DemoOptions, make_demo_set
-from jigsaw_d2.jobs.pipeline import DetectionSet
 from jigsaw_d2.modeling import losses
 from jigsaw_d2.modeling.erf import erf_region_sums, region_weights
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.samples import GROUPS
 from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.tools.pipeline import DetectionSet
 
 
 def step_1_samples(folder: Path) -> tuple[DetectionSet, SampleStore]:
     """Sec. 3.1: every annotated box, enlarged at random, becomes a sample; so do empty places."""
     options = DemoOptions(train_images=24, val_images=4)
-    data = DetectionSet.from_folder(make_demo_set(folder / "set", options))
+    data = make_demo_set(folder / "set", options)
     source = CocoSource(data.train_json, data.train_images)
     # workers=0: in this process, so that this script needs no main guard on any platform
     extract_samples(source, folder / "store", ExtractionOptions(workers=0, overwrite=True))

@@ -1,1 +1,0 @@
-"""Comparisons of initialisations over seeds: plan, runs, statistics, report."""

@@ -1,1 +1,0 @@
-"""Whole jobs: stages that resume, their time budget and report, the demo's data."""

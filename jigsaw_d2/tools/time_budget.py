@@ -1,0 +1,108 @@
+"""Training lengths for a number of hours: measure a few steps of each training, then divide.
+
+The rule, in the order in which it is applied:
+
+1. from the budget go what was spent already, one evaluation, start-ups, and a reserve;
+2. the rest is halved between pre-training and fine-tuning (of both detectors, if there are two);
+3. neither gets more passes over its data than the caps below, and what one leaves the other takes;
+4. the ERF is refreshed as often as in the paper (64k iterations / 5k), or as often as a tenth of
+   the pre-training's time allows, but at least once.
+"""
+
+import math
+from dataclasses import dataclass
+
+from jigsaw_d2.io import ConfigError
+
+# Digest of Sec. 4.1: 64k iterations x 2,048 samples over COCO's about 946k are 139 passes.
+MAX_SAMPLE_PASSES = 139
+MAX_DETECTION_EPOCHS = 72  # Fig. 8's longest, the "6x" schedule
+RESERVE = 0.08  # of the budget, for what no trial shows: checkpoints, a busy machine
+START_UP_SECONDS = 20.0  # of each training's process
+ERF_REFRESHES = 12
+ERF_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Wall-clock seconds: a step of each training, an ERF refresh, an evaluation."""
+
+    pretrain_step: float
+    erf_refresh: float
+    detection_step: float
+    evaluation: float
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """Samples in the store, images in the detection set, and the batch sizes of both trainings."""
+
+    samples: int
+    images: int
+    pretrain_batch: int
+    detection_batch: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Optimiser steps of both trainings and between two ERF refreshes, and how they came about."""
+
+    pretrain_iterations: int
+    detection_iterations: int
+    erf_period: int
+    explanation: str
+
+
+def plan_lengths(
+    seconds: float, spent: float, trial: Trial, data: DataSize, detectors: int = 1
+) -> Lengths:
+    """Lengths that fill ``seconds`` of wall-clock time, of which ``spent`` are gone.
+
+    Args:
+        detectors: how many are fine-tuned, one after another, each for the length returned.
+
+    Raises:
+        ConfigError: nothing is left, or not enough for one step of each training.
+    """
+    fixed = detectors * trial.evaluation + (1 + detectors) * START_UP_SECONDS + RESERVE * seconds
+    detection_step = detectors * trial.detection_step
+    left = seconds - spent - fixed
+    pretrain_cap = max(1, math.ceil(MAX_SAMPLE_PASSES * data.samples / (4 * data.pretrain_batch)))
+    detection_cap = max(1, math.ceil(MAX_DETECTION_EPOCHS * data.images / data.detection_batch))
+    refreshes = _refreshes(left / 2, trial.erf_refresh)
+    pretrain = _steps(left / 2 - refreshes * trial.erf_refresh, trial.pretrain_step, pretrain_cap)
+    pretrain_seconds = pretrain * trial.pretrain_step + refreshes * trial.erf_refresh
+    detection = _steps(left - pretrain_seconds, detection_step, detection_cap)
+    if detection == detection_cap:
+        rest = left - detection * detection_step
+        refreshes = _refreshes(rest, trial.erf_refresh)
+        pretrain = _steps(rest - refreshes * trial.erf_refresh, trial.pretrain_step, pretrain_cap)
+    if pretrain < 1 or detection < 1:
+        raise ConfigError(
+            f"{seconds / 3600:.2f} hours leave {left:.0f} s for training, where one step takes "
+            f"{trial.pretrain_step:.2f} and {detection_step:.2f} s; allow more --hours"
+        )
+    period = math.ceil(pretrain / refreshes)
+    passes = pretrain * data.pretrain_batch * 4 / max(1, data.samples)
+    epochs = detection * data.detection_batch / max(1, data.images)
+    explanation = (
+        f"budget {seconds:.0f} s: {spent:.0f} s spent on extraction and trial steps, {fixed:.0f} s "
+        f"kept for evaluation, start-up and reserve, {left:.0f} s to train, half for each; "
+        f"pre-training: {pretrain} steps at {trial.pretrain_step:.3f} s ({passes:.1f} passes over "
+        f"the samples, at most {MAX_SAMPLE_PASSES}), ERF refreshed every {period} steps; "
+        f"fine-tuning: {detection} steps at {trial.detection_step:.3f} s ({epochs:.1f} epochs, at "
+        f"most {MAX_DETECTION_EPOCHS})"
+    )
+    if detectors > 1:
+        explanation += f", for each of {detectors} detectors"
+    return Lengths(pretrain, detection, period, explanation)
+
+
+def _steps(seconds: float, step: float, cap: int) -> int:
+    return min(cap, math.floor(seconds / step)) if seconds > 0 else 0
+
+
+def _refreshes(pretrain_seconds: float, refresh: float) -> int:
+    if refresh <= 0:
+        return ERF_REFRESHES
+    return max(1, min(ERF_REFRESHES, int(ERF_SHARE * pretrain_seconds / refresh)))

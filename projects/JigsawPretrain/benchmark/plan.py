@@ -1,0 +1,184 @@
+"""What a comparison runs: its arms, its seeds, its lengths; pure descriptions, nothing is run here.
+
+An arm is a way to initialise the detector's backbone. Every arm meets the same detection settings;
+only its length may differ, and that by the budget rule alone:
+
+    "total"      arms from scratch get the iterations that the pre-training cost (paper, Table 5)
+    "detection"  every arm has the same detection iterations (paper, Table 3)
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jigsaw_d2.io import ConfigError
+
+# As in jigsaw_d2.config, whose import would bring Detectron2 into --help.
+OBJECTIVES = ("erf_adaptive", "block_wise", "global")
+FIT_METHODS = ("pad_crop", "warp", "resize")
+BUDGETS = ("total", "detection")
+COSTS = ("seconds", "flops")
+AGAIN_SEED_OFFSET = 1000  # between the seeds of an arm and of its A/A copy
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One initialisation: ``name`` in tables, ``slug`` in paths, ``kind`` as the fields say."""
+
+    name: str
+    kind: str  # "scratch", "jigsaw" or "weights"
+    pretrain: tuple[str, ...] = ()  # KEY VALUE overrides of the pre-training config
+    extract: tuple[str, ...] = ()  # further arguments of the extraction
+    weights: Path | None = None  # a converted file
+    seed_offset: int = 0  # added to each seed
+    length: float = 1.0  # of the pre-training, as a factor on the plan's
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a path."""
+        return "".join(char if char.isalnum() else "-" for char in self.name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole comparison: one run of every arm with every seed, under settings that all share."""
+
+    preset: str
+    about: str
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    pretrain_config: str
+    detector_config: str
+    pretrain_iterations: int = 0  # optimiser steps; 0 = the config's own
+    detection_iterations: int = 0
+    pretrain: tuple[str, ...] = ()  # KEY VALUE overrides
+    detector: tuple[str, ...] = ()
+    budget: str = "total"
+    cost: str = "seconds"
+    evaluations: int = 1  # of the detector, the last one included, spread evenly
+    num_gpus: int = 1
+
+    def checked(self) -> "Plan":
+        """Itself, if it can be run.
+
+        Raises:
+            ConfigError: what is wrong.
+        """
+        slugs, seeds = [arm.slug for arm in self.arms], self.seeds
+        if not slugs or len(set(slugs)) != len(slugs):
+            raise ConfigError(f"arms need names of their own; these are {', '.join(slugs)}")
+        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            raise ConfigError(f"seeds {seeds}: give different numbers, 0 or more")
+        if max(seeds) - min(seeds) >= AGAIN_SEED_OFFSET:
+            raise ConfigError(f"seeds {seeds} must lie within {AGAIN_SEED_OFFSET} of each other")
+        return self
+
+
+def jigsaw_arm(objective: str = "erf_adaptive") -> Arm:
+    """Pre-training with one of the three objectives (Table 2)."""
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
+    return Arm(f"jigsaw {objective}", "jigsaw", ("MODEL.JIGSAW.OBJECTIVE", objective))
+
+
+SCRATCH = Arm("scratch", "scratch")
+SCRATCH_AGAIN = Arm("scratch again", "scratch", seed_offset=AGAIN_SEED_OFFSET)
+
+
+def parse_arm(text: str) -> Arm:
+    """An arm from the command line: scratch, scratch-again, jigsaw[:OBJECTIVE], NAME=WEIGHTS.pkl.
+
+    Raises:
+        ConfigError: none of these, or a file that does not exist.
+    """
+    for arm in (SCRATCH, SCRATCH_AGAIN):
+        if text == arm.slug:
+            return arm
+    if text.split(":")[0] == "jigsaw":
+        return jigsaw_arm(text.partition(":")[2] or "erf_adaptive")
+    name, _, file = text.partition("=")
+    if not name or not Path(file).is_file():
+        raise ConfigError(
+            f"arm {text!r}: give scratch, scratch-again, jigsaw[:OBJECTIVE] or NAME=WEIGHTS.pkl, a "
+            "file of convert_weights.py that exists"
+        )
+    return Arm(name, "weights", weights=Path(file).resolve())
+
+
+def _variants(prefix: str, key: str, values: tuple[object, ...], base: Arm) -> tuple[Arm, ...]:
+    return tuple(
+        replace(base, name=f"{prefix} {value}", pretrain=(*base.pretrain, key, str(value)))
+        for value in values
+    )
+
+
+_ERF, _BLOCK = jigsaw_arm(), jigsaw_arm("block_wise")
+ABLATIONS: dict[str, tuple[Arm, ...]] = {
+    "objective": tuple(jigsaw_arm(objective) for objective in OBJECTIVES),  # Table 2
+    # Table 1's best row is Table 2's block-wise one, so it was run with that objective.
+    "fit": _variants("fit", "INPUT.JIGSAW.FIT", FIT_METHODS, _BLOCK),
+    "context": _variants("context", "INPUT.JIGSAW.CONTEXT", (True, False), _ERF),  # Sec. 3.1
+    "negatives": tuple(
+        replace(_ERF, name=f"positives per negative {n}", extract=("--negative-ratio", str(n)))
+        for n in (2, 10, 50)
+    ),
+    "tau": _variants("tau", "MODEL.JIGSAW.TAU", (0.5, 0.6, 0.7, 0.8, 1.0), _ERF),  # Fig. 7a
+    "iterations": tuple(  # Fig. 7b: 16k, 32k, 64k, 128k
+        replace(_ERF, name=f"length x{factor:g}", length=factor) for factor in (0.25, 0.5, 1, 2)
+    ),
+}
+# Of a detector that shall train within a minute: both sides within 128 pixels.
+SMALL_IMAGES = (
+    *("INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MAX_SIZE_TRAIN", "128"),
+    *("INPUT.MIN_SIZE_TEST", "128", "INPUT.MAX_SIZE_TEST", "128"),
+)
+PRESETS: dict[str, Plan] = {
+    "smoke": Plan(
+        preset="smoke",
+        about="minutes on two CPU cores: does the machinery work, and how large is chance?",
+        arms=(_ERF, SCRATCH, SCRATCH_AGAIN),
+        seeds=(0, 1, 2),
+        pretrain_config="jigsaw_R_18_cpu.yaml",
+        detector_config="finetune/faster_rcnn_R_18_FPN_small.yaml",
+        # Pre-training takes about 30 % of the total cost, as in Table 5 (1.73 of 5.8 GPU-days).
+        pretrain_iterations=160,
+        detection_iterations=260,
+        # Within minutes, more steps teach more than larger batches, and small images more than
+        # large ones: objects shrink to about 60 pixels, so the canvas shrinks with them.
+        pretrain=(
+            *("SOLVER.IMS_PER_BATCH", "8", "SOLVER.BASE_LR", "0.025"),
+            *("INPUT.JIGSAW.TEMPLATE_SIZE", "[160, 160]"),
+            *("MODEL.JIGSAW.ERF.NUM_IMAGES", "4", "MODEL.JIGSAW.ERF.PERIOD", "80"),
+            *("INPUT.JIGSAW.EVAL_IMAGES", "16"),
+        ),
+        detector=SMALL_IMAGES,
+        evaluations=2,
+    ),
+    "small": Plan(
+        preset="small",
+        about="a GPU-hour or a CPU night: ResNet-18, both dense objectives against scratch",
+        arms=(_ERF, _BLOCK, SCRATCH, SCRATCH_AGAIN),
+        seeds=(0, 1, 2),
+        pretrain_config="jigsaw_R_18_cpu.yaml",
+        detector_config="finetune/faster_rcnn_R_18_FPN_small.yaml",
+        pretrain_iterations=1000,
+        detection_iterations=3000,
+        pretrain=(
+            *("SOLVER.IMS_PER_BATCH", "32", "SOLVER.BASE_LR", "0.1"),
+            *("SOLVER.WARMUP_ITERS", "100", "MODEL.JIGSAW.ERF.PERIOD", "200"),
+        ),
+        detector=(
+            *("SOLVER.IMS_PER_BATCH", "8", "SOLVER.BASE_LR", "0.02"),
+            *("SOLVER.WARMUP_ITERS", "150"),
+        ),
+        evaluations=5,
+    ),
+    "paper": Plan(
+        preset="paper",
+        about="the paper's lengths on COCO, scratch with group norm: days on eight GPUs",
+        arms=(*ABLATIONS["objective"], SCRATCH, SCRATCH_AGAIN),
+        seeds=(0, 1, 2),
+        pretrain_config="jigsaw_R_50.yaml",
+        detector_config="finetune/faster_rcnn_R_50_C4_1x.yaml",
+        evaluations=6,
+    ),
+}

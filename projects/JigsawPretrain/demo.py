@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""The whole job within minutes of a CPU, on a set drawn from a seed or on a folder of one's own."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmark.plan import SMALL_IMAGES
+from jigsaw_d2.commands import run_command
+from jigsaw_d2.tools.run import finish, say
+
+# Shorter than the configs' own, so that both trainings and evaluations fit into minutes of a slow
+# machine; few ERF images for the same reason: their mean is noisier, the labels hardly differ.
+PRETRAIN = (
+    *("SOLVER.MAX_ITER", "150", "SOLVER.WARMUP_ITERS", "15", "INPUT.JIGSAW.EVAL_IMAGES", "64"),
+    *("MODEL.JIGSAW.ERF.PERIOD", "75", "MODEL.JIGSAW.ERF.NUM_IMAGES", "4"),
+)
+DETECTOR = (
+    *SMALL_IMAGES,
+    *("SOLVER.MAX_ITER", "370", "SOLVER.STEPS", "(296, 348)", "SOLVER.WARMUP_ITERS", "37"),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Arguments of the command."""
+    parser = argparse.ArgumentParser(prog="demo.py", description=__doc__)
+    parser.add_argument(
+        "--data",
+        help="folder with images/, train.json and val.json (COCO) instead of the set drawn",
+    )
+    parser.add_argument("--output", default="output/demo", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of every stage but the set's drawing")
+    parser.add_argument("--pretrain", nargs="+", default=[], metavar="X", help="KEY VALUE pairs")
+    parser.add_argument("--detector", nargs="+", default=[], metavar="X", help="KEY VALUE pairs")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the set, run the job with and without pre-training, print the table."""
+    args = build_parser().parse_args(argv)
+    from benchmark.demo_data import make_demo_set
+    from jigsaw_d2.tools.job import Job, default_configs
+    from jigsaw_d2.tools.pipeline import DetectionSet
+
+    output = Path(args.output).resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    if args.data:
+        data = DetectionSet.from_folder(args.data)
+    else:
+        say("draw the detection set")
+        data = make_demo_set(output / "data")
+    # The CPU's configs on every machine: the demo is a first look, and the same one everywhere.
+    configs = default_configs(on_gpu=False)
+    overrides = ((*PRETRAIN, *args.pretrain), (*DETECTOR, *args.detector))
+    finish(Job(data, output, *configs, *overrides, seed=args.seed, with_scratch=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,94 @@
+"""What a dry run promises, by hand where the speed is given, and that a speed can be measured."""
+
+import dataclasses
+import json
+
+import pytest
+from helpers_jobs import FakeRunner, flag, tiny_set
+
+from benchmark.dry_run import (
+    detection_size,
+    detection_step_flops,
+    dry_run_table,
+    estimate,
+    first_images,
+    measure,
+    pretraining_cost,
+)
+from benchmark.plan import PRESETS, SCRATCH, jigsaw_arm
+from jigsaw_d2.detection.config import load_detection_config
+from jigsaw_d2.tools.time_budget import Trial
+
+TRIAL = Trial(pretrain_step=0.5, erf_refresh=3.0, detection_step=2.0, evaluation=9.0)
+PLAN = dataclasses.replace(PRESETS["smoke"], pretrain_iterations=41, detection_iterations=10)
+
+
+def test_equal_total_cost_in_seconds():
+    # 41 * 0.5 + 1 refresh of 3 = 23.5 s are 11.75 detection steps, so 12; 22 steps of 2 s.
+    ours, scratch = (estimate(PLAN, arm, TRIAL) for arm in (jigsaw_arm(), SCRATCH))
+    assert (ours.pretrain_iterations, ours.detection_iterations) == (41, 10)
+    assert ours.seconds == pytest.approx(43.5)
+    assert (scratch.pretrain_iterations, scratch.detection_iterations) == (0, 22)
+    assert scratch.seconds == pytest.approx(44.0)
+
+
+@pytest.mark.parametrize("cost, trial", [("flops", TRIAL), ("seconds", None)])
+def test_equal_total_cost_in_flops(cost, trial):
+    plan = dataclasses.replace(PLAN, cost=cost)
+    ours, scratch = (estimate(plan, arm, trial) for arm in (jigsaw_arm(), SCRATCH))
+    step = detection_step_flops(load_detection_config(plan.detector_config, plan.detector))
+    assert 0 <= scratch.flops - ours.flops < step  # rounded up by less than one step
+    paid = pretraining_cost(plan, jigsaw_arm(), trial)[1]
+    assert ours.flops == pytest.approx(paid + 10 * step)
+
+
+def test_equal_detection_cost():
+    plan = dataclasses.replace(PLAN, budget="detection")
+    assert estimate(plan, SCRATCH, TRIAL).detection_iterations == 10
+
+
+def test_a_longer_arm_costs_more_and_counts_for_scratch():
+    twice = dataclasses.replace(jigsaw_arm(), name="twice", length=2.0)
+    plan = dataclasses.replace(PLAN, arms=(jigsaw_arm(), twice, SCRATCH))
+    assert estimate(plan, twice, TRIAL).pretrain_iterations == 82
+    # 82 * 0.5 + 2 * 3 = 47 s, 23.5 detection steps.
+    assert estimate(plan, SCRATCH, TRIAL).detection_iterations == 10 + 24
+
+
+def test_size_of_a_detection_image():
+    cfg = load_detection_config(PLAN.detector_config)
+    assert detection_size(cfg) == (160, 224)  # 160 x 213.3, up to multiples of 32
+    cfg.INPUT.MAX_SIZE_TRAIN = 128
+    assert detection_size(cfg) == (96, 128)
+
+
+def test_a_trial_runs_the_commands_on_real_batches_and_leaves_nothing(tmp_path):
+    data = tiny_set(tmp_path / "set")
+    before = sorted(tmp_path.rglob("*"))
+    runner = FakeRunner()
+    trial = measure(dataclasses.replace(PLAN, num_gpus=4), data, lambda text: None, runner)
+    # Fake speeds: 1 s a pre-training step, 5 s a refresh, 2 s a detection step, 3 s an evaluation.
+    assert trial == Trial(1.0, 5.0, 2.0, 3.0)
+    assert [argv[0] for argv in runner.calls] == ["extract", "extract", "pretrain", "finetune"]
+    for argv in runner.calls[2:]:
+        assert flag(argv, "--num-gpus") == "4" and int(flag(argv, "SOLVER.MAX_ITER")) >= 12
+    assert flag(runner.calls[2], "SOLVER.IMS_PER_BATCH") == "8"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_trial_needs_few_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmark.dry_run.TRIAL_IMAGES", 3)
+    data = tiny_set(tmp_path / "set", train_images=6, val_images=2)
+    part = first_images(data, tmp_path)
+    content = json.loads(part.train_json.read_text())
+    assert [image["id"] for image in content["images"]] == [1, 2, 3]
+    assert {entry["image_id"] for entry in content["annotations"]} == {1, 2, 3}
+    assert part.train_images == data.train_images and part.checked()
+
+
+def test_a_plan_for_gpus_is_not_timed_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    runner = FakeRunner()
+    assert measure(PRESETS["paper"], tiny_set(tmp_path / "set"), lambda text: None, runner) is None
+    assert runner.calls == []
+    assert "No GPU here" in dry_run_table(PLAN, "set", None)
