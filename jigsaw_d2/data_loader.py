@@ -20,7 +20,7 @@ from jigsaw_d2.dataset_mapper import JigsawDatasetMapper
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.jigsaw_sampler import JigsawSampler, repeat_factors
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.samples import group_codes
+from jigsaw_d2.data.samples import group_codes
 
 logger = logging.getLogger(__name__)
 # What of a batch is a few bytes an image.

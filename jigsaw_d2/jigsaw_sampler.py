@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.samples import GROUPS, TALL_BELOW, WIDE_ABOVE
+from jigsaw_d2.data.samples import GROUPS, TALL_BELOW, WIDE_ABOVE
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from jigsaw_d2.extraction.extract import CocoSource, ExtractionOptions, extract_
 from jigsaw_d2.extraction.log import ExtractionError
 from jigsaw_d2.extraction.plan import ImagePlan
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.samples import overlaps_any
+from jigsaw_d2.data.samples import overlaps_any
 from jigsaw_d2.store.format import StoreError
 
 ALONE = ExtractionOptions(workers=0, encoding="jpeg")

@@ -11,7 +11,7 @@ from jigsaw_d2.extraction.log import ExtractionLog
 from jigsaw_d2.extraction.negatives import add_negatives, choose_sizes, split_negatives
 from jigsaw_d2.extraction.plan import ImagePlan
 from jigsaw_d2.extraction.workers import Workers
-from jigsaw_d2.samples import GROUPS, enlarge_boxes, group_codes, overlaps_any
+from jigsaw_d2.data.samples import GROUPS, enlarge_boxes, group_codes, overlaps_any
 
 BACKGROUND = 3
 

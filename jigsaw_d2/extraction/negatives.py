@@ -5,7 +5,7 @@ import numpy as np
 from jigsaw_d2.extraction.log import ExtractionLog
 from jigsaw_d2.extraction.plan import ImagePlan, chunked, image_rng
 from jigsaw_d2.extraction.workers import Workers
-from jigsaw_d2.samples import sample_backgrounds_of
+from jigsaw_d2.data.samples import sample_backgrounds_of
 
 # Streams of an image's generator from here on, one for each round; 0 is the positives'.
 FIRST_STREAM = 1

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from jigsaw_d2.extraction.log import ExtractionError
-from jigsaw_d2.samples import GROUPS, group_codes
+from jigsaw_d2.data.samples import GROUPS, group_codes
 from jigsaw_d2.store.chunks import DEFAULT_QUALITY, ENCODINGS
 from jigsaw_d2.store.writer import DEFAULT_SHARD_SIZE
 from jigsaw_d2.template import REGION_GROUPS, JigsawTemplate

@@ -12,7 +12,7 @@ import numpy as np
 from jigsaw_d2.extraction.image_reading import ImageInfo, ImageReadError, probe_image
 from jigsaw_d2.extraction.log import ExtractionLog
 from jigsaw_d2.extraction.sources import UNKNOWN_CLASS, SourceImage
-from jigsaw_d2.samples import enlarge_by, split_rows
+from jigsaw_d2.data.samples import enlarge_by, split_rows
 
 # Images that are planned at a time: 40 us each, about what it takes to hand one to another process
 # and its plan back.

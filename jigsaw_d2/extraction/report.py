@@ -7,7 +7,7 @@ from tabulate import tabulate
 
 from jigsaw_d2.extraction.log import FAULT, RULE, ExtractionLog
 from jigsaw_d2.extraction.options import ExtractionOptions
-from jigsaw_d2.samples import GROUPS
+from jigsaw_d2.data.samples import GROUPS
 from jigsaw_d2.store.format import SUFFIXES
 from jigsaw_d2.template import REGION_GROUPS, REGIONS, JigsawTemplate
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jigsaw_d2.samples import group_codes
+from jigsaw_d2.data.samples import group_codes
 from jigsaw_d2.store import jpeg_windows
 from jigsaw_d2.store.format import (
     BLOCK,

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jigsaw_d2.samples import GROUPS
+from jigsaw_d2.data.samples import GROUPS
 from jigsaw_d2.template import REGION_GROUPS, REGIONS
 
 GROUP_COLORS = {"S": "#4477aa", "T": "#228833", "W": "#ee6677"}

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jigsaw_d2 import samples
-from jigsaw_d2.samples import (
+from jigsaw_d2.data import samples
+from jigsaw_d2.data.samples import (
     clip_boxes,
     enlarge_box,
     enlarge_boxes,
