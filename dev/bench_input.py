@@ -30,7 +30,7 @@ from jigsaw_d2.extraction.extract import extract_samples
 from jigsaw_d2.extraction.options import ExtractionOptions
 from jigsaw_d2.extraction.sources import CocoSource
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.template import JigsawTemplate
 
 BATCH = 32
 # Where each of the draws S, S, T, W goes in the plain loop, which does not sort by area.

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from jigsaw_d2.erf_weights import region_weights
 from jigsaw_d2.losses import erf_adaptive_loss, region_means, soft_labels
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.template import JigsawTemplate
 
 
 def dense_loss(logits: Tensor, gt_classes: Tensor, weights: Tensor, regions: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from jigsaw_d2.extraction.options import needs_windows, shown_sizes
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.store.format import INDEX_NAME, fingerprint, read_header
 from jigsaw_d2.store.writer import StoreWriter
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.template import JigsawTemplate
 
 OPEN_SCRIPT = """
 import sys, time

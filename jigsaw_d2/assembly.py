@@ -15,7 +15,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.template import JigsawTemplate
 
 METHODS = ("pad_crop", "warp", "resize")
 

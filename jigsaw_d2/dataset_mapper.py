@@ -13,7 +13,7 @@ from jigsaw_d2.assembly import METHODS, Augmentation, paint, place_sample
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.sample_store import DamagedSampleError, SampleStore
 from jigsaw_d2.store.jpeg_decoding import PixelMemory
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.template import JigsawTemplate
 
 logger = logging.getLogger(__name__)
 

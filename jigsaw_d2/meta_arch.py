@@ -17,7 +17,7 @@ from jigsaw_d2 import losses
 from jigsaw_d2.config import OBJECTIVES
 from jigsaw_d2.erf_weights import own_region_weights
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.template import JigsawTemplate
 
 # Iterations between two values of the training metrics: the period of Detectron2's writers, so
 # that nothing is computed, and no GPU waited for, only to be thrown away.

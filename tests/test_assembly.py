@@ -13,7 +13,7 @@ from jigsaw_d2.assembly import (
     paint,
     place_sample,
 )
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.template import JigsawTemplate
 
 REGION = (64, 160)
 

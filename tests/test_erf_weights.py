@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from jigsaw_d2 import erf_weights
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.template import JigsawTemplate
 
 TINY = JigsawTemplate(height=96, width=96, split_y=32, split_x=32)
 

@@ -12,7 +12,7 @@ from jigsaw_d2.extraction.extract import CocoSource, ExtractionOptions, extract_
 from jigsaw_d2.extraction.log import ExtractionError
 from jigsaw_d2.extraction.options import needs_windows, shown_sizes
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.template import JigsawTemplate
 
 ALONE = ExtractionOptions(workers=0, encoding="jpeg")
 

@@ -6,7 +6,7 @@ import pytest
 from jigsaw_d2.extraction.log import ExtractionLog
 from jigsaw_d2.extraction.report import format_report, summarise, template_fill
 from jigsaw_d2.store.format import RECORD
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.template import JigsawTemplate
 
 TEMPLATE = JigsawTemplate()
 

@@ -9,7 +9,7 @@ from helpers_store import make_store
 
 from jigsaw_d2.extraction.report import summarise
 from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.visualization.extraction_report import report_figure
 from jigsaw_d2.visualization.samples import (
     add_arguments,

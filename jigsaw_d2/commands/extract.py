@@ -14,7 +14,7 @@ from jigsaw_d2.extraction.sources import CocoSource, RegisteredSource, Source
 from jigsaw_d2.extraction.workers import default_workers
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.store.chunks import DEFAULT_QUALITY
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.visualization.extraction_report import report_figure
 
 FIGURE_NAME = "report.png"

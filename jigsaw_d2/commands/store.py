@@ -8,7 +8,7 @@ from tqdm import tqdm
 from jigsaw_d2.extraction.report import format_report, summarise
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.store.check import check_store
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.template import JigsawTemplate
 
 MAX_FAULTS = 50
 

@@ -9,7 +9,7 @@ from jigsaw_d2.extraction.log import ExtractionError
 from jigsaw_d2.data.samples import GROUPS, group_codes
 from jigsaw_d2.store.chunks import DEFAULT_QUALITY, ENCODINGS
 from jigsaw_d2.store.writer import DEFAULT_SHARD_SIZE
-from jigsaw_d2.template import REGION_GROUPS, JigsawTemplate
+from jigsaw_d2.data.template import REGION_GROUPS, JigsawTemplate
 
 CHOICES = ("auto", *ENCODINGS)
 # Bytes of pixels that "auto" leaves uncompressed: what stays in the memory of any machine that

@@ -9,7 +9,7 @@ from jigsaw_d2.extraction.log import FAULT, RULE, ExtractionLog
 from jigsaw_d2.extraction.options import ExtractionOptions
 from jigsaw_d2.data.samples import GROUPS
 from jigsaw_d2.store.format import SUFFIXES
-from jigsaw_d2.template import REGION_GROUPS, REGIONS, JigsawTemplate
+from jigsaw_d2.data.template import REGION_GROUPS, REGIONS, JigsawTemplate
 
 GROUP_NAMES = {"S": "square-like (S)", "T": "tall (T)", "W": "wide (W)"}
 # A sample shown this many times as often as one of the most numerous group is worth a warning.

@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jigsaw_d2.data.samples import GROUPS
-from jigsaw_d2.template import REGION_GROUPS, REGIONS
+from jigsaw_d2.data.template import REGION_GROUPS, REGIONS
 
 GROUP_COLORS = {"S": "#4477aa", "T": "#228833", "W": "#ee6677"}
 MAX_CLASSES = 40

@@ -29,7 +29,7 @@ from jigsaw_d2.jobs.pipeline import DetectionSet
 from jigsaw_d2.meta_arch import JigsawPretrainer
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.data.samples import GROUPS
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.trainer import JigsawTrainer
 from jigsaw_d2.weights.backbone_loading import load_backbone
 

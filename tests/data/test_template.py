@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.template import JigsawTemplate, TemplateError
+from jigsaw_d2.data.template import JigsawTemplate, TemplateError
 
 
 def test_default_boxes_are_those_of_figure_4b():
