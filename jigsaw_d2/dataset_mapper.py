@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 
-from jigsaw_d2.assembly import METHODS, Augmentation, paint, place_sample
+from jigsaw_d2.data.assembly import METHODS, Augmentation, paint, place_sample
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.sample_store import DamagedSampleError, SampleStore
 from jigsaw_d2.store.jpeg_decoding import PixelMemory

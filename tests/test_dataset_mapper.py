@@ -39,7 +39,7 @@ def damage(store: SampleStore, i: int) -> None:
 
 def long_way(mapper: JigsawDatasetMapper, position: int, made: dict) -> np.ndarray:
     """uint8 (3, H, W) by decoding whole samples, resizing, flipping, cropping and padding."""
-    from jigsaw_d2.assembly import place_sample
+    from jigsaw_d2.data.assembly import place_sample
 
     canvas = np.zeros((224, 224, 3), np.uint8)
     rows = zip(made["sample_ids"].tolist(), mapper.template.boxes.tolist())

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jigsaw_d2 import config
-from jigsaw_d2.assembly import (
+from jigsaw_d2.data.assembly import (
     METHODS,
     Augmentation,
     assemble,
