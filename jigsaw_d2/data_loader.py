@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from jigsaw_d2.dataset_mapper import JigsawDatasetMapper
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.jigsaw_sampler import JigsawSampler, repeat_factors
+from jigsaw_d2.data.sampler import JigsawSampler, repeat_factors
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.data.samples import group_codes
 

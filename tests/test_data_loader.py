@@ -12,7 +12,7 @@ from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data_loader import LoaderError, build_jigsaw_eval_loader, build_jigsaw_train_loader
-from jigsaw_d2.jigsaw_sampler import SamplerError
+from jigsaw_d2.data.sampler import SamplerError
 from jigsaw_d2.sample_store import SampleStore, StoreGoneError
 from jigsaw_d2.store.writer import StoreWriter
 

@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 
-from jigsaw_d2.jigsaw_sampler import JigsawSampler, SamplerError, repeat_factors
+from jigsaw_d2.data.sampler import JigsawSampler, SamplerError, repeat_factors
 
 GROUPS = np.array([0] * 7 + [1] * 5 + [2] * 4, np.uint8)
 SIZES = np.array([[10, 10]] * 7 + [[40, 10]] * 5 + [[10, 40]] * 4, np.int32)
