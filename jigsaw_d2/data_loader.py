@@ -16,7 +16,7 @@ import torch
 from detectron2.config import CfgNode
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from jigsaw_d2.dataset_mapper import JigsawDatasetMapper
+from jigsaw_d2.data.dataset_mapper import JigsawDatasetMapper
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.data.sampler import JigsawSampler, repeat_factors
 from jigsaw_d2.sample_store import SampleStore

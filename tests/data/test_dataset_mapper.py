@@ -7,7 +7,7 @@ import torch
 from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.dataset_mapper import JigsawDatasetMapper, MapperError, annotated_windows
+from jigsaw_d2.data.dataset_mapper import JigsawDatasetMapper, MapperError, annotated_windows
 from jigsaw_d2.sample_store import DamagedSampleError, SampleStore
 from jigsaw_d2.data.template import JigsawTemplate
 
