@@ -25,7 +25,7 @@ from PIL import Image
 from torchvision import transforms
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.data_loader import build_jigsaw_train_loader
+from jigsaw_d2.data.build import build_jigsaw_train_loader
 from jigsaw_d2.extraction.extract import extract_samples
 from jigsaw_d2.extraction.options import ExtractionOptions
 from jigsaw_d2.extraction.sources import CocoSource

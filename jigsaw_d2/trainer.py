@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from jigsaw_d2.cost import Ledger, backbone_macs, device_name
-from jigsaw_d2.data_loader import build_jigsaw_eval_loader, build_jigsaw_train_loader
+from jigsaw_d2.data.build import build_jigsaw_eval_loader, build_jigsaw_train_loader
 from jigsaw_d2.evaluation import JigsawEvaluator
 from jigsaw_d2.meta_arch import JigsawPretrainer
 from jigsaw_d2.sample_store import SampleStore

@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from jigsaw_d2.checkpoint import read_backbone
-from jigsaw_d2.data_loader import JigsawBatches, build_jigsaw_sampler
+from jigsaw_d2.data.build import JigsawBatches, build_jigsaw_sampler
 from jigsaw_d2.data.dataset_mapper import JigsawDatasetMapper
 from jigsaw_d2.detection.finetune_config import load_detection_config
 from jigsaw_d2.erf_weights import ErfError

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.data_loader import JigsawLoader, build_jigsaw_train_loader
+from jigsaw_d2.data.build import JigsawLoader, build_jigsaw_train_loader
 from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.data.template import REGIONS, JigsawTemplate
 

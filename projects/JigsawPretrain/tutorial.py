@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 from jigsaw_d2 import losses
 from jigsaw_d2.checkpoint import convert_checkpoint
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.data_loader import build_jigsaw_train_loader
+from jigsaw_d2.data.build import build_jigsaw_train_loader
 from jigsaw_d2.detection.finetune_config import setup_finetune
 from jigsaw_d2.erf import erf_region_sums
 from jigsaw_d2.erf_weights import region_weights
