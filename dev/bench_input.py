@@ -26,10 +26,9 @@ from torchvision import transforms
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data.build import build_jigsaw_train_loader
-from jigsaw_d2.extraction.extract import extract_samples
-from jigsaw_d2.extraction.options import ExtractionOptions
-from jigsaw_d2.extraction.sources import CocoSource
-from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.data.extraction import ExtractionOptions, extract_samples
+from jigsaw_d2.data.sources import CocoSource
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.template import JigsawTemplate
 
 BATCH = 32

@@ -20,15 +20,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from jigsaw_d2.extraction.options import needs_windows, shown_sizes
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.store.format import INDEX_NAME, fingerprint, read_header
-from jigsaw_d2.store.writer import StoreWriter
+from jigsaw_d2.data.extraction import needs_windows, shown_sizes
+from jigsaw_d2.data.store import INDEX_NAME, SampleStore, fingerprint, read_header
+from jigsaw_d2.data.store_writer import StoreWriter
 from jigsaw_d2.data.template import JigsawTemplate
 
 OPEN_SCRIPT = """
 import sys, time
-from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.data.store import SampleStore
 started = time.perf_counter()
 store = SampleStore(sys.argv[1])
 store[len(store) - 1]
@@ -156,7 +155,7 @@ def main() -> None:
         rates = [100_000 / read_randomly(large, 100_000, n) for n in range(args.repeats)]
         checked = time.perf_counter()
         for i in range(20_000):
-            large.read_checked(i)
+            large.parts[0].view(i, check=True)
         checked = 20_000 / (time.perf_counter() - checked)
         large.classes.sum(), large.groups.sum(), large.sizes.sum()
         alone, eight = measure_workers(large, 0), measure_workers(large, 8)

@@ -28,7 +28,7 @@ from torch import nn
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_macs, device_name
 from jigsaw_d2.cost_table import format_table
-from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.trainer import JigsawTrainer
 from jigsaw_d2.training.precision import Precision
 

@@ -19,7 +19,7 @@ Where what lives, along the way of the data:
 from jigsaw_d2 import meta_arch as _  # only registration: JigsawPretrainer
 from jigsaw_d2.checkpoint import convert_checkpoint
 from jigsaw_d2.config import add_jigsaw_config, get_jigsaw_cfg
-from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.template import JigsawTemplate
 
 __all__ = [

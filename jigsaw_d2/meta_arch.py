@@ -100,7 +100,7 @@ class JigsawPretrainer(nn.Module):
             "backbone": build_backbone(cfg),
             "in_feature": jigsaw.IN_FEATURE,
             "num_classes": jigsaw.NUM_CLASSES,
-            "template": JigsawTemplate.from_config(cfg),
+            "template": JigsawTemplate(*cfg.INPUT.JIGSAW.TEMPLATE_SIZE, *cfg.INPUT.JIGSAW.TEMPLATE_SPLIT),
             "objective": jigsaw.OBJECTIVE,
             "tau": jigsaw.TAU,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,

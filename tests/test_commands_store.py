@@ -7,8 +7,8 @@ from helpers_store import make_store
 from test_sample_store import flip
 
 from jigsaw_d2.commands import run_command
-from jigsaw_d2.commands.store import main
-from jigsaw_d2.extraction.extract import CocoSource, ExtractionOptions, extract_samples
+from jigsaw_d2.tools.store import main
+from jigsaw_d2.data.extraction import CocoSource, ExtractionOptions, extract_samples
 
 
 def test_verify_finds_nothing_in_a_sound_store(

@@ -6,7 +6,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.datasets import DatasetError, register_coco_files
+from jigsaw_d2.data.sources import DatasetError, register_coco_files
 
 
 @pytest.fixture

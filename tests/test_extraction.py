@@ -12,12 +12,12 @@ from detectron2.data.detection_utils import read_image
 from helpers_coco import CATEGORY_IDS, make_bad_coco, write_json
 
 from jigsaw_d2.extraction import cutting, image_reading, plan
-from jigsaw_d2.extraction.extract import CocoSource, ExtractionOptions, extract_samples
-from jigsaw_d2.extraction.log import ExtractionError
-from jigsaw_d2.extraction.plan import ImagePlan
-from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.data.extraction import CocoSource, ExtractionOptions, extract_samples
+from jigsaw_d2.data.report import ExtractionError
+from jigsaw_d2.data.plan import ImagePlan
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.samples import overlaps_any
-from jigsaw_d2.store.format import StoreError
+from jigsaw_d2.data.store import StoreError
 
 ALONE = ExtractionOptions(workers=0, encoding="jpeg")
 
@@ -152,7 +152,7 @@ import os, sys, dataclasses
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from jigsaw_d2.extraction import cutting, extract as extraction
-from jigsaw_d2.store.writer import StoreWriter
+from jigsaw_d2.data.store_writer import StoreWriter
 from test_extraction import ALONE, small_shards, source
 cutting.CUT_CHUNK = 1
 close = StoreWriter._close_shard

@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from jigsaw_d2.extraction import coco_json
-from jigsaw_d2.extraction.coco_json import CocoJson, read_coco_json
-from jigsaw_d2.extraction.log import ExtractionError
+from jigsaw_d2.data.sources import CocoJson, read_coco_json
+from jigsaw_d2.data.report import ExtractionError
 
 # Values that msgspec refuses ...
 ODD = ["[NaN, Infinity, -Infinity, 1e999]", '"\\ud800"']

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jigsaw_d2.extraction.log import FAULT, NOTE, REASONS, RULE, ExtractionError, ExtractionLog
+from jigsaw_d2.data.report import FAULT, NOTE, REASONS, RULE, ExtractionError, ExtractionLog
 
 
 def test_counts_and_first_examples() -> None:

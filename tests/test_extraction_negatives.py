@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from jigsaw_d2.extraction import negatives as extraction_negatives
 from jigsaw_d2.extraction import plan as extraction_plan
-from jigsaw_d2.extraction.log import ExtractionLog
-from jigsaw_d2.extraction.negatives import add_negatives, choose_sizes, split_negatives
-from jigsaw_d2.extraction.plan import ImagePlan
-from jigsaw_d2.extraction.workers import Workers
+from jigsaw_d2.data.report import ExtractionLog
+from jigsaw_d2.data.plan import add_negatives, choose_sizes, split_negatives
+from jigsaw_d2.data.plan import ImagePlan
+from jigsaw_d2.data.extraction import Workers
 from jigsaw_d2.data.samples import GROUPS, enlarge_boxes, group_codes, overlaps_any
 
 BACKGROUND = 3

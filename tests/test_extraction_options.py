@@ -8,10 +8,10 @@ import pytest
 from helpers_coco import annotation, write_json
 
 from jigsaw_d2.extraction import options as options_module
-from jigsaw_d2.extraction.extract import CocoSource, ExtractionOptions, extract_samples
-from jigsaw_d2.extraction.log import ExtractionError
-from jigsaw_d2.extraction.options import needs_windows, shown_sizes
-from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.data.extraction import CocoSource, ExtractionOptions, extract_samples
+from jigsaw_d2.data.report import ExtractionError
+from jigsaw_d2.data.extraction import needs_windows, shown_sizes
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.template import JigsawTemplate
 
 ALONE = ExtractionOptions(workers=0, encoding="jpeg")

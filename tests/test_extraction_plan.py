@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jigsaw_d2.extraction.log import ExtractionLog
-from jigsaw_d2.extraction.plan import (
+from jigsaw_d2.data.report import ExtractionLog
+from jigsaw_d2.data.plan import (
     ImagePlan,
     check_boxes,
     image_rng,
     plan_positives,
     take_part,
 )
-from jigsaw_d2.extraction.sources import UNKNOWN_CLASS, SourceImage
+from jigsaw_d2.data.sources import UNKNOWN_CLASS, SourceImage
 
 NAN, INF = float("nan"), float("inf")
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from jigsaw_d2.extraction.log import ExtractionLog
-from jigsaw_d2.extraction.report import format_report, summarise, template_fill
-from jigsaw_d2.store.format import RECORD
+from jigsaw_d2.data.report import ExtractionLog
+from jigsaw_d2.data.report import format_report, summarise, template_fill
+from jigsaw_d2.data.store import RECORD
 from jigsaw_d2.data.template import JigsawTemplate
 
 TEMPLATE = JigsawTemplate()

@@ -10,8 +10,8 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from helpers_coco import annotation, write_json
 
-from jigsaw_d2.extraction.log import ExtractionError, ExtractionLog
-from jigsaw_d2.extraction.sources import (
+from jigsaw_d2.data.report import ExtractionError, ExtractionLog
+from jigsaw_d2.data.sources import (
     UNKNOWN_CLASS,
     CocoSource,
     RegisteredSource,

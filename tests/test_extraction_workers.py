@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from jigsaw_d2.extraction.workers import WorkerLostError, Workers
+from jigsaw_d2.data.extraction import WorkerLostError, Workers
 
 
 def process(_: int) -> int:

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jigsaw_d2.extraction import image_reading
-from jigsaw_d2.extraction.image_reading import (
+from jigsaw_d2.data.image_reading import (
     ImageInfo,
     ImageReadError,
     probe_image,
     read_pixels,
 )
-from jigsaw_d2.extraction.jpeg_probe import probe_common_jpeg
-from jigsaw_d2.store.jpeg_decoding import PixelMemory
+from jigsaw_d2.data.image_reading import probe_common_jpeg
+from jigsaw_d2.data.jpeg_windows import PixelMemory
 
 PICTURE = Image.fromarray(draw_image(40, 64, 0, np.random.default_rng(0)))
 

@@ -9,7 +9,7 @@ import pytest
 from helpers_store import draw_image
 from PIL import Image
 
-from jigsaw_d2.store.jpeg_decoding import PixelMemory, decode_jpeg
+from jigsaw_d2.data.jpeg_windows import PixelMemory, decode_jpeg
 
 
 def encode(height: int, width: int, *options: int) -> bytes:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jigsaw_d2.store import jpeg_windows
-from jigsaw_d2.store.jpeg_layout import TABLE_MAGIC, parse_jpeg
-from jigsaw_d2.store.jpeg_windows import (
+from jigsaw_d2.data.jpeg_windows import TABLE_MAGIC, parse_jpeg
+from jigsaw_d2.data.jpeg_windows import (
     choose_interval,
     cut_window,
     decode_window,

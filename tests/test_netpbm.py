@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jigsaw_d2.store.netpbm import decode_netpbm, encode_netpbm
+from jigsaw_d2.data.store import decode_netpbm, encode_netpbm
 
 
 def picture(*shape: int) -> np.ndarray:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from helpers_store import make_store
 
-from jigsaw_d2.sample_store import DamagedSampleError, SampleStore, StoreError, StoreGoneError
-from jigsaw_d2.store.format import read_header
+from jigsaw_d2.data.store import DamagedSampleError, SampleStore, StoreError, StoreGoneError
+from jigsaw_d2.data.store import read_header
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from helpers_store import make_store
 
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.store.check import check_store
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.store import check_store
 
 
 @pytest.fixture

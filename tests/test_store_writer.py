@@ -14,9 +14,9 @@ import pytest
 from helpers_store import draw_image, make_store
 from PIL import Image
 
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.store.format import RECORD, StoreError, fingerprint, tar_header
-from jigsaw_d2.store.writer import ChunkBuilder, StoreWriteError, StoreWriter, encode_sample
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.store import RECORD, StoreError, fingerprint, tar_header
+from jigsaw_d2.data.store_writer import ChunkBuilder, StoreWriteError, StoreWriter, encode_sample
 
 IMAGE = draw_image(40, 60, 0, np.random.default_rng(0))
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from helpers_store import make_store
 
-from jigsaw_d2.extraction.report import summarise
-from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.data.report import summarise
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.visualization.extraction_report import report_figure
 from jigsaw_d2.visualization.samples import (

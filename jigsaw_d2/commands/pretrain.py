@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from jigsaw_d2.config import find_config, get_jigsaw_cfg
-from jigsaw_d2.datasets import register_coco_files
+from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.trainer import JigsawTrainer
 from jigsaw_d2.training.hooks import FirstBatchHook

@@ -17,18 +17,14 @@ from detectron2.config import CfgNode
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from jigsaw_d2.data.dataset_mapper import JigsawDatasetMapper
-from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.data.sampler import JigsawSampler, repeat_factors
-from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.data.samples import group_codes
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.io import ConfigError
 
 logger = logging.getLogger(__name__)
-# What of a batch is a few bytes an image.
+# What of a batch is a few bytes an image: it travels from the workers within the message.
 SMALL = ("gt_classes", "sample_ids")
-
-
-class LoaderError(JigsawError, ValueError):
-    """A batch that cannot be shared out as the config asks."""
 
 
 class JigsawBatches(Dataset):
@@ -45,29 +41,27 @@ class JigsawBatches(Dataset):
             first image, "damaged": list of (id, reason)}.
 
         Raises:
-            StoreGoneError: the store was removed or replaced since it was opened.
+            DataError: the store was removed or replaced since it was opened.
         """
         self.mapper.store.check_unchanged()
         template = self.mapper.template
         images = _empty_batch(len(positions), template.height, template.width)
-        pixels = images.numpy()
-        classes, ids, damaged = [], [], []
-        for n, position in enumerate(positions):
-            made = self.mapper.draw_into(
-                pixels[n],
-                position,
-                self.sampler.quadruple(position),
-                lambda slot, p=position: self.sampler.replacements(slot, p),
+        made = [
+            self.mapper(
+                {
+                    "position": position,
+                    "sample_ids": self.sampler.quadruple(position),
+                    "replacements": lambda slot, p=position: self.sampler.replacements(slot, p),
+                },
+                out,
             )
-            classes.append(made.gt_classes)
-            ids.append(made.sample_ids)
-            damaged += made.damaged
+            for position, out in zip(positions, images.numpy())
+        ]
         return {
             "image": images.permute(0, 3, 1, 2),
-            "gt_classes": torch.tensor(classes),
-            "sample_ids": torch.tensor(ids),
+            **{key: torch.stack([image[key] for image in made]) for key in SMALL},
             "position": positions[0],
-            "damaged": damaged,
+            "damaged": [entry for image in made for entry in image["damaged"]],
         }
 
 
@@ -117,6 +111,11 @@ class JigsawLoader(DataLoader):
             yield batch
 
 
+def _small_as_arrays(batch: dict) -> dict:
+    """An item is a whole batch already; each tensor in it would take a shared file of its own."""
+    return {key: value.numpy() if key in SMALL else value for key, value in batch.items()}
+
+
 class BatchPositions(Sampler):
     """Image numbers of each micro-batch of one rank, from ``start_iter`` on, without end."""
 
@@ -125,7 +124,7 @@ class BatchPositions(Sampler):
     ) -> None:
         share = world_size * micro_batches
         if batch_size % share:
-            raise LoaderError(
+            raise ConfigError(
                 f"SOLVER.IMS_PER_BATCH = {batch_size} cannot be shared by {world_size} processes x "
                 f"SOLVER.ACCUMULATION_STEPS = {micro_batches}: use a multiple of {share}"
             )
@@ -162,7 +161,7 @@ def build_jigsaw_sampler(cfg: CfgNode, mapper: JigsawDatasetMapper) -> JigsawSam
     if cfg.INPUT.JIGSAW.SAMPLING == "class_balanced":
         factors = repeat_factors(mapper.classes, cfg.DATALOADER.REPEAT_THRESHOLD)
     elif cfg.INPUT.JIGSAW.SAMPLING != "uniform":
-        raise LoaderError(
+        raise ConfigError(
             f"INPUT.JIGSAW.SAMPLING = {cfg.INPUT.JIGSAW.SAMPLING!r}: use uniform or class_balanced"
         )
     sizes = mapper.shown_sizes()
@@ -191,7 +190,6 @@ def build_jigsaw_train_loader(
         ACCUMULATION_STEPS images each; ACCUMULATION_STEPS in turn make one iteration.
     """
     store = SampleStore(list(cfg.DATASETS.TRAIN)) if store is None else store
-    mapper = JigsawDatasetMapper(cfg, store)
     positions = BatchPositions(
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
         rank=rank,
@@ -199,7 +197,7 @@ def build_jigsaw_train_loader(
         micro_batches=cfg.SOLVER.ACCUMULATION_STEPS,
         start_iter=start_iter,
     )
-    return _build_loader(cfg, JigsawBatches(build_jigsaw_sampler(cfg, mapper), mapper), positions)
+    return _build_loader(cfg, JigsawDatasetMapper(cfg, store), positions)
 
 
 def build_jigsaw_eval_loader(
@@ -219,7 +217,6 @@ def build_jigsaw_eval_loader(
     cfg.defrost()
     cfg.INPUT.JIGSAW.SCALE_RANGE, cfg.INPUT.JIGSAW.FLIP_PROB = [1.0, 1.0], 0.0
     cfg.INPUT.JIGSAW.SAMPLING = "uniform"
-    mapper = JigsawDatasetMapper(cfg, store, seed=cfg.INPUT.JIGSAW.EVAL_SEED)
     share = world_size * cfg.SOLVER.ACCUMULATION_STEPS
     positions = _FixedPositions(
         total=cfg.INPUT.JIGSAW.EVAL_IMAGES,
@@ -227,25 +224,18 @@ def build_jigsaw_eval_loader(
         rank=rank,
         world_size=world_size,
     )
-    return _build_loader(cfg, JigsawBatches(build_jigsaw_sampler(cfg, mapper), mapper), positions)
+    mapper = JigsawDatasetMapper(cfg, store, seed=cfg.INPUT.JIGSAW.EVAL_SEED)
+    return _build_loader(cfg, mapper, positions)
 
 
-def _build_loader(cfg: CfgNode, batches: JigsawBatches, positions: Sampler) -> JigsawLoader:
+def _build_loader(cfg: CfgNode, mapper: JigsawDatasetMapper, positions: Sampler) -> JigsawLoader:
     return JigsawLoader(
-        batches,
+        JigsawBatches(build_jigsaw_sampler(cfg, mapper), mapper),
         positions,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_one_thread,
     )
-
-
-def _small_as_arrays(batch: dict) -> dict:
-    """An item is a whole batch already; its small tensors travel as arrays, within the message.
-
-    Each tensor would take a shared file, and a connection between the processes to hand it over.
-    """
-    return {key: value.numpy() if key in SMALL else value for key, value in batch.items()}
 
 
 def _one_thread(worker: int) -> None:

@@ -11,17 +11,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.data.samples import GROUPS, TALL_BELOW, WIDE_ABOVE
+from jigsaw_d2.io import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 # Draws of each group, in GROUPS order S, T, W, that one Jigsaw image takes.
 DRAWS_PER_IMAGE = (2, 1, 1)
-
-
-class SamplerError(JigsawError, ValueError):
-    """Samples from which no Jigsaw image can be made, or options that contradict each other."""
 
 
 class JigsawSampler:
@@ -32,10 +28,9 @@ class JigsawSampler:
         groups: (n,) index of each sample into ``samples.GROUPS``.
         seed: of every permutation.
         repeat_factors: (n,) >= 1, expected draws of each sample per pass; None = once each.
-        start: number of the first image that iterating yields.
 
     Raises:
-        SamplerError: no samples at all.
+        DataError: no samples at all.
     """
 
     def __init__(
@@ -45,12 +40,10 @@ class JigsawSampler:
         groups: np.ndarray,
         seed: int,
         repeat_factors: np.ndarray | None = None,
-        start: int = 0,
     ) -> None:
         if len(groups) == 0:
-            raise SamplerError("the sample store is empty: extract samples from annotated images")
+            raise DataError("the sample store is empty: extract samples from annotated images")
         self.seed = int(seed)
-        self.start = int(start)
         self.members = [
             members if len(members) else _borrow(code, sizes)
             for code, members in enumerate(
@@ -122,16 +115,6 @@ class JigsawSampler:
         for number in range(first + 1, first + 1 + self.pass_length(group)):
             yield self.draw(group, number)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        position = self.start
-        while True:
-            yield self.quadruple(position)
-            position += 1
-
-    def state_dict(self, position: int) -> dict[str, int]:
-        """Everything that resuming at image ``position`` needs."""
-        return {"seed": self.seed, "position": int(position)}
-
 
 def _borrow(code: int, sizes: np.ndarray) -> np.ndarray:
     """Samples whose aspect ratio is nearest to an empty group's (P2.7), int32, with one warning."""
@@ -161,10 +144,10 @@ def repeat_factors(classes: np.ndarray, threshold: float) -> np.ndarray:
     image: a class's frequency is its part of all samples, background being a class.
 
     Raises:
-        SamplerError: ``threshold`` is not positive, so that nothing would be balanced.
+        ConfigError: ``threshold`` is not positive, so that nothing would be balanced.
     """
     if not threshold > 0:
-        raise SamplerError(
+        raise ConfigError(
             "class-balanced sampling repeats classes rarer than DATALOADER.REPEAT_THRESHOLD, "
             f"which is {threshold}: set a frequency such as 0.05, or INPUT.JIGSAW.SAMPLING to "
             "uniform"

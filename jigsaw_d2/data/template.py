@@ -7,20 +7,18 @@ R2 top-right, R3 bottom-left, R4 bottom-right (Fig. 4b).
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from detectron2.config import CfgNode
 
-from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.io import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REGIONS = ("R1", "R2", "R3", "R4")
 # Shape group shown by each region (Sec. 3.2): square, wide, tall, square.
 REGION_GROUPS = ("S", "W", "T", "S")
-
-
-class TemplateError(JigsawError, ValueError):
-    """A template that cannot be laid out, or not on the backbone's feature map."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +41,10 @@ class JigsawTemplate:
             ("split_x", self.split_x, self.width),
         ):
             if not 0 < split < size:
-                raise TemplateError(
+                raise ConfigError(
                     f"template {name} = {split} leaves an empty region: it must lie strictly "
                     f"between 0 and {size} (INPUT.JIGSAW.TEMPLATE_SPLIT, TEMPLATE_SIZE)"
                 )
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> "JigsawTemplate":
-        """The template of ``INPUT.JIGSAW.TEMPLATE_SIZE`` and ``TEMPLATE_SPLIT``, both (y, x)."""
-        height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
-        split_y, split_x = cfg.INPUT.JIGSAW.TEMPLATE_SPLIT
-        return cls(int(height), int(width), int(split_y), int(split_x))
 
     @cached_property
     def boxes(self) -> np.ndarray:
@@ -77,7 +68,7 @@ class JigsawTemplate:
             stride: canvas pixels per cell of the classified feature.
 
         Raises:
-            TemplateError: naming the key, its value and the multiple below and above it.
+            ConfigError: naming the key, its value and the multiple below and above it.
         """
         for key, axis, value in (
             ("TEMPLATE_SIZE", "height", self.height),
@@ -88,25 +79,27 @@ class JigsawTemplate:
             if value % stride:
                 below = value // stride * stride
                 choices = [str(v) for v in (below, below + stride) if v > 0]
-                raise TemplateError(
+                raise ConfigError(
                     f"INPUT.JIGSAW.{key} ({axis}) = {value} is not a multiple of the feature's "
                     f"stride {stride}: use {' or '.join(choices)}, or another "
                     "MODEL.JIGSAW.IN_FEATURE"
                 )
 
-    def cell_regions(self, stride: int) -> torch.Tensor:
+    def cell_regions(self, stride: int) -> "Tensor":
         """Region 0..3 (= R1..R4) of each feature cell, int64 (h, w).
 
         Args:
             stride: canvas pixels per cell, e.g. 32 for res5.
 
         Raises:
-            TemplateError: size or split is not a multiple of ``stride``.
+            ConfigError: size or split is not a multiple of ``stride``.
         """
         self.check_stride(stride)
-        lower = torch.arange(self.height // stride) >= self.split_y // stride
-        right = torch.arange(self.width // stride) >= self.split_x // stride
-        return 2 * lower.long()[:, None] + right.long()[None, :]
+        from torch import from_numpy  # here alone: extraction does without torch
+
+        lower = np.arange(self.height // stride) >= self.split_y // stride
+        right = np.arange(self.width // stride) >= self.split_x // stride
+        return from_numpy(2 * lower[:, None].astype(np.int64) + right)
 
     def area_shares(self) -> np.ndarray:
         """float64 (4,), each region's part of the canvas; Fig. 4b: 8.2, 20.4, 20.4, 51.0 %."""

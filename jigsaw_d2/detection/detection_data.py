@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from jigsaw_d2.datasets import DatasetError, register_coco_files
+from jigsaw_d2.data.sources import register_coco_files
+from jigsaw_d2.io import DataError as DatasetError
 
 
 def dataset_classes(cfg: CfgNode) -> list[str]:

@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from jigsaw_d2.datasets import register_coco_files
+from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.detection.detection_data import check_annotations
 from jigsaw_d2.detection.detector_compute import (
     LedgerHook,

@@ -24,7 +24,7 @@ from jigsaw_d2.jobs.pipeline import (
 )
 from jigsaw_d2.jobs.stages import Runner, Say, Stage, StageReport, run_stage
 from jigsaw_d2.jobs.time_budget import DataSize, Lengths, Trial, plan_lengths
-from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.training.lr_schedule import scale_to_batch
 
 TRIAL_STEPS = 12  # of each training, to learn its speed

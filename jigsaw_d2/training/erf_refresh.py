@@ -19,7 +19,7 @@ from jigsaw_d2.erf_weights import (
     region_shares,
     region_weights,
 )
-from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.training.erf_inputs import jigsaw_stream
 from jigsaw_d2.training.network_state import measuring, unwrap
 from jigsaw_d2.training.precision import Precision

@@ -20,8 +20,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from jigsaw_d2 import __version__
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.store.format import hash_image_ids
+from jigsaw_d2.data.store import SampleStore, hash_image_ids
 from jigsaw_d2.training.checkpointing import CheckpointError
 from jigsaw_d2.training.hooks import WRITE_PERIOD
 from jigsaw_d2.training.random_state import gather_random_states

@@ -229,7 +229,7 @@ def run(args: argparse.Namespace) -> list[Path]:
         network, cfg = load_network(
             config, feature, weights, args.opts, seed=args.seed, device=args.device
         )
-        template = JigsawTemplate.from_config(cfg)
+        template = JigsawTemplate(*cfg.INPUT.JIGSAW.TEMPLATE_SIZE, *cfg.INPUT.JIGSAW.TEMPLATE_SPLIT)
         if images is None:
             images = _choose_images(args, cfg, template)
         inputs = normalise(images, cfg) if images.dtype == torch.uint8 else images

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data.build import JigsawLoader, build_jigsaw_train_loader
-from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.template import REGIONS, JigsawTemplate
 
 REGION_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231")

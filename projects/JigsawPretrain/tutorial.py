@@ -21,13 +21,12 @@ from jigsaw_d2.data.build import build_jigsaw_train_loader
 from jigsaw_d2.detection.finetune_config import setup_finetune
 from jigsaw_d2.erf import erf_region_sums
 from jigsaw_d2.erf_weights import region_weights
-from jigsaw_d2.extraction.extract import extract_samples
-from jigsaw_d2.extraction.options import ExtractionOptions
-from jigsaw_d2.extraction.sources import CocoSource
+from jigsaw_d2.data.extraction import ExtractionOptions, extract_samples
+from jigsaw_d2.data.sources import CocoSource
 from jigsaw_d2.jobs.demo_data import DemoOptions, make_demo_set
 from jigsaw_d2.jobs.pipeline import DetectionSet
 from jigsaw_d2.meta_arch import JigsawPretrainer
-from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.samples import GROUPS
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.trainer import JigsawTrainer
@@ -80,7 +79,7 @@ def step_3_jigsaw_images(cfg: CfgNode, store: SampleStore) -> dict:
 
 def step_4_soft_labels(cfg: CfgNode, model: JigsawPretrainer, batch: dict) -> None:
     """Sec. 3.3: where a cell sees beyond its region, the neighbours' labels join in (Eq. 1-2)."""
-    template = JigsawTemplate.from_config(cfg)
+    template = JigsawTemplate(*cfg.INPUT.JIGSAW.TEMPLATE_SIZE, *cfg.INPUT.JIGSAW.TEMPLATE_SPLIT)
     images = model.preprocess(batch["image"])
     sums = erf_region_sums(model.backbone, images, template)
     regions = template.cell_regions(stride=32)

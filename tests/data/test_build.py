@@ -13,8 +13,8 @@ from helpers_store import make_store
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data.build import LoaderError, build_jigsaw_eval_loader, build_jigsaw_train_loader
 from jigsaw_d2.data.sampler import SamplerError
-from jigsaw_d2.sample_store import SampleStore, StoreGoneError
-from jigsaw_d2.store.writer import StoreWriter
+from jigsaw_d2.data.store import SampleStore, StoreGoneError
+from jigsaw_d2.data.store_writer import StoreWriter
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data.dataset_mapper import JigsawDatasetMapper, MapperError, annotated_windows
-from jigsaw_d2.sample_store import DamagedSampleError, SampleStore
+from jigsaw_d2.data.store import DamagedSampleError, SampleStore
 from jigsaw_d2.data.template import JigsawTemplate
 
 

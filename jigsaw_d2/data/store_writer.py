@@ -5,27 +5,30 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import cv2
 import numpy as np
 
-from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.store.chunks import DEFAULT_QUALITY, Chunk, ChunkBuilder, encode_sample
-from jigsaw_d2.store.format import (
+from jigsaw_d2.data.samples import group_codes
+from jigsaw_d2.data.store import (
     BLOCK,
     FORMAT,
     HEADER_NAME,
     INDEX_NAME,
     RECORD,
+    SUFFIXES,
     VERSION,
-    StoreError,
+    crc32,
+    encode_sample,
     fingerprint,
     hash_image_ids,
-    shard_name,
+    sample_key,
+    tar_header,
 )
+from jigsaw_d2.io import DataError, JigsawError, RunError, open_atomically, write_text
 
 DEFAULT_SHARD_SIZE = 256 << 20
 END_OF_ARCHIVE = bytes(2 * BLOCK)
@@ -33,8 +36,52 @@ PROGRESS_NAME = "progress.json"
 LOCK_NAME = "lock"
 
 
-class StoreWriteError(JigsawError, OSError):
-    """The disk does not take the store: full, unwritable, or gone."""
+class Sample(NamedTuple):
+    """One encoded sample; the other fields are those of ``store.RECORD``."""
+
+    encoded: bytes
+    interval: int
+    code: int
+    class_index: int
+    size: tuple[int, int]
+    image_id: int
+    serial: int
+    box: np.ndarray
+    gt_box: np.ndarray
+
+
+class Chunk(NamedTuple):
+    """Samples ready to be appended: tar members, and their records with offsets from 0."""
+
+    members: bytes
+    records: np.ndarray  # RECORD (n,); "shard" not yet filled
+
+
+def make_chunk(samples: Sequence[Sample], class_files: bool = False) -> Chunk:
+    """Wrap samples into tar members.
+
+    Args:
+        class_files: follow each sample by a ``.cls`` member, for WebDataset readers that want one.
+            Off by default: a tar member of one digit takes 1,024 bytes, and the class is in the
+            key (and the index) anyway.
+    """
+    rows, parts, size = [], [], 0
+    for s in samples:
+        row = (size + BLOCK, s.image_id, s.class_index, s.box, s.gt_box, s.size, len(s.encoded))
+        rows.append((*row, crc32(s.encoded), 0, s.serial, s.interval, 0, s.code))
+        key = sample_key(s.class_index, s.image_id, s.serial)
+        members = {f"{key}.{SUFFIXES[s.code]}": s.encoded}
+        if class_files:
+            members[f"{key}.cls"] = str(s.class_index).encode()
+        for name, content in members.items():
+            padding = bytes(-len(content) % BLOCK)
+            parts += (tar_header(name, len(content)), content, padding)
+            size += BLOCK + len(content) + len(padding)
+    records = np.zeros(len(rows), RECORD)
+    for field, column in zip(RECORD.names, zip(*rows)):
+        records[field] = column
+    records["group"] = group_codes(records["size"][:, 1], records["size"][:, 0])
+    return Chunk(b"".join(parts), records)
 
 
 @contextlib.contextmanager
@@ -45,16 +92,16 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except JigsawError:
         raise
     except OSError as error:
-        raise StoreWriteError(
+        raise RunError(
             f"cannot write {path}: {error.strerror or error}; make room or choose another place, "
             "then run the same command again (finished shards are kept)"
         ) from error
 
 
 def check_free(path: str | os.PathLike, overwrite: bool) -> None:
-    """Raises StoreError where a store may not be written: something is there already."""
+    """Raises DataError where a store may not be written: something is there already."""
     if Path(path).exists() and not overwrite:
-        raise StoreError(f"{path} exists; --overwrite replaces it, or choose another folder")
+        raise DataError(f"{path} exists; --overwrite replaces it, or choose another folder")
 
 
 class StoreWriter:
@@ -76,8 +123,8 @@ class StoreWriter:
         mark: the ``mark`` of the last chunk in the shards that were taken over; None = start anew.
 
     Raises:
-        StoreError: ``path`` exists and ``overwrite`` is off, or another process is writing it.
-        StoreWriteError: the disk refuses.
+        DataError: ``path`` exists and ``overwrite`` is off.
+        RunError: another process is writing it, or the disk refuses.
     """
 
     def __init__(
@@ -94,10 +141,8 @@ class StoreWriter:
         self.path = Path(path)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.folder = self.partial / "store"
-        self.categories = list(categories)
-        self.shard_size = shard_size
-        self.header = dict(header or {})
-        self.resume_key = resume_key
+        self.categories, self.header = list(categories), dict(header or {})
+        self.shard_size, self.resume_key = shard_size, resume_key
         self.mark: dict | None = None
         self.shards: list[dict] = []
         self._records: list[np.ndarray] = []
@@ -118,7 +163,7 @@ class StoreWriter:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             lock.close()
-            raise StoreError(f"another process is writing {self.partial}; wait for it") from None
+            raise RunError(f"another process is writing {self.partial}; wait for it") from None
         return lock
 
     def _take_over(self) -> None:
@@ -144,34 +189,19 @@ class StoreWriter:
         serial: int = 0,
         box: np.ndarray | None = None,
         gt_box: np.ndarray | None = None,
-        quality: int = DEFAULT_QUALITY,
-        encoding: str = "jpeg",
-        windows: bool = False,
+        **encoding: object,
     ) -> None:
         """Encode and append one sample, uint8 RGB (h, w, 3) or grey (h, w).
 
-        Boxes default to the whole of it; the rest is as for ``store.chunks.encode_sample``.
+        Boxes default to the whole of it; the rest is as for ``store.encode_sample``.
         """
         size = image.shape[:2]
         box = np.array([0, 0, size[1], size[0]], np.float32) if box is None else box
         gt_box = box if gt_box is None else gt_box
         bgr = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-        encoded, interval, code = encode_sample(
-            bgr, quality=quality, encoding=encoding, windows=windows
-        )
-        builder = ChunkBuilder()
-        builder.add(
-            encoded,
-            class_index=class_index,
-            size=size,
-            image_id=image_id,
-            serial=serial,
-            box=box,
-            gt_box=gt_box,
-            interval=interval,
-            code=code,
-        )
-        self.append(builder.build())
+        encoded = encode_sample(bgr, **encoding)
+        sample = Sample(*encoded, class_index, size, image_id, serial, box, gt_box)
+        self.append(make_chunk([sample]))
 
     def append(self, chunk: Chunk, mark: dict | None = None) -> None:
         """Write a chunk behind what is there.
@@ -180,37 +210,38 @@ class StoreWriter:
             mark: where the work stands after this chunk; comes back as ``mark`` after a kill.
         """
         with _disk_errors(self.partial):
-            needed = chunk.size + len(END_OF_ARCHIVE)
+            needed = len(chunk.members) + len(END_OF_ARCHIVE)
             if self._file is not None and self._file.tell() + needed > self.shard_size:
                 self._close_shard()
-            if self._file is None and len(chunk.records):
-                name = shard_name(len(self.shards))
-                self._file = open(self.folder / name, "wb", buffering=0)
             if len(chunk.records):
-                self._write(chunk)
+                if self._file is None:
+                    self._file = open(self.folder / self._shard_name(), "wb")
+                records = chunk.records.copy()
+                records["offset"] += self._file.tell()
+                records["shard"] = len(self.shards)
+                self._file.write(chunk.members)
+                self._open_records.append(records)
         self._next_mark = mark
 
-    def _write(self, chunk: Chunk) -> None:
-        start, records = self._file.tell(), chunk.records.copy()
-        records["offset"] += start
-        records["shard"] = len(self.shards)
-        chunk.write(self._file.fileno())
-        self._open_records.append(records)
-        # The kernel begins to write at once, so that the shard's end need not wait for all of it.
-        os.posix_fadvise(self._file.fileno(), start, chunk.size, os.POSIX_FADV_DONTNEED)
+    def _shard_name(self) -> str:
+        return f"shard-{len(self.shards):05d}.tar"
 
     def _close_shard(self) -> None:
+        """Complete a shard; its bytes are on the disk before ``PROGRESS_NAME`` names it."""
         self._file.write(END_OF_ARCHIVE)
         size = self._file.tell()
-        _sync(self._file)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
         self._file = None
-        name, records = shard_name(len(self.shards)), np.concatenate(self._open_records)
-        np.save(self.partial / f"{name}.npy", records)
+        name, records = self._shard_name(), np.concatenate(self._open_records)
+        with open_atomically(self.partial / f"{name}.npy") as file:
+            np.save(file, records)
         self._records.append(records)
         self._open_records = []
         self.shards.append({"name": name, "samples": len(records), "bytes": size})
         progress = {"resume_key": self.resume_key, "shards": self.shards, "mark": self._next_mark}
-        _write_json(self.partial / PROGRESS_NAME, progress)
+        write_text(self.partial / PROGRESS_NAME, json.dumps(progress, indent=1))
 
     def index(self) -> np.ndarray:
         """The records of all that was appended so far, RECORD (n,)."""
@@ -222,9 +253,8 @@ class StoreWriter:
             if self._file is not None:
                 self._close_shard()
             index = self.index()
-            with open(self.folder / INDEX_NAME, "wb") as file:
+            with open_atomically(self.folder / INDEX_NAME) as file:
                 np.save(file, index)
-                _sync(file)
             header = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -236,7 +266,7 @@ class StoreWriter:
                 **self.header,
                 "report": report or {},
             }
-            _write_json(self.folder / HEADER_NAME, header)
+            write_text(self.folder / HEADER_NAME, json.dumps(header, indent=1))
             self._replace()
 
     def _replace(self) -> None:
@@ -259,19 +289,3 @@ class StoreWriter:
                 self._file.close()
             self._file = None
         self._lock.close()
-
-
-def _sync(file: object) -> None:
-    """Flush to the disk itself and close: a rename must not outlive the bytes that it names."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def _write_json(path: Path, content: dict) -> None:
-    """Replace ``path`` as a whole, so that a kill leaves the old or the new."""
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "w") as file:
-        json.dump(content, file, indent=1)
-        _sync(file)
-    os.replace(temporary, path)

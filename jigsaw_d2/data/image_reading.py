@@ -1,4 +1,7 @@
-"""Image files -> the pixels that Detectron2's reader gives, or a named reason why not."""
+"""Image files -> the pixels that Detectron2's reader gives, or a named reason why not.
+
+Both functions raise DataError whose text is one of the reasons in ``report.REASONS``.
+"""
 
 import os
 from typing import NamedTuple
@@ -7,9 +10,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.extraction.jpeg_probe import probe_common_jpeg
-from jigsaw_d2.store.jpeg_decoding import PixelMemory, decode_jpeg
+from jigsaw_d2.data.jpeg_windows import decode_jpeg
+from jigsaw_d2.io import DataError
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
@@ -29,40 +31,28 @@ DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
-class ImageReadError(JigsawError, ValueError):
-    """An image that cannot be used; ``reason`` is a key of ``extraction.log.REASONS``."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
 class ImageInfo(NamedTuple):
-    """Size (height, width) as read, i.e. upright, and what is special (keys of ``REASONS``).
-
-    ``plain``: "RGB" or "L" of a whole upright JPEG, which OpenCV reads as Pillow does; else "".
-    """
+    """Size (height, width) as read, i.e. upright, and what is special (keys of ``REASONS``)."""
 
     size: tuple[int, int]
     notes: tuple[str, ...]
-    plain: str
 
 
 def _open(path: str) -> Image.Image:
     try:
         if os.path.getsize(path) == 0:
-            raise ImageReadError("image_empty")
+            raise DataError("image_empty")
         return Image.open(path)
     except FileNotFoundError:
-        raise ImageReadError("image_missing") from None
+        raise DataError("image_missing") from None
     except Image.UnidentifiedImageError:
-        raise ImageReadError("image_not_an_image") from None
-    except ImageReadError:
+        raise DataError("image_not_an_image") from None
+    except DataError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # Pillow's own OSErrors, about what is in the file, come without the system's number.
         refused = getattr(error, "errno", None) is not None
-        raise ImageReadError("image_unreadable" if refused else "image_truncated") from error
+        raise DataError("image_unreadable" if refused else "image_truncated") from error
 
 
 def _orientation(image: Image.Image) -> int:
@@ -74,7 +64,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _notes(image: Image.Image, orientation: int) -> tuple[str, ...]:
     if image.mode in DEEP_MODES:
-        raise ImageReadError("image_16_bit")
+        raise DataError("image_16_bit")
     notes = {
         "image_grey": image.mode in GREY_MODES,
         "image_palette": image.mode in ("P", "PA"),
@@ -86,27 +76,16 @@ def _notes(image: Image.Image, orientation: int) -> tuple[str, ...]:
 
 
 def probe_image(path: str) -> ImageInfo:
-    """Size and peculiarities from the header; decodes only where the file's end looks cut off.
-
-    Raises:
-        ImageReadError: with the reason.
-    """
-    common = probe_common_jpeg(path)
-    if common is not None:
-        size, mode = common
-        return ImageInfo(size, ("image_grey",) if mode == "L" else (), mode)
+    """Size and peculiarities from the header; decodes only where the file's end looks cut off."""
     with _open(path) as image:
         orientation = _orientation(image)
         notes = _notes(image, orientation)
         width, height = image.size
         ending = ENDINGS.get(image.format)
-        whole = ending is not None and _ends_with(path, ending)
-        if ending is not None and not whole:
+        if ending is not None and not _ends_with(path, ending):
             _load(image)
-        plain = whole and image.format == "JPEG" and image.mode in ("RGB", "L")
-        plain = image.mode if plain and orientation not in UPRIGHT else ""
     size = (width, height) if orientation in SWAPS_SIDES else (height, width)
-    return ImageInfo(size, notes, plain)
+    return ImageInfo(size, notes)
 
 
 def _ends_with(path: str, ending: bytes) -> bool:
@@ -119,47 +98,26 @@ def _load(image: Image.Image) -> None:
     try:
         image.load()
     except Exception as error:  # Pillow's decoders raise what they like on broken files
-        raise ImageReadError("image_truncated") from error
+        raise DataError("image_truncated") from error
 
 
-def read_pixels(
-    path: str, plain: str = "", size: tuple[int, int] = (0, 0), memory: PixelMemory | None = None
-) -> np.ndarray:
+def read_pixels(path: str) -> np.ndarray:
     """uint8 BGR (h, w, 3), or (h, w) where the image is grey: upright, as Detectron2 reads it.
 
     BGR, because OpenCV encodes from it.
-
-    Args:
-        plain, size: of ``probe_image``.
-        memory: for a plain image of ``size``: its file and its pixels; None = fresh memory.
-
-    Raises:
-        ImageReadError: with the reason.
     """
-    pixels = _decode_plain_jpeg(path, plain, size, memory or PixelMemory()) if plain else None
-    if pixels is not None:
-        return pixels
     with _open(path) as image:
         orientation = _orientation(image)
         _notes(image, orientation)
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation not in UPRIGHT:
+            try:  # the same pixels without Pillow's copies; what is broken, Pillow judges
+                with open(path, "rb") as file:
+                    return decode_jpeg(file.read(), "GRAY" if image.mode == "L" else "BGR")
+            except (OSError, ValueError):
+                pass
         _load(image)
         if orientation in UPRIGHT:
             image = image.transpose(UPRIGHT[orientation])
         mode = "L" if image.mode in GREY_MODES else "RGB"
         pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels if mode == "L" else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-
-
-def _decode_plain_jpeg(
-    path: str, mode: str, size: tuple[int, int], memory: PixelMemory
-) -> np.ndarray | None:
-    """The pixels that Pillow gives, without its copies; None where the file is whole no longer."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            length, pixels = os.fstat(file.fileno()).st_size, 3 * size[0] * size[1]
-            room = memory.room(pixels + length)
-            data = room[pixels : pixels + length]
-            data = data[: file.readinto(data)]
-        return decode_jpeg(data, "GRAY" if mode == "L" else "BGR", room[:pixels])
-    except (OSError, ValueError):
-        return None

@@ -1,0 +1,464 @@
+"""Read and verify a sample store: memory-mapped, opened in the same time whatever its size.
+
+A store is a folder, which ``store_writer`` writes:
+
+    header.json        format version, categories, seed, options, source, report, fingerprint
+    index.npy          one ``RECORD`` per sample; ``numpy.load(..., mmap_mode="r")`` opens it
+    shard-00000.tar    samples as ``<class>/<image id>_<serial>.jpg`` (or another of ``SUFFIXES``):
+                       WebDataset keys, and an ImageFolder tree once unpacked
+
+Worker processes share the pages of index and shards: nothing per sample lives in Python objects.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import tarfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import cv2
+import numpy as np
+from zlib_ng import zlib_ng
+
+from jigsaw_d2.data import jpeg_windows
+from jigsaw_d2.data.jpeg_windows import PixelMemory, decode_jpeg
+from jigsaw_d2.io import DataError
+
+FORMAT = "jigsaw-d2 sample store"
+VERSION = 1
+HEADER_NAME = "header.json"
+INDEX_NAME = "index.npy"
+BLOCK = 512  # bytes; tar headers and contents are multiples of it
+# How a sample is encoded: ``format`` of its record, and the suffix of its member.
+JPEG, PNG, PPM, PGM = 0, 1, 2, 3
+SUFFIXES = ("jpg", "png", "ppm", "pgm")
+ENCODINGS = ("jpeg", "png", "ppm")
+DEFAULT_QUALITY = 95
+# Magic, width, height and the greatest value of uncompressed samples, at most so many bytes.
+NETPBM_HEADER, NETPBM_BYTES = re.compile(rb"P([56])\n(\d+) (\d+)\n255\n"), 32
+# That of the standard library takes ten times as long: 4 % of what a Jigsaw image takes.
+crc32 = zlib_ng.crc32
+# Of an empty name and size, its checksum counted as eight spaces.
+_TAR_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_TAR_HEADER = _TAR_HEADER[:148] + b" " * 8 + _TAR_HEADER[156:]
+
+# 80 bytes a sample, every field aligned to its size. Multi-byte fields are little-endian.
+RECORD = np.dtype(
+    [
+        ("offset", "<i8"),  # first byte of the encoded sample in its shard
+        ("image_id", "<i8"),
+        ("class", "<i8"),  # index into the categories; background = their number
+        ("box", "<f4", (4,)),  # XYXY cut from the source image, source pixels, integral
+        ("gt_box", "<f4", (4,)),  # XYXY annotated box clipped to the image; negatives: = box
+        ("size", "<i4", (2,)),  # (height, width)
+        ("length", "<u4"),  # bytes of the encoded sample
+        ("crc32", "<u4"),  # of the encoded sample
+        ("shard", "<u2"),
+        ("serial", "<u2"),  # number of the sample within its image
+        ("interval", "<u2"),  # MCUs per restart interval; 0 = only the whole decodes
+        ("group", "u1"),  # index into samples.GROUPS
+        ("format", "u1"),  # index into SUFFIXES
+    ]
+)
+Window = tuple[int, int, int, int]  # XYXY ints, pixels of the sample, half-open
+
+
+class DamagedSampleError(DataError):
+    """One sample whose bytes are not those that were written; the loader shows another instead."""
+
+
+def part_name(number: int, parts: int) -> str:
+    """Folder of part ``number`` (from 1) of ``parts`` in a store written by several machines."""
+    return f"part-{number}-of-{parts}"
+
+
+def sample_key(class_index: int, image_id: int, serial: int) -> str:
+    """Name of a sample within the shards, without suffix; unique in a store and its parts.
+
+    The class is the folder, so that an unpacked shard is an ImageFolder tree whose sorted folder
+    names are in class order.
+    """
+    return f"{class_index:04d}/{image_id}_{serial:03d}"
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """One 512-byte ustar header of a regular file; nothing in it depends on clock or user.
+
+    ``TarInfo.tobuf`` gives the same bytes at many times the cost.
+
+    Args:
+        name: at most 100 ASCII characters.
+    """
+    header = bytearray(_TAR_HEADER)
+    header[: len(name)] = name.encode()
+    header[124:135] = b"%011o" % size
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def fingerprint(categories: list[str], index: np.ndarray) -> str:
+    """SHA-256 over the categories and all records (shape (n,)), which hold every CRC-32."""
+    digest = hashlib.sha256(json.dumps([FORMAT, VERSION, categories]).encode())
+    digest.update(memoryview(np.ascontiguousarray(index)).cast("B"))
+    return digest.hexdigest()
+
+
+def hash_image_ids(image_ids: np.ndarray) -> str:
+    """SHA-256 over the sorted distinct ids of source images, shape (n,): what a store saw."""
+    return hashlib.sha256(np.unique(image_ids).astype("<i8").tobytes()).hexdigest()
+
+
+def encode_sample(
+    image: np.ndarray,
+    *,
+    quality: int | None = DEFAULT_QUALITY,
+    encoding: str = "jpeg",
+    windows: bool = False,
+) -> tuple[bytes, int, int]:
+    """(bytes, restart interval, format code) of uint8 BGR (h, w, 3) or grey (h, w).
+
+    Args:
+        quality: of a JPEG.
+        encoding: one of ``ENCODINGS``. PPM (of grey samples PGM) is about ten times the bytes, but
+            has nothing to decode: a window is a view of the mapped file.
+        windows: write a JPEG of which windows decode alone; those of the others do anyway.
+    """
+    if encoding == "png":
+        return cv2.imencode(".png", image)[1].tobytes(), 0, PNG
+    if encoding == "ppm":
+        grey = image.ndim == 2
+        pixels = image if grey else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        head = b"P%d\n%d %d\n255\n" % (5 if grey else 6, image.shape[1], image.shape[0])
+        return head + pixels.tobytes(), 0, PGM if grey else PPM
+    return *jpeg_windows.encode_jpeg(image, quality, windows), JPEG
+
+
+def decode_png(data: bytes | memoryview) -> np.ndarray:
+    """uint8 RGB (h, w, 3); raises ValueError where OpenCV cannot decode it."""
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise ValueError("not an image that OpenCV decodes")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+def decode_netpbm(data: bytes | memoryview, window: Window) -> np.ndarray:
+    """The ``window`` of a PPM or PGM, uint8 RGB (y1 - y0, x1 - x0, 3); of colour a read-only view.
+
+    Raises:
+        ValueError: not as ``encode_sample`` writes them, or of another length.
+    """
+    header = NETPBM_HEADER.match(bytes(data[:NETPBM_BYTES]))
+    if header is None:
+        raise ValueError("not a binary PPM or PGM of 8 bits")
+    kind, width, height = map(int, header.groups())
+    shape = (height, width, 3) if kind == 6 else (height, width)
+    pixels = np.frombuffer(data, np.uint8, offset=header.end())
+    if pixels.size != np.prod(shape):
+        raise ValueError(f"not the pixels of {width} x {height}")
+    x0, y0, x1, y1 = window
+    shown = pixels.reshape(shape)[y0:y1, x0:x1]
+    return shown if kind == 6 else cv2.cvtColor(shown, cv2.COLOR_GRAY2RGB)
+
+
+def read_header(path: Path) -> dict:
+    """The header of the store at ``path``.
+
+    Raises:
+        DataError: no store there, not readable, or of another format version (both are named).
+    """
+    file = path / HEADER_NAME
+    try:
+        header = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} is no whole sample store: it has no {HEADER_NAME}; "
+            "write one with extract_samples.py (an interrupted one resumes by the same command)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read as a store header: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise DataError(f"{file} is not the header of a {FORMAT}")
+    if header.get("version") != VERSION:
+        raise DataError(
+            f"{path} has store format version {header.get('version')}, this program reads version "
+            f"{VERSION}; extract the samples again"
+        )
+    return header
+
+
+class StorePart:
+    """One folder of a store: its header, its index, and its shards, each mapped when first read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header = read_header(path)
+        self.identity = self._stat()
+        self._open()
+
+    def _stat(self) -> tuple[int, int, int]:
+        try:
+            stat = os.stat(self.path / INDEX_NAME)
+        except OSError as error:
+            raise DataError(f"{self.path / INDEX_NAME} is gone: {error.strerror}") from error
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+    def _open(self) -> None:
+        file = self.path / INDEX_NAME
+        try:
+            index = np.load(file, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} cannot be read as an index: {error}") from error
+        if index.dtype != RECORD or len(index) != self.header["samples"]:
+            raise DataError(f"{file} does not belong to the header beside it")
+        self.index = index.view(np.ndarray)
+        # Views of the columns, which cost more to make than a number of one costs to read.
+        self._column = {name: self.index[name] for name in RECORD.names}
+        self._shards: list[mmap.mmap | None] = [None] * len(self.header["shards"])
+
+    def check_unchanged(self) -> None:
+        """Raises DataError unless the store on disk is the one that was opened."""
+        if self._stat() != self.identity:
+            raise DataError(f"{self.path} was replaced since it was opened; start again")
+
+    def shard(self, number: int) -> mmap.mmap:
+        """The mapped bytes of one shard."""
+        mapped = self._shards[number]
+        if mapped is None:
+            self.check_unchanged()
+            file = self.path / self.header["shards"][number]["name"]
+            try:
+                with open(file, "rb") as stream:
+                    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{file} cannot be opened: {error}") from error
+            self._shards[number] = mapped
+        return mapped
+
+    def view(self, i: int, check: bool = False) -> memoryview:
+        """The encoded sample where it is mapped.
+
+        Args:
+            check: raise DamagedSampleError unless its CRC-32 is that of the index.
+        """
+        column = self._column
+        start, mapped = column["offset"].item(i), self.shard(column["shard"].item(i))
+        data = memoryview(mapped)[start : start + column["length"].item(i)]
+        if check and crc32(data) != column["crc32"].item(i):
+            raise self.damaged(i, "its CRC-32 differs from the index")
+        return data
+
+    def decode(self, i: int, window: Window | None, memory: PixelMemory | None) -> np.ndarray:
+        """uint8 RGB (h, w, 3); see ``SampleStore.decode``."""
+        data, column = self.view(i, check=True), self._column
+        height, width = column["size"].item(i, 0), column["size"].item(i, 1)
+        x0, y0, x1, y1 = window = window or (0, 0, width, height)
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise ValueError(
+                f"window {window} is empty or leaves {self.key(i)}, {width} x {height}"
+            )
+        room = None if memory is None else memory.room(3 * height * width)
+        code = column["format"].item(i)
+        try:
+            if code in (PPM, PGM):
+                image = decode_netpbm(data, window)
+            elif code == PNG:
+                image = decode_png(data)[y0:y1, x0:x1]
+            elif column["interval"].item(i) and window != (0, 0, width, height):
+                image = jpeg_windows.decode_window(data, window, room)
+            else:
+                image = decode_jpeg(data, "RGB", room)[y0:y1, x0:x1]
+        except ValueError as error:
+            raise self.damaged(i, str(error)) from error
+        if image.shape != (y1 - y0, x1 - x0, 3):
+            raise self.damaged(i, "does not decode to the size in the index")
+        return image
+
+    def key(self, i: int) -> str:
+        """Name of the sample, without suffix."""
+        return sample_key(*(self._column[name].item(i) for name in ("class", "image_id", "serial")))
+
+    def damaged(self, i: int, reason: str) -> DamagedSampleError:
+        """The error that names shard, key and ``reason``."""
+        shard = self.header["shards"][self._column["shard"].item(i)]["name"]
+        return DamagedSampleError(f"{self.path / shard}: sample {self.key(i)}: {reason}")
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "header": self.header, "identity": self.identity}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.check_unchanged()
+        self._open()
+
+
+def find_parts(path: Path) -> list[Path]:
+    """The folders of one store: itself, or its parts where several machines wrote it.
+
+    Raises:
+        DataError: some of the parts are missing.
+    """
+    found = {}
+    if not (path / HEADER_NAME).exists():
+        for part in path.glob("part-*-of-*"):
+            if numbers := re.fullmatch(r"part-(\d+)-of-(\d+)", part.name):
+                found[tuple(map(int, numbers.groups()))] = part
+    if not found:
+        return [path]
+    names = ", ".join(sorted(part.name for part in found.values()))
+    counts = {count for _, count in found}
+    if len(counts) > 1:
+        raise DataError(f"{path} holds {names}; parts of several splits")
+    count = counts.pop()
+    missing = [part_name(n, count) for n in range(1, count + 1) if (n, count) not in found]
+    if missing:
+        raise DataError(f"{path} holds {names}; missing: {', '.join(missing)}")
+    return [found[key] for key in sorted(found)]
+
+
+class SampleStore:
+    """Samples of one store, or of several parts of one, numbered 0 .. len - 1.
+
+    Picklable, and safe to share over fork. All arrays are read-only views of the index.
+
+    Attributes:
+        classes: int64 (n,), index into ``categories``; background = len(categories).
+        groups: uint8 (n,), index into ``samples.GROUPS``.
+        sizes: int32 (n, 2), (height, width) of the sample as shown.
+        image_ids: int64 (n,) of the source images.
+        boxes: float32 (n, 4) XYXY cut from the source image, source pixels, integral.
+        gt_boxes: float32 (n, 4) XYXY annotated box inside it, source pixels; negatives: = boxes.
+
+    Raises:
+        DataError: no whole store there, another format version, or parts that do not match.
+    """
+
+    def __init__(self, path: str | os.PathLike | Sequence[str | os.PathLike]) -> None:
+        single = isinstance(path, (str, os.PathLike))
+        self.paths = [part for p in ([path] if single else path) for part in find_parts(Path(p))]
+        if not self.paths:
+            raise DataError("no sample store named; give at least one folder")
+        self.parts = [StorePart(p) for p in self.paths]
+        self._starts = list(accumulate((len(p.index) for p in self.parts), initial=0))
+        self.header = self.parts[0].header
+        self.categories: list[str] = self.header["categories"]
+        for part in self.parts[1:]:
+            if part.header["categories"] != self.categories:
+                raise DataError(f"{part.path} has other categories than {self.paths[0]}")
+
+    def _column(self, name: str) -> np.ndarray:
+        columns = [part.index[name] for part in self.parts]
+        return columns[0] if len(columns) == 1 else np.concatenate(columns)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the content does."""
+        return "+".join(part.header["fingerprint"] for part in self.parts)
+
+    classes = property(lambda self: self._column("class"))
+    groups = property(lambda self: self._column("group"))
+    sizes = property(lambda self: self._column("size"))
+    image_ids = property(lambda self: self._column("image_id"))
+    boxes = property(lambda self: self._column("box"))
+    gt_boxes = property(lambda self: self._column("gt_box"))
+
+    def check_unchanged(self) -> None:
+        """Raises DataError unless every part on disk is the one that was opened."""
+        for part in self.parts:
+            part.check_unchanged()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def _locate(self, i: int) -> tuple[StorePart, int]:
+        i = int(i)
+        if not 0 <= i < self._starts[-1]:
+            raise IndexError(f"sample {i} of a store of {len(self)}")
+        number = bisect_right(self._starts, i) - 1
+        return self.parts[number], i - self._starts[number]
+
+    def __getitem__(self, i: int) -> bytes:
+        """The encoded sample: a whole ordinary JPEG, PNG, PPM or PGM, not checked."""
+        part, i = self._locate(i)
+        return bytes(part.view(i))
+
+    def key(self, i: int) -> str:
+        """Name of sample ``i`` within its shard, without suffix."""
+        part, i = self._locate(i)
+        return part.key(i)
+
+    def decode(
+        self, i: int, window: Window | None = None, memory: PixelMemory | None = None
+    ) -> np.ndarray:
+        """uint8 RGB (h, w, 3) of sample ``i``, or of ``window`` (XYXY ints, sample pixels).
+
+        Of a sample written with restart intervals only the pieces under the window are decoded;
+        the pixels are those of the full decode. May be a view of a larger array, or, read-only, of
+        the mapped shard.
+
+        Args:
+            memory: may hold the result, which is then valid until its next use; faster than fresh
+                memory for each sample.
+
+        Raises:
+            DamagedSampleError: naming shard, key and reason.
+            ValueError: an empty window or one that leaves the sample.
+        """
+        part, i = self._locate(i)
+        return part.decode(i, window, memory)
+
+
+def check_store(
+    store: SampleStore, decode: bool = False, progress: Callable[[int], object] = lambda n: None
+) -> Iterator[str]:
+    """Every fault found, as a sentence that names its place; nothing where the store is sound.
+
+    Reads every byte that training will, and compares it with the index.
+
+    Args:
+        decode: decode each sample too.
+        progress: called with the number of samples checked since its last call.
+    """
+    for part in store.parts:
+        header, index = part.header, part.index
+        if fingerprint(header["categories"], index) != header["fingerprint"]:
+            yield f"{part.path}: the index differs from the fingerprint in the header"
+        gone = set()
+        for number, shard in enumerate(header["shards"]):
+            try:
+                size, counted = len(part.shard(number)), int((index["shard"] == number).sum())
+            except DataError as error:
+                gone.add(number)
+                yield str(error)
+                continue
+            if (size, counted) != (shard["bytes"], shard["samples"]):
+                yield (
+                    f"{part.path / shard['name']}: {size} bytes where {shard['bytes']} were "
+                    f"written; the index holds {counted} samples of it, the header "
+                    f"{shard['samples']}"
+                )
+        for i in range(len(index)):
+            try:
+                if index["shard"][i] not in gone:  # which was said once
+                    _check_sample(part, i)
+                    if decode:
+                        part.decode(i, None, None)
+            except DamagedSampleError as error:
+                yield str(error)
+            progress(1)
+
+
+def _check_sample(part: StorePart, i: int) -> None:
+    record = part.index[i]
+    offset, length = int(record["offset"]), int(record["length"])
+    shard = part.shard(int(record["shard"]))
+    if offset < BLOCK or offset + length > len(shard):
+        raise part.damaged(i, "lies outside the shard")
+    part.view(i, check=True)
+    name = f"{part.key(i)}.{SUFFIXES[record['format']]}"
+    if shard[offset - BLOCK : offset] != tar_header(name, length):
+        raise part.damaged(i, "its tar header is damaged")

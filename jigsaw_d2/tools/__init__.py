@@ -1,0 +1,1 @@
+"""Command lines, one module each: ``build_parser()`` and ``main(argv) -> exit status``."""
