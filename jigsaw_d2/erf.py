@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from jigsaw_d2.erf_weights import NUM_REGIONS, ErfError, check_finite, region_weights
 from jigsaw_d2.data.template import JigsawTemplate
+from jigsaw_d2.erf_weights import NUM_REGIONS, ErfError, check_finite, region_weights
 from jigsaw_d2.training.network_state import measuring
 
 __all__ = ["ErfMeasurement", "erf_maps", "erf_region_sums", "measure_erf", "region_weights"]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from jigsaw_d2 import losses
 from jigsaw_d2.config import OBJECTIVES
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.erf_weights import own_region_weights
 from jigsaw_d2.errors import JigsawError
-from jigsaw_d2.data.template import JigsawTemplate
 
 # Iterations between two values of the training metrics: the period of Detectron2's writers, so
 # that nothing is computed, and no GPU waited for, only to be thrown away.
@@ -100,7 +100,9 @@ class JigsawPretrainer(nn.Module):
             "backbone": build_backbone(cfg),
             "in_feature": jigsaw.IN_FEATURE,
             "num_classes": jigsaw.NUM_CLASSES,
-            "template": JigsawTemplate(*cfg.INPUT.JIGSAW.TEMPLATE_SIZE, *cfg.INPUT.JIGSAW.TEMPLATE_SPLIT),
+            "template": JigsawTemplate(
+                *cfg.INPUT.JIGSAW.TEMPLATE_SIZE, *cfg.INPUT.JIGSAW.TEMPLATE_SPLIT
+            ),
             "objective": jigsaw.OBJECTIVE,
             "tau": jigsaw.TAU,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,

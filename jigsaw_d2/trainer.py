@@ -28,9 +28,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from jigsaw_d2.cost import Ledger, backbone_macs, device_name
 from jigsaw_d2.data.build import build_jigsaw_eval_loader, build_jigsaw_train_loader
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.evaluation import JigsawEvaluator
 from jigsaw_d2.meta_arch import JigsawPretrainer
-from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.training.checkpointing import CheckpointError, JigsawCheckpointer, truncate_metrics
 from jigsaw_d2.training.erf_refresh import build_erf_refresh_hook
 from jigsaw_d2.training.hooks import (

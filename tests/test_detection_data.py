@@ -7,8 +7,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers_weights import CATEGORIES, FPN, MASK, make_coco, small_detection_config
 
-from jigsaw_d2.io import DataError as DatasetError
 from jigsaw_d2.detection.detection_data import check_annotations, dataset_classes
+from jigsaw_d2.io import DataError as DatasetError
 
 
 def config(files: list[list[str]], name: str = FPN) -> CfgNode:

@@ -12,8 +12,8 @@ from detectron2.utils.events import EventStorage
 from helpers_jobs import tiny_set
 
 from jigsaw_d2.commands import convert, extract, pretrain
-from jigsaw_d2.detection.finetune_config import setup_finetune
 from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.detection.finetune_config import setup_finetune
 from jigsaw_d2.weights.backbone_loading import backbone_names, load_backbone
 
 ITERATIONS = 5

@@ -8,8 +8,8 @@ from helpers_networks import Named, line_operator, ones_conv, tiny_backbone, tin
 from torch import nn
 
 from jigsaw_d2 import erf
-from jigsaw_d2.erf_weights import ErfError, region_shares
 from jigsaw_d2.data.template import JigsawTemplate
+from jigsaw_d2.erf_weights import ErfError, region_shares
 
 SQUARE = JigsawTemplate(height=8, width=8, split_y=4, split_x=4)
 TINY = JigsawTemplate(height=96, width=96, split_y=32, split_x=32)  # 3x3 cells of res5

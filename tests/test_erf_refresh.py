@@ -12,10 +12,10 @@ from detectron2.engine import TrainerBase
 from detectron2.utils.events import EventStorage
 from helpers_networks import tiny_backbone
 
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.erf import erf_region_sums, region_weights
 from jigsaw_d2.erf_weights import ErfError, outside_shares
 from jigsaw_d2.meta_arch import JigsawPretrainer
-from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.training import erf_refresh
 from jigsaw_d2.training.erf_refresh import ErfRefreshHook
 from jigsaw_d2.training.launching import leave_group

@@ -18,9 +18,9 @@ from helpers_weights import (
 
 from jigsaw_d2.commands.finetune import main
 from jigsaw_d2.cost import read_ledger
-from jigsaw_d2.io import DataError as DatasetError
 from jigsaw_d2.detection.finetune_config import FinetuneConfigError, setup_finetune
 from jigsaw_d2.detection.finetuning import FinetuneError, finetune
+from jigsaw_d2.io import DataError as DatasetError
 from jigsaw_d2.weights.backbone_loading import BackboneMismatchError
 
 

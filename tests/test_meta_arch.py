@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from jigsaw_d2 import losses
 from jigsaw_d2.config import OBJECTIVES, get_jigsaw_cfg
-from jigsaw_d2.erf_weights import own_region_weights
-from jigsaw_d2.meta_arch import LOG_PERIOD, JigsawModelError, JigsawPretrainer
 from jigsaw_d2.data.template import JigsawTemplate
+from jigsaw_d2.erf_weights import own_region_weights
 from jigsaw_d2.io import ConfigError as TemplateError
+from jigsaw_d2.meta_arch import LOG_PERIOD, JigsawModelError, JigsawPretrainer
 
 TINY = JigsawTemplate(height=96, width=96, split_y=32, split_x=32)
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]

@@ -1,3 +1,3 @@
 """Former place of the command, until every one has moved to ``tools``."""
 
-from jigsaw_d2.tools.extract import build_parser as build_parser, main as main
+from jigsaw_d2.tools.extract import build_parser, main  # noqa: F401

@@ -1,6 +1,6 @@
 """Four sample numbers -> one Jigsaw image and its four classes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -111,14 +111,20 @@ class JigsawDatasetMapper:
         if out is None:
             out = np.empty((self.template.height, self.template.width, 3), np.uint8)
         out.fill(0)
-        ids, replacements = list(map(int, record["sample_ids"])), record.get("replacements")
-        shown, damaged = [], []
+        ids, damaged = list(map(int, record["sample_ids"])), []
+        replacements = record.get("replacements") or (lambda slot: ())
+
+        def candidates(slot: int) -> Iterator[int]:
+            yield ids[slot]
+            yield from replacements(slot)
+
         augmentations = self.draw_augmentations(record["position"])
-        for slot, box, augmentation in zip(self.region_slots(ids), self._boxes, augmentations):
-            x0, y0, x1, y1 = box
-            others = replacements(slot) if replacements else iter(())
-            region = out[y0:y1, x0:x1]
-            shown.append(self._draw_first_whole(ids[slot], others, region, augmentation, damaged))
+        shown = [
+            self._draw_first_whole(candidates(slot), out[y0:y1, x0:x1], augmentation, damaged)
+            for slot, (x0, y0, x1, y1), augmentation in zip(
+                self.region_slots(ids), self._boxes, augmentations
+            )
+        ]
         if self.image_format == "BGR":
             cv2.cvtColor(out, cv2.COLOR_RGB2BGR, out)
         return {
@@ -158,26 +164,25 @@ class JigsawDatasetMapper:
 
     def _draw_first_whole(
         self,
-        i: int,
-        others: Iterator[int],
+        candidates: Iterable[int],
         region: np.ndarray,
         augmentation: Augmentation,
         damaged: list[tuple[int, str]],
     ) -> int:
-        """Draw sample ``i``, or the first of ``others`` that decodes; returns which it was."""
+        """Draw the first candidate that decodes; returns its id, adds the others to ``damaged``."""
         failed = []
-        while i is not None:
+        for i in candidates:
+            left, top, *_ = self._window(i)
+            placement = self._place(i, region.shape[:2], augmentation)
+            x0, y0, x1, y1 = placement.window
+            window = (left + x0, top + y0, left + x1, top + y1)
             try:
-                placement = self._place(i, region.shape[:2], augmentation)
-                left, top, *_ = self._window(i)
-                x0, y0, x1, y1 = placement.window
-                window = (left + x0, top + y0, left + x1, top + y1)
                 paint(self.store.decode(i, window, self._memory), placement, region)
-                damaged += failed
-                return i
             except DamagedSampleError as error:
                 failed.append((i, str(error)))
-                i = next(others, None)
+                continue
+            damaged += failed
+            return i
         raise DamagedSampleError(
             f"no sample of a whole group can be decoded; the first of {len(failed)}: {failed[0][1]}"
         )

@@ -228,7 +228,9 @@ def make_plan(
     chunks = [data.images[n : n + PLAN_CHUNK] for n in range(0, len(data.images), PLAN_CHUNK)]
     plans: list[ImagePlan] = []
     with tqdm(total=len(data.images), desc="plan", unit="img", disable=not options.progress) as bar:
-        for chunk, (done, chunk_log) in zip(chunks, run(_plan_chunk, ((c, options) for c in chunks))):
+        for chunk, (done, chunk_log) in zip(
+            chunks, run(_plan_chunk, ((c, options) for c in chunks))
+        ):
             plans += done
             log.merge(chunk_log)
             bar.update(len(chunk))

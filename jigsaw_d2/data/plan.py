@@ -167,7 +167,7 @@ def split_negatives(count: int, images: int, seed: int | list[int]) -> np.ndarra
 def place_negatives(
     plan: ImagePlan, quota: int, sizes: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Boxes of up to ``quota`` negatives, float32 (n, 4), their sizes drawn from ``sizes`` (m, 2)."""
+    """Boxes of up to ``quota`` negatives, float32 (n, 4), of sizes drawn from ``sizes`` (m, 2)."""
     found = np.zeros((0, 4), np.float32)
     for sizes_each in (1, SIZES_PER_NEGATIVE - 1):
         wanted = sizes[rng.integers(0, len(sizes), sizes_each * (quota - len(found)))]

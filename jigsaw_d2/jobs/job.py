@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.detection.finetune_config import load_detection_config
 from jigsaw_d2.jobs.pipeline import (
     DetectionSet,
@@ -24,7 +25,6 @@ from jigsaw_d2.jobs.pipeline import (
 )
 from jigsaw_d2.jobs.stages import Runner, Say, Stage, StageReport, run_stage
 from jigsaw_d2.jobs.time_budget import DataSize, Lengths, Trial, plan_lengths
-from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.training.lr_schedule import scale_to_batch
 
 TRIAL_STEPS = 12  # of each training, to learn its speed

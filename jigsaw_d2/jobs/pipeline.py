@@ -16,10 +16,10 @@ from detectron2.config import CfgNode
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.cost import read_ledger
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.detection.finetune_config import SCRATCH, load_detection_config, read_passport
 from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.jobs.stages import Stage
-from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.training.lr_schedule import scale_to_batch
 
 WARMUP_SHARE = 0.1  # of a shortened training, at most

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from jigsaw_d2.checkpoint import read_backbone
 from jigsaw_d2.data.build import JigsawBatches, build_jigsaw_sampler
 from jigsaw_d2.data.dataset_mapper import JigsawDatasetMapper
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.detection.finetune_config import load_detection_config
 from jigsaw_d2.erf_weights import ErfError
-from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.training.norm import resolve_norm
 from jigsaw_d2.weights.weight_files import read_weights
 

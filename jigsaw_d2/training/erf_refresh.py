@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from jigsaw_d2.cost import backbone_flops
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.erf import ErfMeasurement, check_grad, measure_erf
 from jigsaw_d2.erf_weights import (
     ErfError,
@@ -19,7 +20,6 @@ from jigsaw_d2.erf_weights import (
     region_shares,
     region_weights,
 )
-from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.training.erf_inputs import jigsaw_stream
 from jigsaw_d2.training.network_state import measuring, unwrap
 from jigsaw_d2.training.precision import Precision

@@ -10,8 +10,8 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.errors import JigsawError
 from jigsaw_d2.training.checkpointing import read_checkpoint
 from jigsaw_d2.training.lr_schedule import scale_to_batch
 from jigsaw_d2.training.norm import check_trainable_config, resolve_norm

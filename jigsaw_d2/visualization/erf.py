@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.detection.finetune_config import load_detection_config
 from jigsaw_d2.erf import DEFINITION, GRAD_WORDS, GRADS, measure_erf
 from jigsaw_d2.erf_weights import ErfError, outside_shares, region_shares
-from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.training.erf_inputs import (
     RANDOM,
     default_device,

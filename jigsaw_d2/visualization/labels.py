@@ -15,10 +15,10 @@ from torch import Tensor
 
 from jigsaw_d2 import losses
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.erf_weights import ErfError
-from jigsaw_d2.meta_arch import JigsawPretrainer
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.template import REGIONS, JigsawTemplate
+from jigsaw_d2.erf_weights import ErfError
+from jigsaw_d2.meta_arch import JigsawPretrainer
 from jigsaw_d2.training.erf_inputs import default_device, normalise, rgb_stream
 from jigsaw_d2.training.norm import resolve_norm
 from jigsaw_d2.visualization.erf import save_figure

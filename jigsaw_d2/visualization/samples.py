@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.samples import GROUPS
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.visualization.extraction_report import GROUP_COLORS
 
 COLUMNS = 8

@@ -18,17 +18,17 @@ from jigsaw_d2 import losses
 from jigsaw_d2.checkpoint import convert_checkpoint
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data.build import build_jigsaw_train_loader
+from jigsaw_d2.data.extraction import ExtractionOptions, extract_samples
+from jigsaw_d2.data.samples import GROUPS
+from jigsaw_d2.data.sources import CocoSource
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.detection.finetune_config import setup_finetune
 from jigsaw_d2.erf import erf_region_sums
 from jigsaw_d2.erf_weights import region_weights
-from jigsaw_d2.data.extraction import ExtractionOptions, extract_samples
-from jigsaw_d2.data.sources import CocoSource
 from jigsaw_d2.jobs.demo_data import DemoOptions, make_demo_set
 from jigsaw_d2.jobs.pipeline import DetectionSet
 from jigsaw_d2.meta_arch import JigsawPretrainer
-from jigsaw_d2.data.store import SampleStore
-from jigsaw_d2.data.samples import GROUPS
-from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.trainer import JigsawTrainer
 from jigsaw_d2.weights.backbone_loading import load_backbone
 

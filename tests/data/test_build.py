@@ -11,10 +11,10 @@ from detectron2.config import CfgNode
 from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.data.build import LoaderError, build_jigsaw_eval_loader, build_jigsaw_train_loader
-from jigsaw_d2.data.sampler import SamplerError
-from jigsaw_d2.data.store import SampleStore, StoreGoneError
+from jigsaw_d2.data.build import build_jigsaw_eval_loader, build_jigsaw_train_loader
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.store_writer import StoreWriter
+from jigsaw_d2.io import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_micro_batches_make_up_the_iteration(store):
 
 def test_batch_that_cannot_be_shared_out(store):
     cfg = make_cfg(store, batch=12, SOLVER__ACCUMULATION_STEPS=4)
-    with pytest.raises(LoaderError, match="IMS_PER_BATCH = 12.*2 processes.*multiple of 8"):
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH = 12.*2 processes.*multiple of 8"):
         build_jigsaw_train_loader(cfg, rank=0, world_size=2)
 
 
@@ -135,12 +135,12 @@ def test_fewer_eval_images_than_ranks(store):
 
 
 def test_class_balanced_needs_a_threshold_and_uses_it(store):
-    with pytest.raises(SamplerError, match="REPEAT_THRESHOLD"):
+    with pytest.raises(ConfigError, match="REPEAT_THRESHOLD"):
         batches(make_cfg(store, INPUT__JIGSAW__SAMPLING="class_balanced"), 1)
     keys = {"INPUT__JIGSAW__SAMPLING": "class_balanced", "DATALOADER__REPEAT_THRESHOLD": 0.9}
     cfg = make_cfg(store, **keys)
     assert all(map(same, batches(cfg, 2, start_iter=4), batches(cfg, 6)[4:]))
-    with pytest.raises(LoaderError, match="SAMPLING = 'fair'"):
+    with pytest.raises(ConfigError, match="SAMPLING = 'fair'"):
         batches(make_cfg(store, INPUT__JIGSAW__SAMPLING="fair"), 1)
 
 
@@ -149,7 +149,7 @@ def test_damaged_sample_is_replaced_reported_and_logged_once(tmp_path, workers, 
     store = make_store(tmp_path / "store", n_per_group=3, size_range=(20, 60))
     shard = tmp_path / "store" / "shard-00000.tar"
     content = bytearray(shard.read_bytes())
-    content[int(store.parts[0].offsets[1]) + 200] ^= 0xFF  # sample 1, of group T
+    content[int(store.parts[0].index["offset"][1]) + 200] ^= 0xFF  # sample 1, of group T
     shard.write_bytes(content)
     store = SampleStore(tmp_path / "store")
     loader = build_jigsaw_train_loader(make_cfg(store, workers, batch=6))
@@ -173,7 +173,7 @@ def test_store_lost_mid_run_is_an_error_that_says_so(tmp_path, workers, what):
     shutil.rmtree(tmp_path / "store")
     if what == "replaced":
         make_store(tmp_path / "store", n_per_group=2, size_range=(20, 40), seed=1)
-    with pytest.raises(StoreGoneError, match="store.*(gone|replaced)"):
+    with pytest.raises(DataError, match="store.*(gone|replaced)"):
         for _ in range(9):
             next(stream)
 

@@ -7,9 +7,10 @@ import torch
 from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.data.dataset_mapper import JigsawDatasetMapper, MapperError, annotated_windows
+from jigsaw_d2.data.dataset_mapper import JigsawDatasetMapper, annotated_windows
 from jigsaw_d2.data.store import DamagedSampleError, SampleStore
 from jigsaw_d2.data.template import JigsawTemplate
+from jigsaw_d2.io import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def damage(store: SampleStore, i: int) -> None:
     part = store.parts[0]
     path = part.path / part.header["shards"][0]["name"]
     with open(path, "r+b") as file:
-        file.seek(int(part.offsets[i]) + int(part.lengths[i]) // 2)
+        file.seek(int(part.index["offset"][i]) + int(part.index["length"][i]) // 2)
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 0xFF]))
@@ -224,5 +225,5 @@ def test_from_config(store):
     ],
 )
 def test_bad_options_name_their_key(store, options, key):
-    with pytest.raises(MapperError, match=key):
+    with pytest.raises(ConfigError, match=key):
         make_mapper(store, **options)

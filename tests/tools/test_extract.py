@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from jigsaw_d2.commands import run_command
-from jigsaw_d2.tools.extract import build_parser, main, parse_part, parse_size
 from jigsaw_d2.cost import read_ledger
 from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.tools.extract import build_parser, main, parse_part, parse_size
 
 REGISTERING = """
 from detectron2.data.datasets import register_coco_instances

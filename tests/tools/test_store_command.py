@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+from data.test_store import flip
 from helpers_store import make_store
-from test_sample_store import flip
 
 from jigsaw_d2.commands import run_command
+from jigsaw_d2.data.extraction import ExtractionOptions, extract_samples
+from jigsaw_d2.data.sources import CocoSource
 from jigsaw_d2.tools.store import main
-from jigsaw_d2.data.extraction import CocoSource, ExtractionOptions, extract_samples
 
 
 def test_verify_finds_nothing_in_a_sound_store(

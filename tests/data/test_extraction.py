@@ -1,24 +1,34 @@
 """From a detection set to a store: determinism, restart, parts, bad input."""
 
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from detectron2.data.detection_utils import read_image
-from helpers_coco import CATEGORY_IDS, make_bad_coco, write_json
+from helpers_coco import CATEGORY_IDS, annotation, make_bad_coco, write_json
 
-from jigsaw_d2.extraction import cutting, image_reading, plan
-from jigsaw_d2.data.extraction import CocoSource, ExtractionOptions, extract_samples
-from jigsaw_d2.data.report import ExtractionError
+from jigsaw_d2.data import extraction, image_reading
+from jigsaw_d2.data.extraction import (
+    ExtractionOptions,
+    extract_samples,
+    needs_windows,
+    shown_sizes,
+    start_workers,
+)
 from jigsaw_d2.data.plan import ImagePlan
-from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.samples import overlaps_any
-from jigsaw_d2.data.store import StoreError
+from jigsaw_d2.data.sources import CocoSource
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.template import JigsawTemplate
+from jigsaw_d2.io import ConfigError, DataError, PeerLostError
 
+TESTS = [str(folder) for folder in Path(__file__).parents[:2]]
 ALONE = ExtractionOptions(workers=0, encoding="jpeg")
 
 
@@ -94,7 +104,7 @@ def test_same_bytes_for_any_number_of_processes(
     workers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plan, "PLAN_CHUNK", 5)
+    monkeypatch.setattr(extraction, "PLAN_CHUNK", 5)
     options = dataclasses.replace(ALONE, workers=workers)
     extract_samples(source(tiny_coco), tmp_path / "s", options)
     assert content(tmp_path / "s") == content(store.paths[0])
@@ -106,22 +116,12 @@ def square_plans(sides: list[int]) -> list[ImagePlan]:
     return [ImagePlan(n, "", (1, 1), b, b, np.zeros(1, int), b) for n, b in enumerate(boxes)]
 
 
-@pytest.mark.parametrize("images", [1, 3, 4, 31, 400])
-def test_chunks_grow_smaller_towards_the_end(images: int) -> None:
-    plans = square_plans([10] * images)
-    chunks = cutting.chunk_plans(plans)
-    assert [plan for chunk in chunks for plan in chunk] == plans
-    sizes = [len(chunk) for chunk in chunks]
-    assert sizes[:-1] == sorted(sizes[:-1], reverse=True) and sizes[-1] <= 4
-    assert sizes[0] == min(max(images // 8, 4), 32, images)
-
-
-def test_chunks_of_large_samples_hold_fewer_images() -> None:
+def test_chunks_hold_few_images_and_fewer_large_ones() -> None:
     # 4096 x 4096 pixels fill a chunk, half the side a quarter of one; what is too large goes alone.
-    plans = square_plans([4096, 2048, 2048, 2048, 2048, 2048, 1, 5000] + [1] * 400)
-    chunks = cutting.chunk_plans(plans)
+    plans = square_plans([4096, 2048, 2048, 2048, 2048, 2048, 5000] + [1] * 20)
+    chunks = extraction.chunk_plans(plans)
     assert [plan for chunk in chunks for plan in chunk] == plans
-    assert [len(chunk) for chunk in chunks[:5]] == [1, 4, 2, 1, 32]
+    assert [len(chunk) for chunk in chunks] == [1, 4, 1, 1, 8, 8, 4]
 
 
 def test_another_seed_is_another_store(tiny_coco: Path, store: SampleStore, tmp_path: Path) -> None:
@@ -149,12 +149,12 @@ def test_no_context_and_no_negatives(tiny_coco: Path, tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys, dataclasses
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from pathlib import Path
-from jigsaw_d2.extraction import cutting, extract as extraction
+from jigsaw_d2.data import extraction
 from jigsaw_d2.data.store_writer import StoreWriter
 from test_extraction import ALONE, small_shards, source
-cutting.CUT_CHUNK = 1
+extraction.CUT_CHUNK = 1
 close = StoreWriter._close_shard
 def close_two(writer):
     close(writer)
@@ -172,20 +172,18 @@ def small_shards(workers: int) -> ExtractionOptions:
 def test_killed_run_is_completed_by_the_same_call(
     tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cutting, "CUT_CHUNK", 1)
+    monkeypatch.setattr(extraction, "CUT_CHUNK", 1)
     extract_samples(source(tiny_coco), tmp_path / "whole", small_shards(0))
-    script = KILLED.format(
-        tests=str(Path(__file__).parent), data=str(tiny_coco), path=str(tmp_path / "s")
-    )
+    script = KILLED.format(tests=TESTS, data=str(tiny_coco), path=str(tmp_path / "s"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    with pytest.raises(StoreError, match="no whole sample store"):
+    with pytest.raises(DataError, match="no whole sample store"):
         SampleStore(tmp_path / "s")
     shards = sorted((tmp_path / "s.partial" / "store").glob("shard-*.tar"))
     written = [shard.stat().st_mtime_ns for shard in shards[:2]]
 
-    real, read = cutting.read_pixels, []
-    monkeypatch.setattr(cutting, "read_pixels", lambda *args: read.append(args) or real(*args))
+    real, read = extraction.read_pixels, []
+    monkeypatch.setattr(extraction, "read_pixels", lambda *args: read.append(args) or real(*args))
     extract_samples(source(tiny_coco), tmp_path / "s", small_shards(0))
     assert content(tmp_path / "s") == content(tmp_path / "whole")
     kept = [(tmp_path / "s" / shard.name).stat().st_mtime_ns for shard in shards[:2]]
@@ -194,12 +192,12 @@ def test_killed_run_is_completed_by_the_same_call(
 
 FULL_DISK = """
 import resource, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from pathlib import Path
-from jigsaw_d2.extraction import cutting, extract as extraction
+from jigsaw_d2.data import extraction
 from jigsaw_d2.commands import run_command
 from test_extraction import dataclasses, small_shards, source
-cutting.CUT_CHUNK = 1
+extraction.CUT_CHUNK = 1
 options = dataclasses.replace(small_shards({workers}), shard_size=10**9)
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # as a disk that is full
 work = lambda argv: extraction.extract_samples(source(Path({data!r})), {path!r}, options)
@@ -212,7 +210,7 @@ def test_full_disk_is_named_and_the_same_call_goes_on(
     tiny_coco: Path, store: SampleStore, tmp_path: Path, workers: int
 ) -> None:
     script = FULL_DISK.format(
-        tests=str(Path(__file__).parent),
+        tests=TESTS,
         data=str(tiny_coco),
         path=str(tmp_path / "s"),
         workers=workers,
@@ -230,7 +228,7 @@ def test_each_image_is_decoded_once(
     real, decoded = image_reading.decode_jpeg, []
 
     def decode(data: np.ndarray, *args: object) -> np.ndarray:
-        decoded.append(hash(data.tobytes()))
+        decoded.append(hash(data))
         return real(data, *args)
 
     monkeypatch.setattr(image_reading, "decode_jpeg", decode)
@@ -239,9 +237,9 @@ def test_each_image_is_decoded_once(
 
 
 def test_held_out_set_must_have_the_same_categories(tiny_coco: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExtractionError, match="val has other categories.*'kind2'"):
+    with pytest.raises(DataError, match="val has other categories.*'kind2'"):
         extract_samples(source(tiny_coco, "val"), tmp_path / "s", ALONE, ["kind0", "kind1"])
-    with pytest.raises(ExtractionError, match="their order"):
+    with pytest.raises(DataError, match="their order"):
         extract_samples(
             source(tiny_coco, "val"), tmp_path / "s", ALONE, ["kind1", "kind0", "kind2"]
         )
@@ -289,7 +287,7 @@ def test_every_fault_is_named_and_counted_and_none_stops_the_run(tmp_path: Path)
 
 
 def test_strict_stops_at_the_first_fault(tmp_path: Path) -> None:
-    with pytest.raises(ExtractionError, match="stopped because of --strict"):
+    with pytest.raises(DataError, match="stopped because of --strict"):
         extract_samples(
             CocoSource(*make_bad_coco(tmp_path / "set")),
             tmp_path / "s",
@@ -307,15 +305,15 @@ def test_image_that_breaks_while_extraction_runs(
     tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What probing cannot see is counted when the image is decoded."""
-    real = cutting.read_pixels
+    real = extraction.read_pixels
 
     def read(path: str, *args: object) -> np.ndarray:
         if path.endswith("train_003.jpg"):
-            raise cutting.ImageReadError("image_truncated")
+            raise DataError("image_truncated")
         image = real(path, *args)
         return image[:-1] if path.endswith("train_004.jpg") else image
 
-    monkeypatch.setattr(cutting, "read_pixels", read)
+    monkeypatch.setattr(extraction, "read_pixels", read)
     report = extract_samples(source(tiny_coco), tmp_path / "s", ALONE)
     logged = {reason: entry["count"] for reason, entry in report["log"]["part"].items()}
     assert logged == {"image_truncated": 1, "image_size_differs": 1}
@@ -324,10 +322,144 @@ def test_image_that_breaks_while_extraction_runs(
 
 def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
     write_json(tmp_path / "set.json", [], [])
-    with pytest.raises(ExtractionError, match="no usable object"):
+    with pytest.raises(DataError, match="no usable object"):
         extract_samples(CocoSource(tmp_path / "set.json", tmp_path), tmp_path / "s", ALONE)
 
 
 def test_existing_store_is_found_before_any_work(tiny_coco: Path, store: SampleStore) -> None:
-    with pytest.raises(StoreError, match="exists; --overwrite"):
+    with pytest.raises(DataError, match="exists; --overwrite"):
         extract_samples(CocoSource("no.json", tiny_coco), store.paths[0], ALONE)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("max_scale", 0.9),
+        ("negative_ratio", -1),
+        ("quality", 0),
+        ("seed", -1),
+        ("part", (3, 2)),
+        ("workers", -2),
+        ("shard_size", 0),
+        ("scale_range", (1.5, 0.8)),
+    ],
+)
+def test_impossible_options_are_named(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{field} is .*must be"):
+        ExtractionOptions(**{field: value})
+
+
+def test_windows_are_for_samples_larger_than_some_region_shows() -> None:
+    shown = shown_sizes(JigsawTemplate(), 0.8)
+    # Regions 64x64 and 160x160 (S), 160 high x 64 wide (T), 64 high x 160 wide (W), over 0.8.
+    assert shown.tolist() == [[80, 80], [200, 80], [80, 200]]
+    sizes = [(80, 80), (81, 70), (200, 80), (200, 90), (81, 200), (80, 200)]  # (height, width)
+    boxes = np.array([[10, 20, 10 + w, 20 + h] for h, w in sizes], np.float32)
+    assert needs_windows(boxes, shown).tolist() == [False, True, False, True, True, False]
+
+
+def test_large_samples_are_written_for_window_decoding(tmp_path: Path) -> None:
+    image = cv2.resize(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8), (600, 400))
+    cv2.imwrite(str(tmp_path / "a.jpg"), image)
+    entry = {"id": 1, "file_name": "a.jpg", "height": 400, "width": 600}
+    boxes = [[0, 0, 300, 300], [400, 0, 50, 50]]
+    write_json(tmp_path / "set.json", [entry], [annotation(1, box) for box in boxes])
+    extract_samples(CocoSource(tmp_path / "set.json", tmp_path), tmp_path / "s", ALONE)
+    store = SampleStore(tmp_path / "s")
+    intervals = store.parts[0].index["interval"]
+    assert intervals[0] > 0 and intervals[1] == 0
+    assert store.decode(0).shape[:2] == tuple(store.sizes[0])
+    assert np.array_equal(store.decode(0, (30, 40, 130, 110)), store.decode(0)[40:110, 30:130])
+
+
+@pytest.mark.parametrize("encoding", ["png", "ppm"])
+def test_quality_is_refused_where_there_are_no_jpegs(encoding: str) -> None:
+    with pytest.raises(ConfigError, match=f"quality is 90.*encoding is {encoding}"):
+        ExtractionOptions(encoding=encoding, quality=90)
+
+
+def boxes_of(*sizes: tuple[int, int]) -> np.ndarray:
+    """XYXY (n, 4) of (width, height)."""
+    return np.array([[3, 5, 3 + w, 5 + h] for w, h in sizes], np.float32).reshape(-1, 4)
+
+
+@pytest.mark.parametrize(
+    "given, limit, encoding, quality",
+    [
+        # 3 bytes a pixel: 3 x (10 x 20 + 30 x 5 + 7 x 2) = 1092.
+        ({}, 1092, "ppm", None),
+        ({}, 1091, "jpeg", 95),
+        ({"quality": 80}, 1092, "jpeg", 80),
+        ({"encoding": "jpeg"}, 1092, "jpeg", 95),
+        ({"encoding": "png"}, 1, "png", None),
+        ({"encoding": "ppm"}, 1, "ppm", None),
+    ],
+)
+def test_small_sets_are_left_uncompressed(
+    monkeypatch: pytest.MonkeyPatch, given: dict, limit: int, encoding: str, quality: int | None
+) -> None:
+    monkeypatch.setattr(extraction, "UNCOMPRESSED_UP_TO", limit)
+    boxes = [boxes_of((10, 20), (30, 5)), boxes_of(), boxes_of((7, 2))]
+    settled = ExtractionOptions(**given).settle_encoding(boxes)
+    assert (settled.encoding, settled.quality) == (encoding, quality)
+
+
+def test_every_part_takes_the_encoding_of_the_whole(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = CocoSource(tiny_coco / "train.json", tiny_coco / "images")
+    extract_samples(source, tmp_path / "whole", ExtractionOptions(workers=0))
+    whole = SampleStore(tmp_path / "whole")
+    assert whole.header["options"]["encoding"] == "ppm"
+    assert set(whole.header["report"]["encoded_bytes"]) == {"ppm"}
+    # Too much for the whole by one byte, though not for a half.
+    limit = 3 * int(whole.sizes.prod(axis=1).sum()) - 1
+    monkeypatch.setattr(extraction, "UNCOMPRESSED_UP_TO", limit)
+    for number in (1, 2):
+        extract_samples(source, tmp_path / "s", ExtractionOptions(workers=0, part=(number, 2)))
+    for part in SampleStore(tmp_path / "s").parts:
+        assert part.header["options"]["encoding"] == "jpeg"
+        assert set(part.header["report"]["encoded_bytes"]) == {"jpg"}
+
+
+def square(n: int) -> int:
+    if n == 99:
+        raise KeyError("ninety-nine")
+    if n == -1:
+        os._exit(9)
+    return n * n
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_results_come_in_order(count: int) -> None:
+    with start_workers(count) as run:
+        assert list(run(square, ((n,) for n in range(50)))) == [n * n for n in range(50)]
+        assert list(run(square, [])) == []
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_errors_come_through(count: int) -> None:
+    with start_workers(count) as run, pytest.raises(KeyError, match="ninety-nine"):
+        list(run(square, ((n,) for n in (1, 99, 2))))
+
+
+def shrink(size: int) -> int:
+    """Work that OpenCV shares out between its threads where it has any."""
+    return cv2.resize(np.zeros((size, size, 3), np.uint8), (size // 2, size // 2)).shape[0]
+
+
+def test_opencv_threads_of_the_parent_do_not_hang_the_children() -> None:
+    threads = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(4)
+        assert shrink(2000) == 1000  # starts them
+        with start_workers(2) as run:
+            assert list(run(shrink, [(2000,)] * 4)) == [1000] * 4
+        assert cv2.getNumThreads() == 4
+    finally:
+        cv2.setNumThreads(threads)
+
+
+def test_a_dead_worker_is_named_with_what_to_do() -> None:
+    with start_workers(2) as run, pytest.raises(PeerLostError, match="fewer --workers"):
+        list(run(square, ((n,) for n in (1, -1, 2))))

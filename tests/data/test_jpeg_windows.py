@@ -1,4 +1,4 @@
-"""A decoded window equals the same part of the full decode, bit for bit."""
+"""The decoder gives the pixels of other readers; a window those of the full decode, bit for bit."""
 
 import io
 from collections.abc import Iterator
@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jigsaw_d2.store import jpeg_windows
-from jigsaw_d2.data.jpeg_windows import TABLE_MAGIC, parse_jpeg
+from jigsaw_d2.data import jpeg_windows
 from jigsaw_d2.data.jpeg_windows import (
+    TABLE_MAGIC,
+    PixelMemory,
     choose_interval,
     cut_window,
+    decode_jpeg,
     decode_window,
     encode_jpeg,
-    encode_png,
+    parse_jpeg,
 )
 
 SUBSAMPLINGS = {
@@ -156,7 +158,7 @@ def test_lost_bytes_are_noticed() -> None:
     with pytest.raises(ValueError, match="pieces"):
         cut_window(data[:-200], (0, 0, 50, 50))
     with pytest.raises(ValueError, match="not a JPEG"):
-        parse_jpeg(encode_png(np.zeros((4, 4, 3), np.uint8)))
+        parse_jpeg(b"\x89PNG\r\n" + bytes(20))
     with pytest.raises(ValueError, match="single baseline scan"):
         parse_jpeg(data[:300])
 
@@ -170,8 +172,49 @@ def test_progressive_is_not_cut() -> None:
         cut_window(buffer.getvalue(), (0, 0, 10, 10))
 
 
-def test_png_is_lossless() -> None:
-    image = draw_image(31, 17, 0, np.random.default_rng(0))
-    assert np.array_equal(full_decode(encode_png(image)), image[..., ::-1])
-    grey = full_decode(encode_png(image[..., 0].copy()))
-    assert np.array_equal(grey, np.dstack([image[..., 0]] * 3))
+def plain_jpeg(height: int, width: int, *options: int) -> bytes:
+    image = draw_image(height, width, 1, np.random.default_rng(height))
+    return cv2.imencode(".jpg", image, list(options))[1].tobytes()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (17, 16), (64, 64), (37, 160), (200, 333)])
+@pytest.mark.parametrize("progressive", [0, 1])
+def test_pixels_are_those_of_opencv_and_pillow(size: tuple[int, int], progressive: int) -> None:
+    data = plain_jpeg(*size, cv2.IMWRITE_JPEG_PROGRESSIVE, progressive)
+    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    memory = PixelMemory().room(bgr.size)
+    for room in (None, memory):
+        assert np.array_equal(decode_jpeg(data, "BGR", room), bgr)
+        assert np.array_equal(decode_jpeg(data, "RGB", room), Image.open(io.BytesIO(data)))
+        grey = Image.open(io.BytesIO(data)).convert("YCbCr").split()[0]
+        assert np.abs(decode_jpeg(data, "GRAY", room).astype(int) - np.asarray(grey)).max() <= 1
+
+
+def test_grey_jpegs_come_as_grey_and_as_colour() -> None:
+    data = cv2.imencode(".jpg", draw_image(50, 70, 1, np.random.default_rng(0))[..., 0])[1]
+    grey = decode_jpeg(data.ravel(), "GRAY")
+    assert np.array_equal(grey, cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
+    assert np.array_equal(decode_jpeg(memoryview(data.tobytes())), np.dstack([grey] * 3))
+
+
+@pytest.mark.parametrize("cut", [300, 1500, -3])
+def test_damaged_data_are_refused(cut: int) -> None:
+    data = plain_jpeg(90, 120)
+    with pytest.raises(ValueError):
+        decode_jpeg(data[:cut])
+    with pytest.raises(ValueError):
+        decode_jpeg(b"")
+
+
+def test_memory_is_used_again_and_grows() -> None:
+    memory = PixelMemory()
+    small = memory.room(1000)
+    assert len(small) >= 1000 and small.ctypes.data % 2 == 1
+    assert memory.room(500) is small
+    assert len(memory.room(5000)) >= 5000
+    data = plain_jpeg(40, 40)
+    first, second = (decode_jpeg(data, "RGB", memory.room(4800)) for _ in range(2))
+    assert np.shares_memory(first, second)
+    assert not np.shares_memory(decode_jpeg(data), decode_jpeg(data))
+    with pytest.raises(ValueError):
+        decode_jpeg(data, "RGB", np.empty(4799, np.uint8))

@@ -3,10 +3,18 @@
 import numpy as np
 import pytest
 
-from jigsaw_d2.data.report import ExtractionLog
-from jigsaw_d2.data.report import format_report, summarise, template_fill
+from jigsaw_d2.data.report import (
+    FAULT,
+    REASONS,
+    RULE,
+    ExtractionLog,
+    format_report,
+    summarise,
+    template_fill,
+)
 from jigsaw_d2.data.store import RECORD
 from jigsaw_d2.data.template import JigsawTemplate
+from jigsaw_d2.io import DataError
 
 TEMPLATE = JigsawTemplate()
 
@@ -123,3 +131,32 @@ def test_many_classes_are_shortened() -> None:
     index = make_index([(n + 1, n, 30, 30) for n in range(300)])
     text = format_report(summarise(index, names, TEMPLATE, (0.8, 1.5)), max_classes=50)
     assert "class299" in text and "\nclass3 " not in text and "251 smaller classes" in text
+
+
+def test_counts_and_first_examples() -> None:
+    log, other = ExtractionLog(), ExtractionLog()
+    for n in range(2):
+        log.add("crowd", f"image {n}")
+    for n in range(4):
+        other.add("crowd", f"other {n}")
+    log.merge(other)
+    entry = log.to_dict()["crowd"]
+    assert entry["count"] == 6 and entry["kind"] == RULE
+    assert entry["examples"] == ["image 0", "image 1", "other 0"]
+    assert ExtractionLog.from_dict(log.to_dict()).to_dict() == log.to_dict()
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_strict_stops_at_faults_alone(reason: str) -> None:
+    log = ExtractionLog(strict=True)
+    if REASONS[reason][0] == FAULT:
+        with pytest.raises(DataError, match=f"here: .*{reason}.*--strict"):
+            log.add(reason, "here")
+    else:
+        log.add(reason, "here")
+        assert log.counts[reason] == 1
+
+
+def test_unknown_reasons_are_a_mistake_of_ours() -> None:
+    with pytest.raises(KeyError):
+        ExtractionLog().add("no such reason", "here")
