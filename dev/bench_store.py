@@ -122,10 +122,9 @@ def measure_workers(store: SampleStore, count: int) -> tuple[float, float]:
 
 def measure_overhead(store: SampleStore) -> dict[str, float]:
     """Shares of the JPEG bytes: index, tar, and both."""
-    encoded = int(store.parts[0].index["length"].sum())
-    part = store.parts[0]
-    tar = sum(shard["bytes"] for shard in part.header["shards"]) - encoded
-    index = os.path.getsize(part.path / INDEX_NAME)
+    encoded = int(store.index["length"].sum())
+    tar = sum(shard["bytes"] for shard in store.header["shards"]) - encoded
+    index = os.path.getsize(store.paths[0] / INDEX_NAME)
     return {"mean": encoded / len(store), "tar": tar / encoded, "index": index / encoded}
 
 
@@ -145,7 +144,7 @@ def main() -> None:
         overhead = measure_overhead(store)
         if not args.store:
             plain = draw_store(folder / "without", windows=False)
-            written, bare = (s.parts[0].index["length"].sum() for s in (store, plain))
+            written, bare = (s.index["length"].sum() for s in (store, plain))
             restarts = written / bare - 1
         draw_store(folder / "large", count=300)
         blow_up(folder / "large", args.samples)
@@ -155,7 +154,7 @@ def main() -> None:
         rates = [100_000 / read_randomly(large, 100_000, n) for n in range(args.repeats)]
         checked = time.perf_counter()
         for i in range(20_000):
-            large.parts[0].view(i, check=True)
+            large.view(i, check=True)
         checked = 20_000 / (time.perf_counter() - checked)
         large.classes.sum(), large.groups.sum(), large.sizes.sum()
         alone, eight = measure_workers(large, 0), measure_workers(large, 8)

@@ -50,6 +50,6 @@ def test_command_writes_the_figure(store: SampleStore, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [12, 1, 0])
 def test_report_figure_of_full_and_empty_groups(store: SampleStore, keep: int) -> None:
-    index = store.parts[0].index[:keep]
+    index = store.index[:keep]
     report = summarise(index, store.categories, JigsawTemplate(), (0.8, 1.5))
     assert len(report_figure(report).axes) == 4

@@ -1,1 +1,1 @@
-"""The way of the data: detection set -> samples -> store -> Jigsaw image -> batch (Sec. 3.1-3.2)."""
+"""The way of the data: detection set -> samples -> store -> Jigsaw image -> batch (Sec. 3)."""

@@ -23,8 +23,6 @@ from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.io import ConfigError
 
 logger = logging.getLogger(__name__)
-# What of a batch is a few bytes an image: it travels from the workers within the message.
-SMALL = ("gt_classes", "sample_ids")
 
 
 class JigsawBatches(Dataset):
@@ -59,7 +57,8 @@ class JigsawBatches(Dataset):
         ]
         return {
             "image": images.permute(0, 3, 1, 2),
-            **{key: torch.stack([image[key] for image in made]) for key in SMALL},
+            "gt_classes": torch.stack([image["gt_classes"] for image in made]),
+            "sample_ids": torch.stack([image["sample_ids"] for image in made]),
             "position": positions[0],
             "damaged": [entry for image in made for entry in image["damaged"]],
         }
@@ -87,9 +86,7 @@ class JigsawLoader(DataLoader):
     """
 
     def __init__(self, batches: JigsawBatches, positions: Sampler, **options: Any) -> None:
-        super().__init__(
-            batches, sampler=positions, batch_size=None, collate_fn=_small_as_arrays, **options
-        )
+        super().__init__(batches, sampler=positions, batch_size=None, **options)
         self.position_step = getattr(positions, "world_size", 1)
         self.replaced = 0
         self._named: set[int] = set()
@@ -104,16 +101,7 @@ class JigsawLoader(DataLoader):
                         "sample %d was replaced by the next of its group (%d samples so far): %s",
                         *(sample, len(self._named), reason),
                     )
-            pinned = batch["image"].is_pinned()
-            for key in SMALL:
-                values = torch.from_numpy(batch[key])
-                batch[key] = values.pin_memory() if pinned else values
             yield batch
-
-
-def _small_as_arrays(batch: dict) -> dict:
-    """An item is a whole batch already; each tensor in it would take a shared file of its own."""
-    return {key: value.numpy() if key in SMALL else value for key, value in batch.items()}
 
 
 class BatchPositions(Sampler):

@@ -8,7 +8,6 @@ import torch
 from detectron2.config import CfgNode, configurable
 
 from jigsaw_d2.data.assembly import METHODS, Augmentation, Placement, paint, place_sample
-from jigsaw_d2.data.jpeg_windows import PixelMemory
 from jigsaw_d2.data.store import DamagedSampleError, SampleStore
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError
@@ -70,7 +69,6 @@ class JigsawDatasetMapper:
         self.windows = None if context else annotated_windows(store)
         self._boxes = template.boxes.tolist()
         self._block_number, self._block = -1, []
-        self._memory = PixelMemory()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, store: SampleStore, seed: int | None = None) -> dict:
@@ -177,7 +175,7 @@ class JigsawDatasetMapper:
             x0, y0, x1, y1 = placement.window
             window = (left + x0, top + y0, left + x1, top + y1)
             try:
-                paint(self.store.decode(i, window, self._memory), placement, region)
+                paint(self.store.decode(i, window), placement, region)
             except DamagedSampleError as error:
                 failed.append((i, str(error)))
                 continue

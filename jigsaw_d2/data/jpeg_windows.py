@@ -36,23 +36,6 @@ MIN_WIDTH = 5
 MIN_SPARED_PIXELS = 3000
 
 
-class PixelMemory:
-    """Memory that images are decoded into in turn; the pixels of one last until the next.
-
-    The system hands out fresh memory page by page, which for a sample takes as long as decoding.
-    """
-
-    def __init__(self) -> None:
-        self._room = np.empty(0, np.uint8)
-
-    def room(self, size: int) -> np.ndarray:
-        """uint8 (n,) of at least ``size`` bytes; what was there before may be gone."""
-        if len(self._room) < size:
-            # From an odd address on: rows that begin at an aligned one are written past the cache.
-            self._room = np.empty(size + 1, np.uint8)[1:]
-        return self._room
-
-
 class JpegLayout(NamedTuple):
     """How one baseline JPEG is laid out; sizes in pixels."""
 
@@ -64,24 +47,20 @@ class JpegLayout(NamedTuple):
     interval: int  # MCUs between restart markers, 0 = none
 
 
-def decode_jpeg(
-    data: bytes | memoryview | np.ndarray, colour: str = "RGB", memory: np.ndarray | None = None
-) -> np.ndarray:
+def decode_jpeg(data: bytes | memoryview | np.ndarray, colour: str = "RGB") -> np.ndarray:
     """The pixels of a whole JPEG, not turned by its EXIF orientation.
 
     Args:
         data: of one JPEG; as an array uint8 (n,).
         colour: "RGB", "BGR" or "GRAY", whatever the JPEG itself has.
-        memory: of ``PixelMemory``; None = fresh memory.
 
     Returns:
         uint8 (h, w, 3), of "GRAY" (h, w).
 
     Raises:
-        ValueError: not a JPEG, a damaged or truncated one, or more pixels than ``memory`` takes.
+        ValueError: not a JPEG, or a damaged or truncated one.
     """
-    # By position: fastdct and fastupsample off, as the other readers have them; no scaling; strict.
-    pixels = simplejpeg.decode_jpeg(data, colour, False, False, 0, 0, 1, memory, True)
+    pixels = simplejpeg.decode_jpeg(data, colour, strict=True)
     return pixels[..., 0] if colour == "GRAY" else pixels
 
 
@@ -253,15 +232,8 @@ def _join_pieces(
     return jpeg
 
 
-def decode_window(
-    data: bytes | memoryview,
-    window: tuple[int, int, int, int],
-    memory: np.ndarray | None = None,
-) -> np.ndarray:
+def decode_window(data: bytes | memoryview, window: tuple[int, int, int, int]) -> np.ndarray:
     """``decode_jpeg(data)[y0:y1, x0:x1]``, reading only the pieces of the JPEG that it needs.
-
-    Args:
-        memory: as for ``decode_jpeg``, for the whole image.
 
     Returns:
         uint8 RGB (y1 - y0, x1 - x0, 3), a view of what was decoded.
@@ -271,4 +243,4 @@ def decode_window(
     """
     x0, y0, x1, y1 = window
     jpeg, x, y = cut_window(data, window) or (data, x0, y0)
-    return decode_jpeg(jpeg, "RGB", memory)[y : y + y1 - y0, x : x + x1 - x0]
+    return decode_jpeg(jpeg)[y : y + y1 - y0, x : x + x1 - x0]

@@ -16,9 +16,7 @@ import mmap
 import os
 import re
 import tarfile
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
 
 import cv2
@@ -26,7 +24,6 @@ import numpy as np
 from zlib_ng import zlib_ng
 
 from jigsaw_d2.data import jpeg_windows
-from jigsaw_d2.data.jpeg_windows import PixelMemory, decode_jpeg
 from jigsaw_d2.io import DataError
 
 FORMAT = "jigsaw-d2 sample store"
@@ -191,111 +188,6 @@ def read_header(path: Path) -> dict:
     return header
 
 
-class StorePart:
-    """One folder of a store: its header, its index, and its shards, each mapped when first read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.header = read_header(path)
-        self.identity = self._stat()
-        self._open()
-
-    def _stat(self) -> tuple[int, int, int]:
-        try:
-            stat = os.stat(self.path / INDEX_NAME)
-        except OSError as error:
-            raise DataError(f"{self.path / INDEX_NAME} is gone: {error.strerror}") from error
-        return stat.st_ino, stat.st_mtime_ns, stat.st_size
-
-    def _open(self) -> None:
-        file = self.path / INDEX_NAME
-        try:
-            index = np.load(file, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file} cannot be read as an index: {error}") from error
-        if index.dtype != RECORD or len(index) != self.header["samples"]:
-            raise DataError(f"{file} does not belong to the header beside it")
-        self.index = index.view(np.ndarray)
-        # Views of the columns, which cost more to make than a number of one costs to read.
-        self._column = {name: self.index[name] for name in RECORD.names}
-        self._shards: list[mmap.mmap | None] = [None] * len(self.header["shards"])
-
-    def check_unchanged(self) -> None:
-        """Raises DataError unless the store on disk is the one that was opened."""
-        if self._stat() != self.identity:
-            raise DataError(f"{self.path} was replaced since it was opened; start again")
-
-    def shard(self, number: int) -> mmap.mmap:
-        """The mapped bytes of one shard."""
-        mapped = self._shards[number]
-        if mapped is None:
-            self.check_unchanged()
-            file = self.path / self.header["shards"][number]["name"]
-            try:
-                with open(file, "rb") as stream:
-                    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{file} cannot be opened: {error}") from error
-            self._shards[number] = mapped
-        return mapped
-
-    def view(self, i: int, check: bool = False) -> memoryview:
-        """The encoded sample where it is mapped.
-
-        Args:
-            check: raise DamagedSampleError unless its CRC-32 is that of the index.
-        """
-        column = self._column
-        start, mapped = column["offset"].item(i), self.shard(column["shard"].item(i))
-        data = memoryview(mapped)[start : start + column["length"].item(i)]
-        if check and crc32(data) != column["crc32"].item(i):
-            raise self.damaged(i, "its CRC-32 differs from the index")
-        return data
-
-    def decode(self, i: int, window: Window | None, memory: PixelMemory | None) -> np.ndarray:
-        """uint8 RGB (h, w, 3); see ``SampleStore.decode``."""
-        data, column = self.view(i, check=True), self._column
-        height, width = column["size"].item(i, 0), column["size"].item(i, 1)
-        x0, y0, x1, y1 = window = window or (0, 0, width, height)
-        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise ValueError(
-                f"window {window} is empty or leaves {self.key(i)}, {width} x {height}"
-            )
-        room = None if memory is None else memory.room(3 * height * width)
-        code = column["format"].item(i)
-        try:
-            if code in (PPM, PGM):
-                image = decode_netpbm(data, window)
-            elif code == PNG:
-                image = decode_png(data)[y0:y1, x0:x1]
-            elif column["interval"].item(i) and window != (0, 0, width, height):
-                image = jpeg_windows.decode_window(data, window, room)
-            else:
-                image = decode_jpeg(data, "RGB", room)[y0:y1, x0:x1]
-        except ValueError as error:
-            raise self.damaged(i, str(error)) from error
-        if image.shape != (y1 - y0, x1 - x0, 3):
-            raise self.damaged(i, "does not decode to the size in the index")
-        return image
-
-    def key(self, i: int) -> str:
-        """Name of the sample, without suffix."""
-        return sample_key(*(self._column[name].item(i) for name in ("class", "image_id", "serial")))
-
-    def damaged(self, i: int, reason: str) -> DamagedSampleError:
-        """The error that names shard, key and ``reason``."""
-        shard = self.header["shards"][self._column["shard"].item(i)]["name"]
-        return DamagedSampleError(f"{self.path / shard}: sample {self.key(i)}: {reason}")
-
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "header": self.header, "identity": self.identity}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self.check_unchanged()
-        self._open()
-
-
 def find_parts(path: Path) -> list[Path]:
     """The folders of one store: itself, or its parts where several machines wrote it.
 
@@ -323,9 +215,11 @@ def find_parts(path: Path) -> list[Path]:
 class SampleStore:
     """Samples of one store, or of several parts of one, numbered 0 .. len - 1.
 
-    Picklable, and safe to share over fork. All arrays are read-only views of the index.
+    Picklable, and safe to share over fork. All arrays are read-only.
 
     Attributes:
+        paths, headers: of each part; ``header`` and ``categories`` are those of the first.
+        index: RECORD (n,); of a single part the mapped file itself. "shard" counts over all parts.
         classes: int64 (n,), index into ``categories``; background = len(categories).
         groups: uint8 (n,), index into ``samples.GROUPS``.
         sizes: int32 (n, 2), (height, width) of the sample as shown.
@@ -342,74 +236,151 @@ class SampleStore:
         self.paths = [part for p in ([path] if single else path) for part in find_parts(Path(p))]
         if not self.paths:
             raise DataError("no sample store named; give at least one folder")
-        self.parts = [StorePart(p) for p in self.paths]
-        self._starts = list(accumulate((len(p.index) for p in self.parts), initial=0))
-        self.header = self.parts[0].header
-        self.categories: list[str] = self.header["categories"]
-        for part in self.parts[1:]:
-            if part.header["categories"] != self.categories:
-                raise DataError(f"{part.path} has other categories than {self.paths[0]}")
+        self.headers = [read_header(p) for p in self.paths]
+        for path, header in zip(self.paths, self.headers):
+            if header["categories"] != self.headers[0]["categories"]:
+                raise DataError(f"{path} has other categories than {self.paths[0]}")
+        self._identities = [_identity(p) for p in self.paths]
+        self._open()
 
-    def _column(self, name: str) -> np.ndarray:
-        columns = [part.index[name] for part in self.parts]
-        return columns[0] if len(columns) == 1 else np.concatenate(columns)
+    def _open(self) -> None:
+        self.header = self.headers[0]
+        self.categories: list[str] = self.header["categories"]
+        parts, self._files = [], []
+        for path, header in zip(self.paths, self.headers):
+            index = _read_index(path, header)
+            if self._files:
+                index = index.copy()
+                index["shard"] += len(self._files)
+            parts.append(index)
+            self._files += [path / shard["name"] for shard in header["shards"]]
+        self.index = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        self.index.flags.writeable = False
+        # Views of the columns, which cost more to make than a number of one costs to read.
+        self._column = {name: self.index[name] for name in RECORD.names}
+        self._shards: list[mmap.mmap | None] = [None] * len(self._files)
+
+    classes = property(lambda self: self._column["class"])
+    groups = property(lambda self: self._column["group"])
+    sizes = property(lambda self: self._column["size"])
+    image_ids = property(lambda self: self._column["image_id"])
+    boxes = property(lambda self: self._column["box"])
+    gt_boxes = property(lambda self: self._column["gt_box"])
 
     @property
     def fingerprint(self) -> str:
         """Changes whenever the content does."""
-        return "+".join(part.header["fingerprint"] for part in self.parts)
-
-    classes = property(lambda self: self._column("class"))
-    groups = property(lambda self: self._column("group"))
-    sizes = property(lambda self: self._column("size"))
-    image_ids = property(lambda self: self._column("image_id"))
-    boxes = property(lambda self: self._column("box"))
-    gt_boxes = property(lambda self: self._column("gt_box"))
+        return "+".join(header["fingerprint"] for header in self.headers)
 
     def check_unchanged(self) -> None:
         """Raises DataError unless every part on disk is the one that was opened."""
-        for part in self.parts:
-            part.check_unchanged()
+        for path, identity in zip(self.paths, self._identities):
+            if _identity(path) != identity:
+                raise DataError(f"{path} was replaced since it was opened; start again")
 
     def __len__(self) -> int:
-        return self._starts[-1]
-
-    def _locate(self, i: int) -> tuple[StorePart, int]:
-        i = int(i)
-        if not 0 <= i < self._starts[-1]:
-            raise IndexError(f"sample {i} of a store of {len(self)}")
-        number = bisect_right(self._starts, i) - 1
-        return self.parts[number], i - self._starts[number]
+        return len(self.index)
 
     def __getitem__(self, i: int) -> bytes:
         """The encoded sample: a whole ordinary JPEG, PNG, PPM or PGM, not checked."""
-        part, i = self._locate(i)
-        return bytes(part.view(i))
+        return bytes(self.view(i))
 
     def key(self, i: int) -> str:
         """Name of sample ``i`` within its shard, without suffix."""
-        part, i = self._locate(i)
-        return part.key(i)
+        return sample_key(*(self._column[name].item(i) for name in ("class", "image_id", "serial")))
 
-    def decode(
-        self, i: int, window: Window | None = None, memory: PixelMemory | None = None
-    ) -> np.ndarray:
+    def shard(self, number: int) -> mmap.mmap:
+        """The bytes of one shard, mapped when first read."""
+        mapped = self._shards[number]
+        if mapped is None:
+            self.check_unchanged()
+            try:
+                with open(self._files[number], "rb") as stream:
+                    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{self._files[number]} cannot be opened: {error}") from error
+            self._shards[number] = mapped
+        return mapped
+
+    def view(self, i: int, check: bool = False) -> memoryview:
+        """The encoded sample where it is mapped.
+
+        Args:
+            check: raise DamagedSampleError unless its CRC-32 is that of the index.
+        """
+        column = self._column
+        if not 0 <= i < len(self.index):
+            raise IndexError(f"sample {i} of a store of {len(self)}")
+        start, mapped = column["offset"].item(i), self.shard(column["shard"].item(i))
+        data = memoryview(mapped)[start : start + column["length"].item(i)]
+        if check and crc32(data) != column["crc32"].item(i):
+            raise self.damaged(i, "its CRC-32 differs from the index")
+        return data
+
+    def decode(self, i: int, window: Window | None = None) -> np.ndarray:
         """uint8 RGB (h, w, 3) of sample ``i``, or of ``window`` (XYXY ints, sample pixels).
 
         Of a sample written with restart intervals only the pieces under the window are decoded;
         the pixels are those of the full decode. May be a view of a larger array, or, read-only, of
         the mapped shard.
 
-        Args:
-            memory: may hold the result, which is then valid until its next use; faster than fresh
-                memory for each sample.
-
         Raises:
             DamagedSampleError: naming shard, key and reason.
             ValueError: an empty window or one that leaves the sample.
         """
-        part, i = self._locate(i)
-        return part.decode(i, window, memory)
+        data, column = self.view(i, check=True), self._column
+        height, width = column["size"].item(i, 0), column["size"].item(i, 1)
+        x0, y0, x1, y1 = window = window or (0, 0, width, height)
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise ValueError(f"window {window} is empty or leaves sample {i}, {width} x {height}")
+        code = column["format"].item(i)
+        try:
+            if code in (PPM, PGM):
+                image = decode_netpbm(data, window)
+            elif code == PNG:
+                image = decode_png(data)[y0:y1, x0:x1]
+            elif column["interval"].item(i):
+                image = jpeg_windows.decode_window(data, window)
+            else:
+                image = jpeg_windows.decode_jpeg(data)[y0:y1, x0:x1]
+        except ValueError as error:
+            raise self.damaged(i, str(error)) from error
+        if image.shape != (y1 - y0, x1 - x0, 3):
+            raise self.damaged(i, "does not decode to the size in the index")
+        return image
+
+    def damaged(self, i: int, reason: str) -> DamagedSampleError:
+        """The error that names shard, key and ``reason``."""
+        file = self._files[self._column["shard"].item(i)]
+        return DamagedSampleError(f"{file}: sample {self.key(i)}: {reason}")
+
+    def __getstate__(self) -> dict:
+        return {name: vars(self)[name] for name in ("paths", "headers", "_identities")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.check_unchanged()
+        self._open()
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """Differs once the store at ``path`` was replaced."""
+    try:
+        stat = os.stat(path / INDEX_NAME)
+    except OSError as error:
+        raise DataError(f"{path / INDEX_NAME} is gone: {error.strerror}") from error
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def _read_index(path: Path, header: dict) -> np.ndarray:
+    file = path / INDEX_NAME
+    try:
+        index = np.load(file, mmap_mode="r").view(np.ndarray)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read as an index: {error}") from error
+    if index.dtype != RECORD or len(index) != header["samples"]:
+        raise DataError(f"{file} does not belong to the header beside it")
+    return index
 
 
 def check_store(
@@ -423,42 +394,38 @@ def check_store(
         decode: decode each sample too.
         progress: called with the number of samples checked since its last call.
     """
-    for part in store.parts:
-        header, index = part.header, part.index
-        if fingerprint(header["categories"], index) != header["fingerprint"]:
-            yield f"{part.path}: the index differs from the fingerprint in the header"
-        gone = set()
-        for number, shard in enumerate(header["shards"]):
-            try:
-                size, counted = len(part.shard(number)), int((index["shard"] == number).sum())
-            except DataError as error:
-                gone.add(number)
-                yield str(error)
-                continue
-            if (size, counted) != (shard["bytes"], shard["samples"]):
-                yield (
-                    f"{part.path / shard['name']}: {size} bytes where {shard['bytes']} were "
-                    f"written; the index holds {counted} samples of it, the header "
-                    f"{shard['samples']}"
-                )
-        for i in range(len(index)):
-            try:
-                if index["shard"][i] not in gone:  # which was said once
-                    _check_sample(part, i)
-                    if decode:
-                        part.decode(i, None, None)
-            except DamagedSampleError as error:
-                yield str(error)
-            progress(1)
+    for path, header in zip(store.paths, store.headers):
+        if fingerprint(header["categories"], _read_index(path, header)) != header["fingerprint"]:
+            yield f"{path}: the index differs from the fingerprint in the header"
+    shards, gone = [shard for header in store.headers for shard in header["shards"]], set()
+    for number, shard in enumerate(shards):
+        counted = int((store.index["shard"] == number).sum())
+        try:
+            found = f"{len(store.shard(number))} bytes, in the index {counted} samples"
+        except DataError as error:
+            gone.add(number)
+            yield str(error)
+            continue
+        written = f"{shard['bytes']} bytes, in the index {shard['samples']} samples"
+        if found != written:
+            yield f"{shard['name']} holds {found}; it was written with {written}"
+    for i, record in enumerate(store.index):
+        try:
+            if record["shard"] not in gone:  # which was said once
+                _check_sample(store, i, record)
+                if decode:
+                    store.decode(i)
+        except DamagedSampleError as error:
+            yield str(error)
+        progress(1)
 
 
-def _check_sample(part: StorePart, i: int) -> None:
-    record = part.index[i]
+def _check_sample(store: SampleStore, i: int, record: np.void) -> None:
     offset, length = int(record["offset"]), int(record["length"])
-    shard = part.shard(int(record["shard"]))
+    shard = store.shard(int(record["shard"]))
     if offset < BLOCK or offset + length > len(shard):
-        raise part.damaged(i, "lies outside the shard")
-    part.view(i, check=True)
-    name = f"{part.key(i)}.{SUFFIXES[record['format']]}"
-    if shard[offset - BLOCK : offset] != tar_header(name, length):
-        raise part.damaged(i, "its tar header is damaged")
+        raise store.damaged(i, "lies outside the shard")
+    store.view(i, check=True)
+    header = tar_header(f"{store.key(i)}.{SUFFIXES[record['format']]}", length)
+    if shard[offset - BLOCK : offset] != header:
+        raise store.damaged(i, "its tar header is damaged")

@@ -2,7 +2,6 @@
 
 import argparse
 
-import numpy as np
 from tqdm import tqdm
 
 from jigsaw_d2.data.report import format_report, summarise
@@ -52,19 +51,20 @@ def _verify(store: SampleStore, decode: bool) -> int:
 
 def describe_text(store: SampleStore) -> str:
     """The report of a store, of all its parts together."""
-    index = np.concatenate([part.index for part in store.parts])
     options = store.header.get("options", {})
     template = JigsawTemplate(**options.get("template", {}))
-    report = summarise(index, store.categories, template, options.get("scale_range", (0.8, 1.5)))
+    report = summarise(
+        store.index, store.categories, template, options.get("scale_range", (0.8, 1.5))
+    )
     # What planning skipped concerns the whole dataset, and every part says the same of it.
     logs = {"dataset": store.header["report"].get("log", {}).get("dataset", {})}
-    for number, part in enumerate(store.parts):
-        logs[f"part {number}"] = part.header["report"].get("log", {}).get("part", {})
-    shards = sum(len(part.header["shards"]) for part in store.parts)
-    size = sum(shard["bytes"] for part in store.parts for shard in part.header["shards"])
+    for number, header in enumerate(store.headers):
+        logs[f"part {number}"] = header["report"].get("log", {}).get("part", {})
+    shards = [shard for header in store.headers for shard in header["shards"]]
+    size = sum(shard["bytes"] for shard in shards)
     head = (
         f"source {store.header.get('source', '?')}, seed {store.header.get('seed', '?')}, "
-        f"{len(store.parts)} part(s), {shards} shard(s), {size / 1e6:.1f} MB, "
+        f"{len(store.paths)} part(s), {len(shards)} shard(s), {size / 1e6:.1f} MB, "
         f"fingerprint {store.fingerprint[:16]}"
     )
     return f"{head}\n\n{format_report({**report, 'log': logs})}"

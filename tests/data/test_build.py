@@ -149,7 +149,7 @@ def test_damaged_sample_is_replaced_reported_and_logged_once(tmp_path, workers, 
     store = make_store(tmp_path / "store", n_per_group=3, size_range=(20, 60))
     shard = tmp_path / "store" / "shard-00000.tar"
     content = bytearray(shard.read_bytes())
-    content[int(store.parts[0].index["offset"][1]) + 200] ^= 0xFF  # sample 1, of group T
+    content[int(store.index["offset"][1]) + 200] ^= 0xFF  # sample 1, of group T
     shard.write_bytes(content)
     store = SampleStore(tmp_path / "store")
     loader = build_jigsaw_train_loader(make_cfg(store, workers, batch=6))

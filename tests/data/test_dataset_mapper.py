@@ -29,10 +29,9 @@ def quadruple(store: SampleStore, rng: np.random.Generator) -> np.ndarray:
 
 def damage(store: SampleStore, i: int) -> None:
     """Turn over a byte in the middle of the encoded sample, on disk."""
-    part = store.parts[0]
-    path = part.path / part.header["shards"][0]["name"]
+    path = store.paths[0] / store.header["shards"][0]["name"]
     with open(path, "r+b") as file:
-        file.seek(int(part.index["offset"][i]) + int(part.index["length"][i]) // 2)
+        file.seek(int(store.index["offset"][i]) + int(store.index["length"][i]) // 2)
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 0xFF]))

@@ -134,7 +134,7 @@ def test_parts_together_are_the_whole(tiny_coco: Path, store: SampleStore, tmp_p
         options = dataclasses.replace(ALONE, part=(number, 3))
         extract_samples(source(tiny_coco), tmp_path / "s", options)
     parts = SampleStore(tmp_path / "s")
-    assert len(parts.parts) == 3 and len(parts) == len(store)
+    assert len(parts.paths) == 3 and len(parts) == len(store)
     for i in range(len(store)):
         assert parts[i] == store[i] and parts.key(i) == store.key(i)
     assert np.array_equal(parts.gt_boxes, store.gt_boxes)
@@ -366,7 +366,7 @@ def test_large_samples_are_written_for_window_decoding(tmp_path: Path) -> None:
     write_json(tmp_path / "set.json", [entry], [annotation(1, box) for box in boxes])
     extract_samples(CocoSource(tmp_path / "set.json", tmp_path), tmp_path / "s", ALONE)
     store = SampleStore(tmp_path / "s")
-    intervals = store.parts[0].index["interval"]
+    intervals = store.index["interval"]
     assert intervals[0] > 0 and intervals[1] == 0
     assert store.decode(0).shape[:2] == tuple(store.sizes[0])
     assert np.array_equal(store.decode(0, (30, 40, 130, 110)), store.decode(0)[40:110, 30:130])
@@ -417,9 +417,9 @@ def test_every_part_takes_the_encoding_of_the_whole(
     monkeypatch.setattr(extraction, "UNCOMPRESSED_UP_TO", limit)
     for number in (1, 2):
         extract_samples(source, tmp_path / "s", ExtractionOptions(workers=0, part=(number, 2)))
-    for part in SampleStore(tmp_path / "s").parts:
-        assert part.header["options"]["encoding"] == "jpeg"
-        assert set(part.header["report"]["encoded_bytes"]) == {"jpg"}
+    for header in SampleStore(tmp_path / "s").headers:
+        assert header["options"]["encoding"] == "jpeg"
+        assert set(header["report"]["encoded_bytes"]) == {"jpg"}
 
 
 def square(n: int) -> int:

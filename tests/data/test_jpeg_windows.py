@@ -14,7 +14,6 @@ from PIL import Image
 from jigsaw_d2.data import jpeg_windows
 from jigsaw_d2.data.jpeg_windows import (
     TABLE_MAGIC,
-    PixelMemory,
     choose_interval,
     cut_window,
     decode_jpeg,
@@ -182,12 +181,10 @@ def plain_jpeg(height: int, width: int, *options: int) -> bytes:
 def test_pixels_are_those_of_opencv_and_pillow(size: tuple[int, int], progressive: int) -> None:
     data = plain_jpeg(*size, cv2.IMWRITE_JPEG_PROGRESSIVE, progressive)
     bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    memory = PixelMemory().room(bgr.size)
-    for room in (None, memory):
-        assert np.array_equal(decode_jpeg(data, "BGR", room), bgr)
-        assert np.array_equal(decode_jpeg(data, "RGB", room), Image.open(io.BytesIO(data)))
-        grey = Image.open(io.BytesIO(data)).convert("YCbCr").split()[0]
-        assert np.abs(decode_jpeg(data, "GRAY", room).astype(int) - np.asarray(grey)).max() <= 1
+    assert np.array_equal(decode_jpeg(data, "BGR"), bgr)
+    assert np.array_equal(decode_jpeg(data), Image.open(io.BytesIO(data)))
+    grey = Image.open(io.BytesIO(data)).convert("YCbCr").split()[0]
+    assert np.abs(decode_jpeg(data, "GRAY").astype(int) - np.asarray(grey)).max() <= 1
 
 
 def test_grey_jpegs_come_as_grey_and_as_colour() -> None:
@@ -204,17 +201,3 @@ def test_damaged_data_are_refused(cut: int) -> None:
         decode_jpeg(data[:cut])
     with pytest.raises(ValueError):
         decode_jpeg(b"")
-
-
-def test_memory_is_used_again_and_grows() -> None:
-    memory = PixelMemory()
-    small = memory.room(1000)
-    assert len(small) >= 1000 and small.ctypes.data % 2 == 1
-    assert memory.room(500) is small
-    assert len(memory.room(5000)) >= 5000
-    data = plain_jpeg(40, 40)
-    first, second = (decode_jpeg(data, "RGB", memory.room(4800)) for _ in range(2))
-    assert np.shares_memory(first, second)
-    assert not np.shares_memory(decode_jpeg(data), decode_jpeg(data))
-    with pytest.raises(ValueError):
-        decode_jpeg(data, "RGB", np.empty(4799, np.uint8))

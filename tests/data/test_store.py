@@ -131,10 +131,9 @@ def test_no_store_and_other_versions_are_named(tmp_path: Path) -> None:
 
 def flip(store: SampleStore, i: int, place: int = 100) -> None:
     """Change one byte of sample ``i`` on disk."""
-    part = store.parts[0]
-    file = part.path / part.header["shards"][int(part.index["shard"][i])]["name"]
+    file = store.paths[0] / store.header["shards"][int(store.index["shard"][i])]["name"]
     with open(file, "r+b") as stream:
-        stream.seek(int(part.index["offset"][i]) + place)
+        stream.seek(int(store.index["offset"][i]) + place)
         byte = stream.read(1)[0]
         stream.seek(-1, 1)
         stream.write(bytes([byte ^ 1]))
@@ -250,9 +249,13 @@ def test_damaged_tar_header(small: SampleStore) -> None:
 
 def test_cut_shard(small: SampleStore) -> None:
     shard = small.paths[0] / "shard-00000.tar"
-    shard.write_bytes(shard.read_bytes()[: int(small.parts[0].index["offset"][5]) + 10])
+    shard.write_bytes(shard.read_bytes()[: int(small.index["offset"][5]) + 10])
     found = faults(small)
-    assert "bytes where" in found[0] and "lies outside the shard" in found[1] and len(found) == 2
+    assert (
+        "bytes, in the index" in found[0]
+        and "lies outside the shard" in found[1]
+        and len(found) == 2
+    )
 
 
 def test_missing_shard_is_said_once(small: SampleStore) -> None:
