@@ -232,7 +232,7 @@ def make_plan(
             chunks, run(_plan_chunk, ((c, options) for c in chunks))
         ):
             plans += done
-            log.merge(chunk_log)
+            log.merge(chunk_log.to_dict())
             bar.update(len(chunk))
     classes = np.concatenate([np.zeros(0, np.int64), *(plan.classes for plan in plans)])
     if len(classes) == 0:
@@ -331,7 +331,8 @@ def _cut_all(
 ) -> tuple[ExtractionLog, int, int]:
     """Cut what an earlier run has not; (log of all, images and pixels of this run)."""
     done = writer.mark["chunks"] if writer.mark else 0
-    log = ExtractionLog.from_dict(writer.mark["log"] if writer.mark else {}, options.strict)
+    log = ExtractionLog(options.strict)
+    log.merge(writer.mark["log"] if writer.mark else {})
     if done:
         logger.info("%d finished shards of an interrupted run are kept", len(writer.shards))
     images = pixels = 0
@@ -340,7 +341,7 @@ def _cut_all(
     with tqdm(total=total, initial=before, **shown) as bar:
         tasks = ((chunk, options) for chunk in chunks[done:])
         for number, cut in enumerate(run(cut_images, tasks), done):
-            log.merge(cut.log)
+            log.merge(cut.log.to_dict())
             writer.append(cut.chunk, {"chunks": number + 1, "log": log.to_dict()})
             images, pixels = images + cut.images, pixels + cut.pixels
             bar.update(len(chunks[number]))

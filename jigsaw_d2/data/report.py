@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from tabulate import tabulate
@@ -75,22 +74,22 @@ class ExtractionLog:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
-    def add(self, reason: str, where: str | Path) -> None:
+    def add(self, reason: str, where: str) -> None:
         """Count ``reason`` once; ``where`` names the file, image or annotation."""
         kind, text = REASONS[reason]
         if self.strict and kind == FAULT:
             raise DataError(f"{where}: {text} ({reason}; stopped because of --strict)")
-        self.counts[reason] += 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < EXAMPLES:
-            examples.append(str(where))
+        self._count(reason, 1, [where])
 
-    def merge(self, other: "ExtractionLog") -> None:
-        """Add the counts of ``other`` behind these."""
-        self.counts.update(other.counts)
-        for reason, examples in other.examples.items():
-            mine = self.examples.setdefault(reason, [])
-            mine += examples[: EXAMPLES - len(mine)]
+    def merge(self, entries: dict) -> None:
+        """Add what the ``to_dict`` of another log gives behind what is here."""
+        for reason, entry in entries.items():
+            self._count(reason, entry["count"], entry["examples"])
+
+    def _count(self, reason: str, count: int, examples: list[str]) -> None:
+        self.counts[reason] += count
+        mine = self.examples.setdefault(reason, [])
+        mine += examples[: EXAMPLES - len(mine)]
 
     def to_dict(self) -> dict:
         """{reason: {"count", "kind", "text", "examples"}} in the order of ``REASONS``."""
@@ -99,20 +98,11 @@ class ExtractionLog:
                 "count": self.counts[reason],
                 "kind": kind,
                 "text": text,
-                "examples": self.examples[reason],
+                "examples": list(self.examples[reason]),
             }
             for reason, (kind, text) in REASONS.items()
             if self.counts[reason]
         }
-
-    @classmethod
-    def from_dict(cls, entries: dict, strict: bool = False) -> "ExtractionLog":
-        """The log that ``to_dict`` wrote."""
-        log = cls(strict)
-        for reason, entry in entries.items():
-            log.counts[reason] = entry["count"]
-            log.examples[reason] = list(entry["examples"])
-        return log
 
 
 def summarise(
@@ -124,52 +114,39 @@ def summarise(
     """Counts per class and group, sizes, fill of the template, cautions; plain Python values.
 
     Args:
-        index: ``store.format.RECORD`` of shape (n,).
+        index: ``store.RECORD`` of shape (n,).
         categories: without background.
         scale_range: ratios that samples will be resized by.
     """
-    background = len(categories)
-    positive = index["class"] < background
-    counts = np.zeros((background + 1, 3), np.int64)
+    counts = np.zeros((len(categories) + 1, 3), np.int64)
     np.add.at(counts, (index["class"], index["group"]), 1)
-    fill = template_fill(index["size"], index["group"], template, scale_range)
+    groups, encoded = {}, {}
+    for g, name in enumerate(GROUPS):
+        sizes = index["size"][index["group"] == g]
+        percentiles = np.percentile(sizes, [5, 50, 95], axis=0).round(1).T if len(sizes) else []
+        groups[name] = {
+            "positive": int(counts[:-1, g].sum()),
+            "negative": int(counts[-1, g]),
+            "size_percentiles": {k: v.tolist() for k, v in zip(("height", "width"), percentiles)},
+        }
+    for code in np.unique(index["format"]):
+        encoded[SUFFIXES[code]] = int(index["length"][index["format"] == code].sum())
+    names = [*categories, "background"]
     report = {
         "samples": len(index),
-        "positives": int(positive.sum()),
-        "negatives": int((~positive).sum()),
-        "encoded_bytes": {
-            suffix: int(index["length"][index["format"] == code].sum())
-            for code, suffix in enumerate(SUFFIXES)
-            if code in index["format"]
-        },
-        "groups": {
-            name: {
-                "positive": int(counts[:-1, g].sum()),
-                "negative": int(counts[-1, g]),
-                "size_percentiles": _percentiles(index["size"][index["group"] == g]),
-            }
-            for g, name in enumerate(GROUPS)
-        },
-        "classes": [
-            [name, *row] for name, row in zip([*categories, "background"], counts.tolist())
-        ],
+        "positives": int(counts[:-1].sum()),
+        "negatives": int(counts[-1].sum()),
+        "encoded_bytes": encoded,
+        "groups": groups,
+        "classes": [[name, *row] for name, row in zip(names, counts.tolist())],
         "template": {
             "size": [template.height, template.width],
             "split": [template.split_y, template.split_x],
             "scale_range": list(scale_range),
-            "regions": fill,
+            "regions": template_fill(index["size"], index["group"], template, scale_range),
         },
     }
-    report["cautions"] = cautions(report)
-    return report
-
-
-def _percentiles(sizes: np.ndarray) -> dict:
-    """{"height": [5 %, 50 %, 95 %], "width": ...} in pixels; empty without samples."""
-    if not len(sizes):
-        return {}
-    values = np.percentile(sizes, [5, 50, 95], axis=0).round(1)
-    return {"height": values[:, 0].tolist(), "width": values[:, 1].tolist()}
+    return {**report, "cautions": cautions(report)}
 
 
 def template_fill(
@@ -186,98 +163,72 @@ def template_fill(
         groups: (n,) index into ``samples.GROUPS``.
     """
     low, high = scale_range
-    scales = low + (high - low) * (np.arange(SCALES) + 0.5) / SCALES
-    fill = {}
+    fill: dict[str, dict | None] = dict.fromkeys(REGIONS)
     for region, group, size in zip(REGIONS, REGION_GROUPS, template.region_sizes):
         mine = sizes[groups == GROUPS.index(group)].astype(np.float64)
         if not len(mine):
-            fill[region] = None
             continue
-        heights, widths = mine.T.copy()
-        larger = (np.argsort(np.argsort(heights * widths, kind="stable")) + 0.5) / len(mine)
+        areas = mine.prod(axis=1)
+        larger = (np.argsort(np.argsort(areas, kind="stable")) + 0.5) / len(mine)
         weight = {"R1": 1 - larger, "R4": larger}.get(region, np.ones(len(mine)))
         weight = weight / weight.sum() / SCALES
         used = kept = 0.0
-        for scale in scales:
-            high, wide = heights * scale, widths * scale
-            shown = np.minimum(high, size[0]) * np.minimum(wide, size[1])
+        for scale in low + (high - low) * (np.arange(SCALES) + 0.5) / SCALES:
+            shown = np.minimum(mine * scale, size).prod(axis=1)
             # Not BLAS's product (@): twice the time, and far more while others keep the cores busy.
             used += (weight * shown).sum() / (size[0] * size[1])
-            kept += (weight * (shown / (high * wide))).sum()
-        fill[region] = {
-            "used": round(float(used), 4),
-            "padded": round(float(1 - used), 4),
-            "cropped": round(float(1 - kept), 4),
-        }
+            kept += (weight * (shown / (areas * scale**2))).sum()
+        shares = {"used": used, "padded": 1 - used, "cropped": 1 - kept}
+        fill[region] = {name: round(float(share), 4) for name, share in shares.items()}
     return fill
 
 
 def cautions(report: dict) -> list[str]:
     """Sentences that say where the data do not suit the template, and what will be done."""
-    counts = {g: sum(report["groups"][g][k] for k in ("positive", "negative")) for g in GROUPS}
     sentences = []
+    counts = {g: values["positive"] + values["negative"] for g, values in report["groups"].items()}
     # Two of the four regions show an S sample.
     rates = {g: (2 if g == "S" else 1) / count for g, count in counts.items() if count}
     for group, count in counts.items():
-        name, regions = GROUP_NAMES[group], _regions_of(group)
         if count == 0:
+            regions = " and ".join(r for r, g in zip(REGIONS, REGION_GROUPS) if g == group)
             sentences.append(
-                f"No {name} sample: {regions} will borrow the samples of nearest aspect ratio."
+                f"No {GROUP_NAMES[group]} sample: {regions} will borrow the samples of nearest "
+                "aspect ratio."
             )
-        elif rates[group] > STARVING_FACTOR * min(rates.values()):
-            often = rates[group] / min(rates.values())
+        elif (often := rates[group] / min(rates.values())) > STARVING_FACTOR:
             sentences.append(
-                f"Only {count} {name} samples: each will be shown {often:.0f} times as often as "
-                "one of the most numerous group; they may be learnt by heart."
+                f"Only {count} {GROUP_NAMES[group]} samples: each will be shown {often:.0f} times "
+                "as often as one of the most numerous group; they may be learnt by heart."
             )
-    sentences += _fill_cautions(report)
-    few = [row[0] for row in report["classes"][:-1] if 0 < sum(row[1:]) < FEW_SAMPLES]
-    if few:
-        sentences.append(
-            f"{len(few)} of {len(report['classes']) - 1} classes have fewer than {FEW_SAMPLES} "
-            f"samples ({_some(few)}): INPUT.JIGSAW.SAMPLING class_balanced shows them more often."
-        )
-    empty = [row[0] for row in report["classes"][:-1] if not sum(row[1:])]
-    if empty:
-        sentences.append(f"{len(empty)} classes have no sample ({_some(empty)}): never a target.")
-    return sentences
-
-
-def _fill_cautions(report: dict) -> list[str]:
-    sentences = []
-    for region, fill in report["template"]["regions"].items():
+    for group, (region, fill) in zip(REGION_GROUPS, report["template"]["regions"].items()):
         if fill is None:
             continue
-        group = REGION_GROUPS[REGIONS.index(region)]
-        height, width = (
-            report["groups"][group]["size_percentiles"][k][1] for k in ("height", "width")
-        )
-        samples = f"{GROUP_NAMES[group]} samples (median {width:.0f} x {height:.0f} pixels)"
+        sides = report["groups"][group]["size_percentiles"]
+        median = f"median {sides['width'][1]:.0f} x {sides['height'][1]:.0f} pixels"
         if fill["used"] < LOW_FILL:
             sentences.append(
-                f"{region} will be {fill['padded']:.0%} zero padding: {samples} are far "
-                "smaller than it. A smaller INPUT.JIGSAW.TEMPLATE_SIZE would waste less."
+                f"{region} will be {fill['padded']:.0%} zero padding: {GROUP_NAMES[group]} samples "
+                f"({median}) are far smaller than it. A smaller INPUT.JIGSAW.TEMPLATE_SIZE would "
+                "waste less."
             )
         if fill["cropped"] > HIGH_CROP:
             sentences.append(
-                f"{region} will show random crops: on average {fill['cropped']:.0%} of {samples} "
-                "does not fit. A lower INPUT.JIGSAW.SCALE_RANGE would show more of each."
+                f"{region} will show random crops: on average {fill['cropped']:.0%} of "
+                f"{GROUP_NAMES[group]} samples ({median}) does not fit. A lower "
+                "INPUT.JIGSAW.SCALE_RANGE would show more of each."
             )
+    totals = {name: sum(row) for name, *row in report["classes"][:-1]}
+    few = [name for name, total in totals.items() if 0 < total < FEW_SAMPLES]
+    empty = [name for name, total in totals.items() if not total]
+    if few:
+        sentences.append(
+            f"{len(few)} of {len(totals)} classes have fewer than {FEW_SAMPLES} "
+            f"samples ({_some(few)}): INPUT.JIGSAW.SAMPLING class_balanced shows them more often."
+        )
+    if empty:
+        sentences.append(f"{len(empty)} classes have no sample ({_some(empty)}): never a target.")
     return sentences
-
-
-def _ratio_cautions(report: dict, wanted: int) -> list[str]:
-    found = report["negatives"]
-    if abs(found - wanted) <= 0.01 * wanted:
-        return []
-    return [
-        f"{found} negatives instead of {wanted}: the images have no more free room, or some could "
-        "not be read. Training goes on with what there is."
-    ]
-
-
-def _regions_of(group: str) -> str:
-    return " and ".join(r for r, g in zip(REGIONS, REGION_GROUPS) if g == group)
 
 
 def _some(names: list[str]) -> str:
@@ -286,54 +237,38 @@ def _some(names: list[str]) -> str:
 
 def format_report(report: dict, max_classes: int = 100) -> str:
     """The report as text for the screen."""
-    groups = [
-        [
-            GROUP_NAMES[g],
-            values["positive"],
-            values["negative"],
-            *(_range(values["size_percentiles"].get(k)) for k in ("width", "height")),
-        ]
-        for g, values in report["groups"].items()
-    ]
+    groups = []
+    for group, values in report["groups"].items():
+        sides = values["size_percentiles"]
+        texts = ("|".join(f"{v:.0f}" for v in sides.get(k, [])) or "-" for k in ("width", "height"))
+        groups.append([GROUP_NAMES[group], values["positive"], values["negative"], *texts])
     regions = [
-        [region, *([f"{fill[k]:.1%}" for k in fill] if fill else ["borrows"] * 3)]
+        [region, *([f"{share:.1%}" for share in fill.values()] if fill else ["borrows"] * 3)]
         for region, fill in report["template"]["regions"].items()
     ]
     classes = [[*row, sum(row[1:])] for row in report["classes"]]
     rest = len(classes) - max_classes
     if rest > 0:
         classes = sorted(classes[:-1], key=lambda row: -row[4])[: max_classes - 1] + classes[-1:]
-    size = "width", "height"
+    heads = ["group", "positive", "negative", "width 5|50|95 %", "height 5|50|95 %"]
     encoded = [f"{count / 1e6:.1f} MB {name}" for name, count in report["encoded_bytes"].items()]
     parts = [
         f"{report['samples']} samples: {report['positives']} positive, {report['negatives']} "
         f"negative; {', '.join(encoded)}",
-        tabulate(groups, ["group", "positive", "negative", *(f"{s} 5|50|95 %" for s in size)]),
+        tabulate(groups, heads),
         tabulate(regions, ["region", "used", "padded", "cropped away"], colalign=("left",) * 4),
         tabulate(classes, ["class", "S", "T", "W", "all"])
         + (f"\n... and {rest} smaller classes" if rest > 0 else ""),
-        *format_log(report.get("log", {})),
-        *(f"! {sentence}" for sentence in report["cautions"]),
     ]
-    return "\n\n".join(parts)
-
-
-def _range(values: list[float] | None) -> str:
-    return "|".join(f"{v:.0f}" for v in values) if values else "-"
-
-
-def format_log(logs: dict) -> list[str]:
-    """Tables of what was skipped and noticed: at most one text each."""
-    merged = ExtractionLog()
-    for entries in logs.values():
-        merged.merge(ExtractionLog.from_dict(entries))
-    texts = []
-    for title, kinds in (("skipped", (FAULT, RULE)), ("noticed", ("note",))):
+    log = ExtractionLog()
+    for entries in report.get("log", {}).values():
+        log.merge(entries)
+    for title, kinds in (("skipped", (FAULT, RULE)), ("noticed", (NOTE,))):
         rows = [
             [entry["count"], reason, entry["text"], entry["examples"][0]]
-            for reason, entry in merged.to_dict().items()
+            for reason, entry in log.to_dict().items()
             if entry["kind"] in kinds
         ]
         if rows:
-            texts.append(tabulate(rows, [title, "reason", "meaning", "for example"]))
-    return texts
+            parts.append(tabulate(rows, [title, "reason", "meaning", "for example"]))
+    return "\n\n".join(parts + [f"! {sentence}" for sentence in report["cautions"]])
