@@ -21,7 +21,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -110,6 +109,8 @@ class ExtractionOptions:
     progress: bool = False
 
     def __post_init__(self) -> None:
+        low, high = self.scale_range
+        number, parts = self.part
         checks = {
             "seed": (self.seed >= 0, "0 or more"),
             "max_scale": (self.max_scale >= 1, "1 or more (1 = no context)"),
@@ -117,8 +118,8 @@ class ExtractionOptions:
             "quality": (self.quality is None or 1 <= self.quality <= 100, "from 1 to 100"),
             "encoding": (self.encoding in CHOICES, f"one of {', '.join(CHOICES)}"),
             "shard_size": (self.shard_size > 0, "positive"),
-            "scale_range": (0 < self.scale_range[0] <= self.scale_range[1], "0 < low <= high"),
-            "part": (1 <= self.part[0] <= self.part[1], "i/n with 1 <= i <= n"),
+            "scale_range": (0 < low <= high, "0 < low <= high"),
+            "part": (1 <= number <= parts, "i/n with 1 <= i <= n"),
             "workers": (self.workers is None or self.workers >= 0, "0 or more"),
         }
         for name, (good, wanted) in checks.items():
@@ -132,8 +133,7 @@ class ExtractionOptions:
 
     def content(self) -> dict:
         """What determines the bytes of the store, for the header."""
-        items = asdict(self).items()
-        return dict(itertools.takewhile(lambda item: item[0] != "part", items))
+        return dict(itertools.takewhile(lambda item: item[0] != "part", asdict(self).items()))
 
     def settle_encoding(self, boxes: Iterable[np.ndarray]) -> "ExtractionOptions":
         """The options with encoding and quality that they leave open decided.
@@ -143,8 +143,7 @@ class ExtractionOptions:
         """
         encoding, quality = self.encoding, self.quality
         if encoding == "auto":
-            pixels = sum(map(_pixels_of, boxes))
-            small = quality is None and 3 * pixels <= UNCOMPRESSED_UP_TO
+            small = quality is None and 3 * sum(map(_pixels_of, boxes)) <= UNCOMPRESSED_UP_TO
             encoding = "ppm" if small else "jpeg"
         quality = quality or DEFAULT_QUALITY if encoding == "jpeg" else None
         return replace(self, encoding=encoding, quality=quality)
@@ -178,8 +177,7 @@ def extract_samples(
         RunError: ``output`` is being written by another process, or cannot be written.
         PeerLostError: a worker process died.
     """
-    started = time.monotonic()
-    number, parts = options.part
+    started, (number, parts) = time.monotonic(), options.part
     output = Path(output) / part_name(number, parts) if parts > 1 else Path(output)
     check_free(output, options.overwrite)
     log = ExtractionLog(options.strict)
@@ -194,7 +192,15 @@ def extract_samples(
         plans, wanted = make_plan(data, options, run, log)
         options = options.settle_encoding(plan.boxes for plan in plans)
         chunks = chunk_plans(take_part(plans, options.part))
-        header = _header(source, data, plans, options)
+        header = {
+            "source": source.name,
+            "category_ids": data.category_ids,
+            "annotations_sha256": data.content_hash(),
+            "image_ids_sha256": hash_image_ids(np.array([p.image_id for p in plans], np.int64)),
+            "seed": options.seed,
+            "options": options.content(),
+            "part": list(options.part),
+        }
         writer = StoreWriter(
             output,
             data.categories,
@@ -207,8 +213,9 @@ def extract_samples(
             cut_log, images, pixels = _cut_all(chunks, options, run, writer)
             index = writer.index()
             report = summarise(index, data.categories, options.template, options.scale_range)
-            listed = {"listed": len(data.images), "with_samples": len(np.unique(index["image_id"]))}
-            report |= {"images": listed, "negatives_wanted": wanted}
+            used = len(np.unique(index["image_id"]))
+            report["images"] = {"listed": len(data.images), "with_samples": used}
+            report["negatives_wanted"] = wanted
             report["log"] = {"dataset": log.to_dict(), "part": cut_log.to_dict()}
             if parts == 1 and abs(report["negatives"] - wanted) > 0.01 * wanted:
                 report["cautions"].append(
@@ -216,9 +223,8 @@ def extract_samples(
                     "free room, or some could not be read. Training goes on with what there is."
                 )
             writer.finish(report)
-    seconds = time.monotonic() - started
-    run_facts = {"path": str(output), "images_read": images, "pixels_read": pixels}
-    return {**report, **run_facts, "seconds": seconds}
+    report |= {"path": str(output), "images_read": images, "pixels_read": pixels}
+    return {**report, "seconds": time.monotonic() - started}
 
 
 def make_plan(
@@ -227,7 +233,7 @@ def make_plan(
     """(plans of all usable images, negatives wanted); the same in every part and process."""
     chunks = [data.images[n : n + PLAN_CHUNK] for n in range(0, len(data.images), PLAN_CHUNK)]
     plans: list[ImagePlan] = []
-    with tqdm(total=len(data.images), desc="plan", unit="img", disable=not options.progress) as bar:
+    with tqdm(total=len(data.images), desc="plan", disable=not options.progress) as bar:
         for chunk, (done, chunk_log) in zip(
             chunks, run(_plan_chunk, ((c, options) for c in chunks))
         ):
@@ -240,8 +246,8 @@ def make_plan(
             f"{len(data.images)} images hold no usable object, so there is nothing to learn from; "
             f"skipped: {dict(log.counts)}"
         )
-    for name, count in zip(data.categories, np.bincount(classes, minlength=len(data.categories))):
-        if count == 0:
+    for n, name in enumerate(data.categories):
+        if n not in classes:
             log.add("category_without_samples", name)
     wanted = round(len(classes) * options.negative_ratio)
     return add_negatives(plans, wanted, len(data.categories), options.seed, log), wanted
@@ -252,7 +258,7 @@ def _plan_chunk(
 ) -> tuple[list[ImagePlan], ExtractionLog]:
     log = ExtractionLog(options.strict)
     given = {"seed": options.seed, "max_scale": options.max_scale, "min_side": options.min_side}
-    plans = [plan_positives(image, **given, log=log) for image in images]
+    plans = (plan_positives(image, **given, log=log) for image in images)
     return [plan for plan in plans if plan is not None], log
 
 
@@ -274,17 +280,10 @@ def chunk_plans(plans: list[ImagePlan]) -> list[list[ImagePlan]]:
     return chunks
 
 
-class Cut(NamedTuple):
-    """What a process hands back for one chunk of images."""
-
-    chunk: Chunk
-    log: ExtractionLog
-    images: int
-    pixels: int
-
-
-def cut_images(plans: list[ImagePlan], options: ExtractionOptions) -> Cut:
-    """Read, cut and encode the samples of some images."""
+def cut_images(
+    plans: list[ImagePlan], options: ExtractionOptions
+) -> tuple[Chunk, ExtractionLog, int, int]:
+    """Read, cut and encode the samples of some images; (samples, log, images read, pixels read)."""
     log, samples, images, pixels = ExtractionLog(options.strict), [], 0, 0
     shown = shown_sizes(options.template, options.scale_range[0])
     for plan in plans:
@@ -297,18 +296,14 @@ def cut_images(plans: list[ImagePlan], options: ExtractionOptions) -> Cut:
             log.add("image_size_differs", f"{plan.path}: changed while the samples were extracted")
             continue
         images, pixels = images + 1, pixels + image.shape[0] * image.shape[1]
-        windows, classes = needs_windows(plan.boxes, shown).tolist(), plan.classes.tolist()
-        for serial, (x0, y0, x1, y1) in enumerate(plan.boxes.astype(int).tolist()):
-            encoded = encode_sample(
-                image[y0:y1, x0:x1],
-                quality=options.quality,
-                encoding=options.encoding,
-                windows=windows[serial],
-            )
+        how = {"quality": options.quality, "encoding": options.encoding}
+        rows = zip(plan.boxes, plan.gt_boxes, plan.classes, needs_windows(plan.boxes, shown))
+        for serial, (box, gt_box, label, windows) in enumerate(rows):
+            x0, y0, x1, y1 = map(int, box)
+            encoded = encode_sample(image[y0:y1, x0:x1], **how, windows=bool(windows))
             where = (y1 - y0, x1 - x0), plan.image_id, serial
-            boxes = plan.boxes[serial], plan.gt_boxes[serial]
-            samples.append(Sample(*encoded, classes[serial], *where, *boxes))
-    return Cut(make_chunk(samples, options.class_files), log, images, pixels)
+            samples.append(Sample(*encoded, int(label), *where, box, gt_box))
+    return make_chunk(samples, options.class_files), log, images, pixels
 
 
 def shown_sizes(template: JigsawTemplate, min_scale: float) -> np.ndarray:
@@ -330,37 +325,21 @@ def _cut_all(
     chunks: list[list[ImagePlan]], options: ExtractionOptions, run: Mapper, writer: StoreWriter
 ) -> tuple[ExtractionLog, int, int]:
     """Cut what an earlier run has not; (log of all, images and pixels of this run)."""
-    done = writer.mark["chunks"] if writer.mark else 0
-    log = ExtractionLog(options.strict)
-    log.merge(writer.mark["log"] if writer.mark else {})
-    if done:
+    log, images, pixels = ExtractionLog(options.strict), 0, 0
+    done = 0
+    if writer.mark:
+        done = writer.mark["chunks"]
+        log.merge(writer.mark["log"])
         logger.info("%d finished shards of an interrupted run are kept", len(writer.shards))
-    images = pixels = 0
-    total, before = sum(map(len, chunks)), sum(map(len, chunks[:done]))
-    shown = {"desc": "cut", "unit": "img", "disable": not options.progress}
-    with tqdm(total=total, initial=before, **shown) as bar:
-        tasks = ((chunk, options) for chunk in chunks[done:])
-        for number, cut in enumerate(run(cut_images, tasks), done):
-            log.merge(cut.log.to_dict())
-            writer.append(cut.chunk, {"chunks": number + 1, "log": log.to_dict()})
-            images, pixels = images + cut.images, pixels + cut.pixels
+    results = run(cut_images, ((chunk, options) for chunk in chunks[done:]))
+    with tqdm(total=sum(map(len, chunks)), desc="cut", disable=not options.progress) as bar:
+        bar.update(sum(map(len, chunks[:done])))
+        for number, (chunk, chunk_log, read, area) in enumerate(results, done):
+            log.merge(chunk_log.to_dict())
+            writer.append(chunk, {"chunks": number + 1, "log": log.to_dict()})
+            images, pixels = images + read, pixels + area
             bar.update(len(chunks[number]))
     return log, images, pixels
-
-
-def _header(
-    source: Source, data: SourceData, plans: list[ImagePlan], options: ExtractionOptions
-) -> dict:
-    used = np.array([plan.image_id for plan in plans], np.int64)
-    return {
-        "source": source.name,
-        "category_ids": data.category_ids,
-        "annotations_sha256": data.content_hash(),
-        "image_ids_sha256": hash_image_ids(used),
-        "seed": options.seed,
-        "options": options.content(),
-        "part": list(options.part),
-    }
 
 
 def _work_key(header: dict, chunks: list[list[ImagePlan]]) -> str:

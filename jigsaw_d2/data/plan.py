@@ -134,17 +134,15 @@ def add_negatives(
                     full.add(n)
                     log.add("image_without_room", plans[n].path)
         eligible = [n for n in eligible if n not in full]
-    return [_with_negatives(plan, b, background) if b else plan for plan, b in zip(plans, placed)]
-
-
-def _with_negatives(plan: ImagePlan, found: list[np.ndarray], background: int) -> ImagePlan:
-    boxes = np.concatenate(found)
-    return replace(
-        plan,
-        boxes=np.concatenate([plan.boxes, boxes]),
-        gt_boxes=np.concatenate([plan.gt_boxes, boxes]),
-        classes=np.concatenate([plan.classes, np.full(len(boxes), background, np.int64)]),
-    )
+    return [
+        replace(
+            plan,
+            boxes=np.concatenate([plan.boxes, *boxes]),
+            gt_boxes=np.concatenate([plan.gt_boxes, *boxes]),
+            classes=np.append(plan.classes, [background] * sum(map(len, boxes))).astype(np.int64),
+        )
+        for plan, boxes in zip(plans, placed)
+    ]
 
 
 def choose_sizes(plans: list[ImagePlan], seed: int) -> np.ndarray:

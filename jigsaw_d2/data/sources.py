@@ -96,37 +96,35 @@ class _ImageTable:
     """Collects images and annotations; resolves repeated ids, files and annotations."""
 
     def __init__(self, log: ExtractionLog) -> None:
-        self.log = log
+        self.log, self._numbers = log, set()
         self.by_id: dict[object, SourceImage] = {}
         self._by_path: dict[str, SourceImage] = {}
-        self._numbers: set[int] = set()
 
     def add_image(
         self, image_id: object, path: str, size: tuple[int, int] | None
     ) -> SourceImage | None:
         """The entry that takes this image's annotations; None where the image is skipped."""
-        number = image_number(image_id)
         if path in self._by_path:
             self.log.add("image_listed_twice", path)
             return self.by_id.setdefault(image_id, self._by_path[path])
+        number = image_number(image_id)
         if image_id in self.by_id or number in self._numbers:
             self.log.add("image_id_repeated", path)
             return None
         self._numbers.add(number)
-        image = SourceImage(number, path, size)
-        self.by_id[image_id] = self._by_path[path] = image
+        self.by_id[image_id] = self._by_path[path] = image = SourceImage(number, path, size)
         return image
 
     def images(self) -> list[SourceImage]:
         """Sorted by id, exact repetitions of an annotation dropped."""
         for image in self._by_path.values():
-            kept: dict[Annotation, None] = {}
+            seen = set()
             for annotation in image.annotations:
-                if annotation in kept:
+                if annotation in seen:
                     repeated = f"{image.path}: box {list(annotation.box)}"
                     self.log.add("annotation_repeated", repeated)
-                kept[annotation] = None
-            image.annotations = list(kept)
+                seen.add(annotation)
+            image.annotations = list(dict.fromkeys(image.annotations))
         return sorted(self._by_path.values(), key=lambda image: image.image_id)
 
 
@@ -180,41 +178,31 @@ class CocoSource:
         content = read_coco_json(self.json_file)
         if not self.image_root.is_dir():
             raise DataError(f"image folder {self.image_root} does not exist")
-        names, ids = self._read_categories(content["categories"], log)
-        table = _ImageTable(log)
-        for entry in content["images"]:
-            path = str(self.image_root / entry["file_name"])
-            table.add_image(entry["id"], path, (entry["height"], entry["width"]))
-        self._read_annotations(content["annotations"], table, ids, log)
-        return SourceData(names, ids, table.images())
-
-    def _read_categories(
-        self, entries: list[dict], log: ExtractionLog
-    ) -> tuple[list[str], list[int]]:
-        """Names and ids sorted by id, as Detectron2 numbers classes."""
         names: dict[int, str] = {}
-        for entry in entries:
+        for entry in content["categories"]:
             if entry["id"] in names:
                 repeated = f"{self.json_file}: category {entry['id']} {entry['name']!r}"
                 log.add("category_id_repeated", repeated)
             names.setdefault(entry["id"], str(entry["name"]))
-        ids = sorted(names)
-        if not ids:
+        if not names:
             raise DataError(f'{self.json_file}: "categories" is empty, so there is no class')
+        ids = sorted(names)  # as Detectron2 numbers classes
         if ids[-1] - ids[0] + 1 != len(ids):
             log.add("category_ids_with_gaps", f"{len(ids)} ids from {ids[0]} to {ids[-1]}")
-        return [names[i] for i in ids], ids
+        table = _ImageTable(log)
+        for entry in content["images"]:
+            path = str(self.image_root / entry["file_name"])
+            table.add_image(entry["id"], path, (entry["height"], entry["width"]))
+        self._read_annotations(content["annotations"], table, ids)
+        return SourceData([names[i] for i in ids], ids, table.images())
 
-    def _read_annotations(
-        self, entries: list[dict], table: _ImageTable, category_ids: list[int], log: ExtractionLog
-    ) -> None:
-        classes = {category: n for n, category in enumerate(category_ids)}
-        known: dict[str, tuple] = {}
+    def _read_annotations(self, entries: list[dict], table: _ImageTable, ids: list[int]) -> None:
+        classes, known = {category: n for n, category in enumerate(ids)}, {}
         for n, entry in enumerate(entries):
             number, image = entry.get("id"), table.by_id.get(entry["image_id"])
             where = f"{self.json_file.name}: annotation {n if number is None else number}"
             if image is None:
-                log.add("annotation_of_unknown_image", where)
+                table.log.add("annotation_of_unknown_image", where)
                 continue
             x, y, width, height = box_or_nan(entry["bbox"])
             box, category = (x, y, x + width, y + height), entry["category_id"]
@@ -222,7 +210,7 @@ class CocoSource:
             image.annotations.append(Annotation(box, classes.get(category, UNKNOWN_CLASS), crowd))
             content = (image.path, category, *box)
             if number is not None and known.setdefault(repr(number), content) != content:
-                log.add("annotation_id_repeated", where)
+                table.log.add("annotation_id_repeated", where)
 
 
 class RegisteredSource:
@@ -291,28 +279,23 @@ def register_coco_files(cfg: "CfgNode") -> list[str]:
         ConfigError: an entry of another form, or a name that already stands for something else.
         DataError: a file that is missing.
     """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import register_coco_instances
+
     for entry in cfg.DATASETS.COCO_FILES:
         if not isinstance(entry, (list, tuple)) or len(entry) != 3:
             raise ConfigError(
                 f"DATASETS.COCO_FILES holds {entry!r}; each entry is [name, json, image folder]"
             )
-        register_coco_file(*map(str, entry))
+        name, *files = map(str, entry)
+        for path, what in zip(files, ("json file", "image folder")):
+            if not Path(path).exists():
+                raise DataError(f"dataset {name!r}: its {what} {path} does not exist")
+        if name not in DatasetCatalog.list():
+            register_coco_instances(name, {}, *files)
+        known = MetadataCatalog.get(name)
+        if [known.get("json_file"), known.get("image_root")] != files:
+            raise ConfigError(
+                f"dataset name {name!r} already stands for {known.get('json_file')}; choose another"
+            )
     return [str(entry[0]) for entry in cfg.DATASETS.COCO_FILES]
-
-
-def register_coco_file(name: str, json_file: str, image_root: str) -> None:
-    """Register one COCO-format dataset under ``name``; raises as ``register_coco_files``."""
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-    from detectron2.data.datasets import register_coco_instances
-
-    for path, what in ((json_file, "json file"), (image_root, "image folder")):
-        if not Path(path).exists():
-            raise DataError(f"dataset {name!r}: its {what} {path} does not exist")
-    if name not in DatasetCatalog.list():
-        register_coco_instances(name, {}, json_file, image_root)
-        return
-    known = MetadataCatalog.get(name)
-    if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
-        raise ConfigError(
-            f"dataset name {name!r} already stands for {known.get('json_file')}; choose another"
-        )
