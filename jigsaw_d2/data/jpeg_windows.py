@@ -11,13 +11,14 @@ searched for; any other reader skips it. Windows are XYXY ints in pixels of the 
 """
 
 import struct
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
 
-RST0, EOI = 0xD0, 0xD9
+EOI = 0xD9
 SOS, DRI, COM = 0xDA, 0xDD, 0xFE
 BASELINE_SOF = (0xC0, 0xC1)
 # A JFIF file begins with SOI and an APP0 segment of fixed length; the comment comes right behind.
@@ -30,6 +31,8 @@ TABLE_HEAD = struct.Struct(">HH17sHHHBBH")
 # MCUs between restart markers of grey samples, whose MCUs are 8 pixels wide; best first. Colour has
 # one after every MCU: the finest grid costs no decoding time and about 2 % of the bytes.
 GREY_INTERVALS = (2, 3, 5)
+# The markers that end pieces, in turn; as many as the windows of the usual templates need.
+RESTARTS = np.tile(np.arange(0xD0, 0xD8, dtype=np.uint8), 64)
 # Pixels of a cut's rows at least: chroma of less than 3 samples a row is not interpolated.
 MIN_WIDTH = 5
 # Pixels that a window must spare for cutting it out to pay: what decodes in the time of a cut.
@@ -169,7 +172,7 @@ def _read_pieces(data: bytes, comment: int, count: int) -> np.ndarray:
     else:
         scan = parse_jpeg(data)[1]
         table = np.diff(_find_piece_ends(data, scan), prepend=(0, scan))
-    if len(table) != count + 1 or table.sum(dtype=np.int64) != len(data):
+    if len(table) != count + 1 or np.add.reduce(table, dtype=np.int64) != len(data):
         raise ValueError(f"its pieces are not the {count} that its size asks for")
     return table
 
@@ -210,24 +213,23 @@ def cut_window(
     cut_width = min(max(x1 + margin_x, right * wide - mcu_width + MIN_WIDTH), width) - x
     size = struct.pack(">HH", min(y1 + margin_y, height) - y, cut_width)
     table = _read_pieces(data, comment, rows * across)
-    scan = int(table[0])
+    scan = table.item(0)
     head = data[:COMMENT_AT], data[COMMENT_AT + comment : sof], size, data[sof + 4 : scan]
-    pieces = np.s_[top:bottom, left:right]
-    return _join_pieces(data, head, table, (rows, across), pieces), x0 - x, y0 - y
+    bounds = np.add.accumulate(table, dtype=np.int64)
+    starts = bounds[top * across + left : bottom * across : across].tolist()
+    stops = bounds[top * across + right : bottom * across + 1 : across].tolist()
+    lengths = table[1:].reshape(rows, across)[top:bottom, left:right].ravel()
+    pieces = (data[a:b] for a, b in zip(starts, stops))
+    return _join_pieces(head, pieces, lengths), x0 - x, y0 - y
 
 
-def _join_pieces(
-    data: bytes, head: tuple, table: np.ndarray, grid: tuple[int, int], pieces: tuple[slice, slice]
-) -> np.ndarray:
-    """Header and ``pieces`` (rows, columns of the grid) with their markers in turn: uint8 (n,)."""
-    bounds, (top, bottom) = np.cumsum(table, dtype=np.int64), (pieces[0].start, pieces[0].stop)
-    starts = bounds[:-1].reshape(grid)[top:bottom, pieces[1].start].tolist()
-    stops = bounds[1:].reshape(grid)[top:bottom, pieces[1].stop - 1].tolist()
-    body = (data[a:b] for a, b in zip(starts, stops))
-    jpeg = np.frombuffer(bytearray().join((*head, *body)), np.uint8)
-    # The second byte of the marker that ends each piece.
-    ends = np.cumsum(table[1:].reshape(grid)[pieces], dtype=np.int64) + sum(map(len, head)) - 1
-    jpeg[ends] = RST0 + np.arange(len(ends)) % 8
+def _join_pieces(head: Sequence[bytes], pieces: Iterable[bytes], lengths: np.ndarray) -> np.ndarray:
+    """One JPEG, uint8 (n,), in which the markers that end pieces of ``lengths`` (m,) take turns."""
+    jpeg = np.frombuffer(bytearray().join((*head, *pieces)), np.uint8)
+    turns = RESTARTS if len(lengths) <= len(RESTARTS) else np.resize(RESTARTS, len(lengths))
+    # The second byte of the marker that ends each piece, counted from the last of the header.
+    ends = np.add.accumulate(lengths, dtype=np.int64)
+    jpeg[sum(map(len, head)) - 1 :][ends] = turns[: len(lengths)]
     jpeg[-1] = EOI
     return jpeg
 

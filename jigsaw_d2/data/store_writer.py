@@ -41,7 +41,7 @@ class Sample(NamedTuple):
 
     encoded: bytes
     interval: int
-    code: int
+    format: int
     class_index: int
     size: tuple[int, int]
     image_id: int
@@ -65,21 +65,18 @@ def make_chunk(samples: Sequence[Sample], class_files: bool = False) -> Chunk:
             Off by default: a tar member of one digit takes 1,024 bytes, and the class is in the
             key (and the index) anyway.
     """
-    rows, parts, size = [], [], 0
-    for s in samples:
+    records, parts, size = np.zeros(len(samples), RECORD), [], 0
+    for n, s in enumerate(samples):
         row = (size + BLOCK, s.image_id, s.class_index, s.box, s.gt_box, s.size, len(s.encoded))
-        rows.append((*row, crc32(s.encoded), 0, s.serial, s.interval, 0, s.code))
+        records[n] = (*row, crc32(s.encoded), 0, s.serial, s.interval, 0, s.format)
         key = sample_key(s.class_index, s.image_id, s.serial)
-        members = {f"{key}.{SUFFIXES[s.code]}": s.encoded}
+        members = {f"{key}.{SUFFIXES[s.format]}": s.encoded}
         if class_files:
             members[f"{key}.cls"] = str(s.class_index).encode()
         for name, content in members.items():
             padding = bytes(-len(content) % BLOCK)
             parts += (tar_header(name, len(content)), content, padding)
             size += BLOCK + len(content) + len(padding)
-    records = np.zeros(len(rows), RECORD)
-    for field, column in zip(RECORD.names, zip(*rows)):
-        records[field] = column
     records["group"] = group_codes(records["size"][:, 1], records["size"][:, 0])
     return Chunk(b"".join(parts), records)
 
@@ -145,9 +142,7 @@ class StoreWriter:
         self.shard_size, self.resume_key = shard_size, resume_key
         self.mark: dict | None = None
         self.shards: list[dict] = []
-        self._records: list[np.ndarray] = []
-        self._open_records: list[np.ndarray] = []
-        self._file = None
+        self._records, self._open_records, self._file = [], [], None
         with _disk_errors(self.partial):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._lock_folder()
@@ -172,10 +167,10 @@ class StoreWriter:
         with contextlib.suppress(OSError, ValueError, KeyError):
             progress = json.loads((self.partial / PROGRESS_NAME).read_bytes())
             if self.resume_key and progress["resume_key"] == self.resume_key:
-                shards = progress["shards"]
-                self._records = [np.load(self.partial / f"{s['name']}.npy") for s in shards]
-                self.shards, self.mark = shards, progress["mark"]
-                kept |= {s["name"] for s in shards} | {f"{s['name']}.npy" for s in shards}
+                names = [shard["name"] for shard in progress["shards"]]
+                self._records = [np.load(self.partial / f"{name}.npy") for name in names]
+                self.shards, self.mark = progress["shards"], progress["mark"]
+                kept.update(names, (f"{name}.npy" for name in names))
         for file in [*self.partial.iterdir(), *self.folder.iterdir()]:
             if file.name not in kept:
                 file.unlink()
@@ -200,8 +195,9 @@ class StoreWriter:
         gt_box = box if gt_box is None else gt_box
         bgr = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         encoded = encode_sample(bgr, **encoding)
-        sample = Sample(*encoded, class_index, size, image_id, serial, box, gt_box)
-        self.append(make_chunk([sample]))
+        self.append(
+            make_chunk([Sample(*encoded, class_index, size, image_id, serial, box, gt_box)])
+        )
 
     def append(self, chunk: Chunk, mark: dict | None = None) -> None:
         """Write a chunk behind what is there.
@@ -209,36 +205,32 @@ class StoreWriter:
         Args:
             mark: where the work stands after this chunk; comes back as ``mark`` after a kill.
         """
+        members, records = chunk
         with _disk_errors(self.partial):
-            needed = len(chunk.members) + len(END_OF_ARCHIVE)
+            needed = len(members) + len(END_OF_ARCHIVE)
             if self._file is not None and self._file.tell() + needed > self.shard_size:
                 self._close_shard()
-            if len(chunk.records):
+            if len(records):
                 if self._file is None:
-                    self._file = open(self.folder / self._shard_name(), "wb")
-                records = chunk.records.copy()
+                    self._file = open(self.folder / f"shard-{len(self.shards):05d}.tar", "wb")
                 records["offset"] += self._file.tell()
                 records["shard"] = len(self.shards)
-                self._file.write(chunk.members)
+                self._file.write(members)
                 self._open_records.append(records)
         self._next_mark = mark
-
-    def _shard_name(self) -> str:
-        return f"shard-{len(self.shards):05d}.tar"
 
     def _close_shard(self) -> None:
         """Complete a shard; its bytes are on the disk before ``PROGRESS_NAME`` names it."""
         self._file.write(END_OF_ARCHIVE)
-        size = self._file.tell()
+        name, size = Path(self._file.name).name, self._file.tell()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
-        name, records = self._shard_name(), np.concatenate(self._open_records)
+        records, self._open_records = np.concatenate(self._open_records), []
         with open_atomically(self.partial / f"{name}.npy") as file:
             np.save(file, records)
         self._records.append(records)
-        self._open_records = []
         self.shards.append({"name": name, "samples": len(records), "bytes": size})
         progress = {"resume_key": self.resume_key, "shards": self.shards, "mark": self._next_mark}
         write_text(self.partial / PROGRESS_NAME, json.dumps(progress, indent=1))
