@@ -57,10 +57,7 @@ class Placement(NamedTuple):
 
 
 def place_sample(
-    size: tuple[int, int],
-    region: tuple[int, int],
-    method: str,
-    augmentation: Augmentation,
+    size: tuple[int, int], region: tuple[int, int], method: str, augmentation: Augmentation
 ) -> Placement:
     """Lay a sample into a region (Sec. 3.2 and appendix A, P2.4-P2.6).
 
@@ -189,10 +186,7 @@ def fit_to_region(
 
 
 def assemble(
-    images: Sequence[np.ndarray],
-    template: JigsawTemplate,
-    method: str,
-    rng: np.random.Generator,
+    images: Sequence[np.ndarray], template: JigsawTemplate, method: str, rng: np.random.Generator
 ) -> np.ndarray:
     """Stitch four samples, already in region order R1..R4, into uint8 (H, W, 3)."""
     canvas = np.zeros((template.height, template.width, 3), np.uint8)

@@ -189,11 +189,7 @@ def build_jigsaw_train_loader(
 
 
 def build_jigsaw_eval_loader(
-    cfg: CfgNode,
-    store_paths: Sequence[str] | SampleStore,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
+    cfg: CfgNode, store_paths: Sequence[str] | SampleStore, *, rank: int = 0, world_size: int = 1
 ) -> JigsawLoader:
     """``INPUT.JIGSAW.EVAL_IMAGES`` held-out images, the same in every run, shared by the ranks.
 

@@ -26,32 +26,18 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from jigsaw_d2.data import store
 from jigsaw_d2.data.image_reading import read_pixels
 from jigsaw_d2.data.plan import ImagePlan, add_negatives, plan_positives, take_part
 from jigsaw_d2.data.report import ExtractionLog, summarise
 from jigsaw_d2.data.samples import GROUPS, group_codes
 from jigsaw_d2.data.sources import Source, SourceData, SourceImage
-from jigsaw_d2.data.store import (
-    DEFAULT_QUALITY,
-    ENCODINGS,
-    VERSION,
-    encode_sample,
-    hash_image_ids,
-    part_name,
-)
-from jigsaw_d2.data.store_writer import (
-    DEFAULT_SHARD_SIZE,
-    Chunk,
-    Sample,
-    StoreWriter,
-    check_free,
-    make_chunk,
-)
+from jigsaw_d2.data.store_writer import DEFAULT_SHARD_SIZE, Chunk, Sample, StoreWriter, make_chunk
 from jigsaw_d2.data.template import REGION_GROUPS, JigsawTemplate
 from jigsaw_d2.io import ConfigError, DataError, PeerLostError
 
 logger = logging.getLogger(__name__)
-CHOICES = ("auto", *ENCODINGS)
+CHOICES = ("auto", *store.ENCODINGS)
 # Bytes of pixels that "auto" leaves uncompressed: what stays in the memory of any machine that
 # trains a detector, so that reading takes no longer than from a tenth of the bytes.
 UNCOMPRESSED_UP_TO = 1 << 30
@@ -66,47 +52,29 @@ Mapper = Callable[[Callable, Iterable[tuple]], Iterator]
 class ExtractionOptions:
     """How to extract. The first block determines the store's bytes, the second does not.
 
-    Attributes:
-        max_scale: a positive's sides grow to at most this times the box (Sec. 3.1); 1 = no context.
-        negative_ratio: negatives per positive over the dataset (Sec. 3.1: 1 to 10).
-        quality: of the JPEGs, 1 to 100; asks for JPEGs where ``encoding`` is "auto". None: 95, as
-            near to the source as JPEG sensibly gets.
-        encoding: "jpeg"; "png", slow to read; "ppm", uncompressed: about ten times the bytes and
-            nothing to decode; or "auto": "ppm" where all pixels of the dataset's samples take at
-            most ``UNCOMPRESSED_UP_TO`` bytes, else "jpeg". "png" and "ppm" are without loss.
-        class_files: add a ``.cls`` member with the class beside each sample.
-        min_side: pixels; a box with a shorter side is skipped. Ours: 2, one-pixel boxes show
-            nothing.
-        shard_size: bytes that a shard may hold.
-        template: what the samples will be shown in; decides which are written for window decoding,
-            and the report.
-        scale_range: ratios that samples are resized by before they are shown (Sec. 4.1).
-        part: (i, n): extract the i-th of n parts, i from 1.
-        workers: processes; 0 = in this one; None = one for each core.
-        strict: stop at the first fault in the input.
-        overwrite: replace an existing store.
-        progress: show a progress bar.
-
     Raises:
         ConfigError: a value that makes no sense, by its name.
     """
 
     seed: int = 0
-    max_scale: float = 2.0
-    negative_ratio: float = 0.1
+    max_scale: float = 2.0  # a positive's sides grow to at most this times the box; 1 = no context
+    negative_ratio: float = 0.1  # negatives per positive over the dataset (Sec. 3.1: 1 to 10)
+    # Of the JPEGs, 1 to 100; asks for them where ``encoding`` is "auto". None: DEFAULT_QUALITY.
     quality: int | None = None
+    # "jpeg"; without loss "png", slow to read, and "ppm", about ten times the bytes and nothing to
+    # decode; "auto": "ppm" for at most UNCOMPRESSED_UP_TO bytes of the whole dataset, else "jpeg".
     encoding: str = "auto"
-    class_files: bool = False
-    min_side: float = 2.0
-    shard_size: int = DEFAULT_SHARD_SIZE
-    template: JigsawTemplate = JigsawTemplate()
-    scale_range: tuple[float, float] = (0.8, 1.5)
+    class_files: bool = False  # add a .cls member with the class beside each sample
+    min_side: float = 2.0  # pixels; ours: boxes with a shorter side show nothing and are skipped
+    shard_size: int = DEFAULT_SHARD_SIZE  # bytes that a shard may hold
+    template: JigsawTemplate = JigsawTemplate()  # decides which are written for window decoding
+    scale_range: tuple[float, float] = (0.8, 1.5)  # samples will be resized by (Sec. 4.1)
 
-    part: tuple[int, int] = (1, 1)
-    workers: int | None = None
-    strict: bool = False
-    overwrite: bool = False
-    progress: bool = False
+    part: tuple[int, int] = (1, 1)  # (i, n): extract the i-th of n parts, i from 1
+    workers: int | None = None  # processes; 0 = in this one, None = one for each core
+    strict: bool = False  # stop at the first fault in the input
+    overwrite: bool = False  # replace an existing store
+    progress: bool = False  # show a progress bar
 
     def __post_init__(self) -> None:
         low, high = self.scale_range
@@ -145,7 +113,7 @@ class ExtractionOptions:
         if encoding == "auto":
             small = quality is None and 3 * sum(map(_pixels_of, boxes)) <= UNCOMPRESSED_UP_TO
             encoding = "ppm" if small else "jpeg"
-        quality = quality or DEFAULT_QUALITY if encoding == "jpeg" else None
+        quality = quality or store.DEFAULT_QUALITY if encoding == "jpeg" else None
         return replace(self, encoding=encoding, quality=quality)
 
 
@@ -178,8 +146,8 @@ def extract_samples(
         PeerLostError: a worker process died.
     """
     started, (number, parts) = time.monotonic(), options.part
-    output = Path(output) / part_name(number, parts) if parts > 1 else Path(output)
-    check_free(output, options.overwrite)
+    output = Path(output) / store.part_name(number, parts) if parts > 1 else Path(output)
+    store.check_free(output, options.overwrite)
     log = ExtractionLog(options.strict)
     with start_workers(options.workers) as run:
         data = source.load(log)
@@ -196,7 +164,9 @@ def extract_samples(
             "source": source.name,
             "category_ids": data.category_ids,
             "annotations_sha256": data.content_hash(),
-            "image_ids_sha256": hash_image_ids(np.array([p.image_id for p in plans], np.int64)),
+            "image_ids_sha256": store.hash_image_ids(
+                np.array([p.image_id for p in plans], np.int64)
+            ),
             "seed": options.seed,
             "options": options.content(),
             "part": list(options.part),
@@ -300,7 +270,7 @@ def cut_images(
         rows = zip(plan.boxes, plan.gt_boxes, plan.classes, needs_windows(plan.boxes, shown))
         for serial, (box, gt_box, label, windows) in enumerate(rows):
             x0, y0, x1, y1 = map(int, box)
-            encoded = encode_sample(image[y0:y1, x0:x1], **how, windows=bool(windows))
+            encoded = store.encode_sample(image[y0:y1, x0:x1], **how, windows=bool(windows))
             where = (y1 - y0, x1 - x0), plan.image_id, serial
             samples.append(Sample(*encoded, int(label), *where, box, gt_box))
     return make_chunk(samples, options.class_files), log, images, pixels
@@ -344,7 +314,7 @@ def _cut_all(
 
 def _work_key(header: dict, chunks: list[list[ImagePlan]]) -> str:
     """Names the work exactly: the same key, the same bytes."""
-    digest = hashlib.sha256(json.dumps([VERSION, header, list(map(len, chunks))]).encode())
+    digest = hashlib.sha256(json.dumps([store.VERSION, header, list(map(len, chunks))]).encode())
     for plan in itertools.chain(*chunks):
         digest.update(plan.path.encode() + plan.boxes.tobytes() + plan.classes.tobytes())
     return digest.hexdigest()

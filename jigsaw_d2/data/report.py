@@ -106,10 +106,7 @@ class ExtractionLog:
 
 
 def summarise(
-    index: np.ndarray,
-    categories: list[str],
-    template: JigsawTemplate,
-    scale_range: Sequence[float],
+    index: np.ndarray, categories: list[str], template: JigsawTemplate, scale_range: Sequence[float]
 ) -> dict:
     """Counts per class and group, sizes, fill of the template, cautions; plain Python values.
 

@@ -44,15 +44,10 @@ class JigsawSampler:
         if len(groups) == 0:
             raise DataError("the sample store is empty: extract samples from annotated images")
         self.seed = int(seed)
-        self.members = [
-            members if len(members) else _borrow(code, sizes)
-            for code, members in enumerate(
-                np.flatnonzero(groups == code).astype(np.int32) for code in range(len(GROUPS))
-            )
-        ]
-        self._factors = [
-            None if repeat_factors is None else repeat_factors[m] for m in self.members
-        ]
+        own = [np.flatnonzero(groups == code).astype(np.int32) for code in range(len(GROUPS))]
+        self.members = [m if len(m) else _borrow(code, sizes) for code, m in enumerate(own)]
+        balanced = repeat_factors is not None
+        self._factors = [repeat_factors[m] if balanced else None for m in self.members]
         self._passes: dict[tuple[int, int], np.ndarray] = {}
 
     def pass_length(self, group: int) -> int:
@@ -90,15 +85,8 @@ class JigsawSampler:
 
     def quadruple(self, position: int) -> np.ndarray:
         """int64 (4,) sample ids of image ``position``, in draw order S, S, T, W."""
-        return np.array(
-            [
-                self.draw(0, 2 * position),
-                self.draw(0, 2 * position + 1),
-                self.draw(1, position),
-                self.draw(2, position),
-            ],
-            np.int64,
-        )
+        draws = ((0, 2 * position), (0, 2 * position + 1), (1, position), (2, position))
+        return np.array([self.draw(*draw) for draw in draws], np.int64)
 
     def replacements(self, slot: int, position: int) -> Iterator[int]:
         """Samples that stand in, one after the other, for a damaged one.

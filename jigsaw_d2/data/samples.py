@@ -38,10 +38,7 @@ def clip_boxes(boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
 
 
 def enlarge_boxes(
-    boxes: np.ndarray,
-    image_size: tuple[int, int],
-    rng: np.random.Generator,
-    max_scale: float = 2.0,
+    boxes: np.ndarray, image_size: tuple[int, int], rng: np.random.Generator, max_scale: float = 2.0
 ) -> np.ndarray:
     """Positive samples: each side of a box moves outwards at random, clipped at the image border.
 
@@ -81,10 +78,7 @@ def enlarge_boxes(
 
 
 def enlarge_box(
-    box: np.ndarray,
-    image_size: tuple[int, int],
-    rng: np.random.Generator,
-    max_scale: float = 2.0,
+    box: np.ndarray, image_size: tuple[int, int], rng: np.random.Generator, max_scale: float = 2.0
 ) -> np.ndarray:
     """``enlarge_boxes`` for one box (4,) -> float32 (4,)."""
     return enlarge_boxes(np.asarray(box).reshape(1, 4), image_size, rng, max_scale)[0]

@@ -74,6 +74,12 @@ def part_name(number: int, parts: int) -> str:
     return f"part-{number}-of-{parts}"
 
 
+def check_free(path: str | os.PathLike, overwrite: bool) -> None:
+    """Raises DataError where a store may not be written: something is there already."""
+    if Path(path).exists() and not overwrite:
+        raise DataError(f"{path} exists; --overwrite replaces it, or choose another folder")
+
+
 def sample_key(class_index: int, image_id: int, serial: int) -> str:
     """Name of a sample within the shards, without suffix; unique in a store and its parts.
 

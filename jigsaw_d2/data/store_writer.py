@@ -21,6 +21,7 @@ from jigsaw_d2.data.store import (
     RECORD,
     SUFFIXES,
     VERSION,
+    check_free,
     crc32,
     encode_sample,
     fingerprint,
@@ -28,7 +29,7 @@ from jigsaw_d2.data.store import (
     sample_key,
     tar_header,
 )
-from jigsaw_d2.io import DataError, JigsawError, RunError, open_atomically, write_text
+from jigsaw_d2.io import JigsawError, RunError, open_atomically, write_text
 
 DEFAULT_SHARD_SIZE = 256 << 20
 END_OF_ARCHIVE = bytes(2 * BLOCK)
@@ -93,12 +94,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
             f"cannot write {path}: {error.strerror or error}; make room or choose another place, "
             "then run the same command again (finished shards are kept)"
         ) from error
-
-
-def check_free(path: str | os.PathLike, overwrite: bool) -> None:
-    """Raises DataError where a store may not be written: something is there already."""
-    if Path(path).exists() and not overwrite:
-        raise DataError(f"{path} exists; --overwrite replaces it, or choose another folder")
 
 
 class StoreWriter:

@@ -210,10 +210,7 @@ def test_full_disk_is_named_and_the_same_call_goes_on(
     tiny_coco: Path, store: SampleStore, tmp_path: Path, workers: int
 ) -> None:
     script = FULL_DISK.format(
-        tests=TESTS,
-        data=str(tiny_coco),
-        path=str(tmp_path / "s"),
-        workers=workers,
+        tests=TESTS, data=str(tiny_coco), path=str(tmp_path / "s"), workers=workers
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2 and "cannot write" in done.stderr and "make room" in done.stderr
