@@ -2,17 +2,14 @@
 
 Where what lives, along the way of the data:
 
-    samples, extraction/                       detection images -> positive and negative samples
-    sample_store, store/                       shards, their index, windows that decode alone
-    template, assembly, dataset_mapper,
-    jigsaw_sampler, data_loader                samples -> batches of Jigsaw images
+    data/                                      detection images -> samples -> store -> batches
     meta_arch, losses, erf, erf_weights        backbone + classifier, objectives, region weights
     trainer, evaluation, training/             pre-training in Detectron2's engine
     checkpoint, weights/                       checkpoint -> weights with a passport -> detector
     detection/                                 training the detector
     cost, cost_table                           the ledger of compute
     jobs/, comparison/                         whole jobs, and comparisons over seeds
-    config, datasets, errors                   what everything shares
+    config, io                                 what everything shares
     commands/, visualization/                  command lines; figures
 """
 

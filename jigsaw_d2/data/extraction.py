@@ -146,7 +146,7 @@ def extract_samples(
         PeerLostError: a worker process died.
     """
     started, (number, parts) = time.monotonic(), options.part
-    output = Path(output) / store.part_name(number, parts) if parts > 1 else Path(output)
+    output = Path(output, *([f"part-{number}-of-{parts}"] if parts > 1 else []))
     store.check_free(output, options.overwrite)
     log = ExtractionLog(options.strict)
     with start_workers(options.workers) as run:

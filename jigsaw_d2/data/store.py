@@ -11,6 +11,7 @@ Worker processes share the pages of index and shards: nothing per sample lives i
 """
 
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 from zlib_ng import zlib_ng
 
 from jigsaw_d2.data import jpeg_windows
@@ -32,7 +34,7 @@ HEADER_NAME = "header.json"
 INDEX_NAME = "index.npy"
 BLOCK = 512  # bytes; tar headers and contents are multiples of it
 # How a sample is encoded: ``format`` of its record, and the suffix of its member.
-JPEG, PNG, PPM, PGM = 0, 1, 2, 3
+JPEG, PNG, PPM, PGM = range(4)
 SUFFIXES = ("jpg", "png", "ppm", "pgm")
 ENCODINGS = ("jpeg", "png", "ppm")
 DEFAULT_QUALITY = 95
@@ -67,11 +69,6 @@ Window = tuple[int, int, int, int]  # XYXY ints, pixels of the sample, half-open
 
 class DamagedSampleError(DataError):
     """One sample whose bytes are not those that were written; the loader shows another instead."""
-
-
-def part_name(number: int, parts: int) -> str:
-    """Folder of part ``number`` (from 1) of ``parts`` in a store written by several machines."""
-    return f"part-{number}-of-{parts}"
 
 
 def check_free(path: str | os.PathLike, overwrite: bool) -> None:
@@ -125,11 +122,8 @@ def encode_sample(
 ) -> tuple[bytes, int, int]:
     """(bytes, restart interval, format code) of uint8 BGR (h, w, 3) or grey (h, w).
 
-    Args:
-        quality: of a JPEG.
-        encoding: one of ``ENCODINGS``. PPM (of grey samples PGM) is about ten times the bytes, but
-            has nothing to decode: a window is a view of the mapped file.
-        windows: write a JPEG of which windows decode alone; those of the others do anyway.
+    PPM (of grey samples PGM) is about ten times the bytes, but has nothing to decode: a window is a
+    view of the mapped file. ``windows``: write a JPEG of which windows decode alone.
     """
     if encoding == "png":
         return cv2.imencode(".png", image)[1].tobytes(), 0, PNG
@@ -139,14 +133,6 @@ def encode_sample(
         head = b"P%d\n%d %d\n255\n" % (5 if grey else 6, image.shape[1], image.shape[0])
         return head + pixels.tobytes(), 0, PGM if grey else PPM
     return *jpeg_windows.encode_jpeg(image, quality, windows), JPEG
-
-
-def decode_png(data: bytes | memoryview) -> np.ndarray:
-    """uint8 RGB (h, w, 3); raises ValueError where OpenCV cannot decode it."""
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    if image is None:
-        raise ValueError("not an image that OpenCV decodes")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
 
 
 def decode_netpbm(data: bytes | memoryview, window: Window) -> np.ndarray:
@@ -175,13 +161,13 @@ def read_header(path: Path) -> dict:
         DataError: no store there, not readable, or of another format version (both are named).
     """
     file = path / HEADER_NAME
-    try:
-        header = json.loads(file.read_bytes())
-    except FileNotFoundError:
+    if not file.exists():
         raise DataError(
             f"{path} is no whole sample store: it has no {HEADER_NAME}; "
             "write one with extract_samples.py (an interrupted one resumes by the same command)"
-        ) from None
+        )
+    try:
+        header = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read as a store header: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -212,7 +198,7 @@ def find_parts(path: Path) -> list[Path]:
     if len(counts) > 1:
         raise DataError(f"{path} holds {names}; parts of several splits")
     count = counts.pop()
-    missing = [part_name(n, count) for n in range(1, count + 1) if (n, count) not in found]
+    missing = [f"part-{n}-of-{count}" for n in range(1, count + 1) if (n, count) not in found]
     if missing:
         raise DataError(f"{path} holds {names}; missing: {', '.join(missing)}")
     return [found[key] for key in sorted(found)]
@@ -263,15 +249,11 @@ class SampleStore:
         self.index = parts[0] if len(parts) == 1 else np.concatenate(parts)
         self.index.flags.writeable = False
         # Views of the columns, which cost more to make than a number of one costs to read.
-        self._column = {name: self.index[name] for name in RECORD.names}
+        self._column = column = {name: self.index[name] for name in RECORD.names}
+        self.classes, self.groups, self.sizes = column["class"], column["group"], column["size"]
+        self.image_ids, self.boxes = column["image_id"], column["box"]
+        self.gt_boxes = column["gt_box"]
         self._shards: list[mmap.mmap | None] = [None] * len(self._files)
-
-    classes = property(lambda self: self._column["class"])
-    groups = property(lambda self: self._column["group"])
-    sizes = property(lambda self: self._column["size"])
-    image_ids = property(lambda self: self._column["image_id"])
-    boxes = property(lambda self: self._column["box"])
-    gt_boxes = property(lambda self: self._column["gt_box"])
 
     @property
     def fingerprint(self) -> str:
@@ -344,12 +326,12 @@ class SampleStore:
             if code in (PPM, PGM):
                 image = decode_netpbm(data, window)
             elif code == PNG:
-                image = decode_png(data)[y0:y1, x0:x1]
+                image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[y0:y1, x0:x1]
             elif column["interval"].item(i):
                 image = jpeg_windows.decode_window(data, window)
             else:
                 image = jpeg_windows.decode_jpeg(data)[y0:y1, x0:x1]
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # the latter by Pillow
             raise self.damaged(i, str(error)) from error
         if image.shape != (y1 - y0, x1 - x0, 3):
             raise self.damaged(i, "does not decode to the size in the index")
@@ -392,13 +374,9 @@ def _read_index(path: Path, header: dict) -> np.ndarray:
 def check_store(
     store: SampleStore, decode: bool = False, progress: Callable[[int], object] = lambda n: None
 ) -> Iterator[str]:
-    """Every fault found, as a sentence that names its place; nothing where the store is sound.
+    """Compare every byte with the index; each fault as a sentence that names its place.
 
-    Reads every byte that training will, and compares it with the index.
-
-    Args:
-        decode: decode each sample too.
-        progress: called with the number of samples checked since its last call.
+    ``decode``: decode each sample too. ``progress`` is called with 1 after each.
     """
     for path, header in zip(store.paths, store.headers):
         if fingerprint(header["categories"], _read_index(path, header)) != header["fingerprint"]:
@@ -416,14 +394,15 @@ def check_store(
         if found != written:
             yield f"{shard['name']} holds {found}; it was written with {written}"
     for i, record in enumerate(store.index):
+        progress(1)
+        if record["shard"] in gone:  # which was said once
+            continue
         try:
-            if record["shard"] not in gone:  # which was said once
-                _check_sample(store, i, record)
-                if decode:
-                    store.decode(i)
+            _check_sample(store, i, record)
+            if decode:
+                store.decode(i)
         except DamagedSampleError as error:
             yield str(error)
-        progress(1)
 
 
 def _check_sample(store: SampleStore, i: int, record: np.void) -> None:

@@ -12,7 +12,7 @@ MAX_CLASSES = 40
 
 
 def report_figure(report: dict) -> Figure:
-    """Four panels of a report of ``extraction.report.summarise``."""
+    """Four panels of a report of ``data.report.summarise``."""
     figure = Figure(figsize=(13, 9), layout="constrained")
     panels = figure.subplot_mosaic(
         [["classes", "classes"], ["groups", "fill"], ["sizes", "sizes"]],
