@@ -5,16 +5,17 @@ the number of ranks and workers. Within each micro-batch of the step, rank r of 
 r, r + R, r + 2R ...: so the images of a step do not depend on R, only who makes them.
 """
 
+import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from jigsaw_d2.data.dataset_mapper import JigsawDatasetMapper
 from jigsaw_d2.data.sampler import JigsawSampler, repeat_factors
@@ -85,7 +86,7 @@ class JigsawLoader(DataLoader):
         replaced: how often a damaged sample was replaced so far.
     """
 
-    def __init__(self, batches: JigsawBatches, positions: Sampler, **options: Any) -> None:
+    def __init__(self, batches: JigsawBatches, positions: Iterable[range], **options: Any) -> None:
         super().__init__(batches, sampler=positions, batch_size=None, **options)
         self.position_step = getattr(positions, "world_size", 1)
         self.replaced = 0
@@ -104,43 +105,23 @@ class JigsawLoader(DataLoader):
             yield batch
 
 
-class BatchPositions(Sampler):
-    """Image numbers of each micro-batch of one rank, from ``start_iter`` on, without end."""
+class BatchPositions:
+    """Image numbers of each micro-batch of one rank, from iteration ``start_iter`` on, endless."""
 
-    def __init__(
-        self, *, batch_size: int, rank: int, world_size: int, micro_batches: int, start_iter: int
-    ) -> None:
+    def __init__(self, cfg: CfgNode, rank: int, world_size: int, start_iter: int) -> None:
+        size, micro_batches = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
         share = world_size * micro_batches
-        if batch_size % share:
+        if size % share:
             raise ConfigError(
-                f"SOLVER.IMS_PER_BATCH = {batch_size} cannot be shared by {world_size} processes x "
+                f"SOLVER.IMS_PER_BATCH = {size} cannot be shared by {world_size} processes x "
                 f"SOLVER.ACCUMULATION_STEPS = {micro_batches}: use a multiple of {share}"
             )
-        self.batch_size, self.micro_size = batch_size, batch_size // micro_batches
-        self.rank, self.world_size, self.start_iter = rank, world_size, start_iter
+        self.first, self.micro_size = start_iter * size, size // micro_batches
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[range]:
-        first = self.start_iter * self.batch_size
-        while True:
+        for first in itertools.count(self.first, self.micro_size):
             yield range(first + self.rank, first + self.micro_size, self.world_size)
-            first += self.micro_size
-
-
-class _FixedPositions(Sampler):
-    """Image numbers 0 .. total - 1 of one rank, in batches, once through."""
-
-    def __init__(self, *, total: int, batch_size: int, rank: int, world_size: int) -> None:
-        # Contiguous shares, sizes differing by at most one.
-        bounds = np.linspace(0, total, world_size + 1).astype(int)
-        self.positions = range(int(bounds[rank]), int(bounds[rank + 1]))
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.positions) // self.batch_size)
-
-    def __iter__(self) -> Iterator[range]:
-        for first in range(0, len(self.positions), self.batch_size):
-            yield self.positions[first : first + self.batch_size]
 
 
 def build_jigsaw_sampler(cfg: CfgNode, mapper: JigsawDatasetMapper) -> JigsawSampler:
@@ -178,13 +159,7 @@ def build_jigsaw_train_loader(
         ACCUMULATION_STEPS images each; ACCUMULATION_STEPS in turn make one iteration.
     """
     store = SampleStore(list(cfg.DATASETS.TRAIN)) if store is None else store
-    positions = BatchPositions(
-        batch_size=cfg.SOLVER.IMS_PER_BATCH,
-        rank=rank,
-        world_size=world_size,
-        micro_batches=cfg.SOLVER.ACCUMULATION_STEPS,
-        start_iter=start_iter,
-    )
+    positions = BatchPositions(cfg, rank, world_size, start_iter)
     return _build_loader(cfg, JigsawDatasetMapper(cfg, store), positions)
 
 
@@ -201,18 +176,17 @@ def build_jigsaw_eval_loader(
     cfg.defrost()
     cfg.INPUT.JIGSAW.SCALE_RANGE, cfg.INPUT.JIGSAW.FLIP_PROB = [1.0, 1.0], 0.0
     cfg.INPUT.JIGSAW.SAMPLING = "uniform"
-    share = world_size * cfg.SOLVER.ACCUMULATION_STEPS
-    positions = _FixedPositions(
-        total=cfg.INPUT.JIGSAW.EVAL_IMAGES,
-        batch_size=max(1, cfg.SOLVER.IMS_PER_BATCH // share),
-        rank=rank,
-        world_size=world_size,
-    )
+    # Contiguous shares, sizes differing by at most one.
+    ends = [cfg.INPUT.JIGSAW.EVAL_IMAGES * r // world_size for r in (rank, rank + 1)]
+    size = max(1, cfg.SOLVER.IMS_PER_BATCH // (world_size * cfg.SOLVER.ACCUMULATION_STEPS))
+    positions = [range(n, min(n + size, ends[1])) for n in range(*ends, size)]
     mapper = JigsawDatasetMapper(cfg, store, seed=cfg.INPUT.JIGSAW.EVAL_SEED)
     return _build_loader(cfg, mapper, positions)
 
 
-def _build_loader(cfg: CfgNode, mapper: JigsawDatasetMapper, positions: Sampler) -> JigsawLoader:
+def _build_loader(
+    cfg: CfgNode, mapper: JigsawDatasetMapper, positions: Iterable[range]
+) -> JigsawLoader:
     return JigsawLoader(
         JigsawBatches(build_jigsaw_sampler(cfg, mapper), mapper),
         positions,

@@ -16,9 +16,6 @@ from jigsaw_d2.io import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-# Draws of each group, in GROUPS order S, T, W, that one Jigsaw image takes.
-DRAWS_PER_IMAGE = (2, 1, 1)
-
 
 class JigsawSampler:
     """Endless (S, S, T, W) quadruples, addressed by image number.
@@ -85,8 +82,7 @@ class JigsawSampler:
 
     def quadruple(self, position: int) -> np.ndarray:
         """int64 (4,) sample ids of image ``position``, in draw order S, S, T, W."""
-        draws = ((0, 2 * position), (0, 2 * position + 1), (1, position), (2, position))
-        return np.array([self.draw(*draw) for draw in draws], np.int64)
+        return np.array([self.draw(*_draw_of(slot, position)) for slot in range(4)], np.int64)
 
     def replacements(self, slot: int, position: int) -> Iterator[int]:
         """Samples that stand in, one after the other, for a damaged one.
@@ -98,10 +94,14 @@ class JigsawSampler:
         Yields:
             ids of the draws that follow in the slot's group, for one whole pass.
         """
-        group = (0, 0, 1, 2)[slot]
-        first = position * DRAWS_PER_IMAGE[group] + (slot if group == 0 else 0)
+        group, first = _draw_of(slot, position)
         for number in range(first + 1, first + 1 + self.pass_length(group)):
             yield self.draw(group, number)
+
+
+def _draw_of(slot: int, position: int) -> tuple[int, int]:
+    """(group, number of its draw) that a slot S, S, T, W of image ``position`` shows."""
+    return (0, 2 * position + slot) if slot < 2 else (slot - 1, position)
 
 
 def _borrow(code: int, sizes: np.ndarray) -> np.ndarray:

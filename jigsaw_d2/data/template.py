@@ -61,44 +61,33 @@ class JigsawTemplate:
         """(height, width) of the four regions in canvas pixels."""
         return tuple((int(y1 - y0), int(x1 - x0)) for x0, y0, x1, y1 in self.boxes)
 
-    def check_stride(self, stride: int) -> None:
-        """Every region must cover whole feature cells.
-
-        Args:
-            stride: canvas pixels per cell of the classified feature.
-
-        Raises:
-            ConfigError: naming the key, its value and the multiple below and above it.
-        """
-        for key, axis, value in (
-            ("TEMPLATE_SIZE", "height", self.height),
-            ("TEMPLATE_SIZE", "width", self.width),
-            ("TEMPLATE_SPLIT", "y", self.split_y),
-            ("TEMPLATE_SPLIT", "x", self.split_x),
-        ):
-            if value % stride:
-                below = value // stride * stride
-                choices = [str(v) for v in (below, below + stride) if v > 0]
-                raise ConfigError(
-                    f"INPUT.JIGSAW.{key} ({axis}) = {value} is not a multiple of the feature's "
-                    f"stride {stride}: use {' or '.join(choices)}, or another "
-                    "MODEL.JIGSAW.IN_FEATURE"
-                )
-
     def cell_regions(self, stride: int) -> "Tensor":
         """Region 0..3 (= R1..R4) of each feature cell, int64 (h, w).
 
         Args:
-            stride: canvas pixels per cell, e.g. 32 for res5.
+            stride: canvas pixels per cell of the classified feature, e.g. 32 for res5.
 
         Raises:
-            ConfigError: size or split is not a multiple of ``stride``.
+            ConfigError: a region would not cover whole cells; names the key, its value and the
+                multiple of ``stride`` below and above it.
         """
-        self.check_stride(stride)
         from torch import from_numpy  # here alone: extraction does without torch
 
-        lower = np.arange(self.height // stride) >= self.split_y // stride
-        right = np.arange(self.width // stride) >= self.split_x // stride
+        for key, value in (
+            ("TEMPLATE_SIZE (height)", self.height),
+            ("TEMPLATE_SIZE (width)", self.width),
+            ("TEMPLATE_SPLIT (y)", self.split_y),
+            ("TEMPLATE_SPLIT (x)", self.split_x),
+        ):
+            if value % stride:
+                below = value // stride * stride
+                choices = " or ".join(str(v) for v in (below, below + stride) if v > 0)
+                raise ConfigError(
+                    f"INPUT.JIGSAW.{key} = {value} is not a multiple of the feature's stride "
+                    f"{stride}: use {choices}, or another MODEL.JIGSAW.IN_FEATURE"
+                )
+        lower = np.arange(0, self.height, stride) >= self.split_y
+        right = np.arange(0, self.width, stride) >= self.split_x
         return from_numpy(2 * lower[:, None].astype(np.int64) + right)
 
     def area_shares(self) -> np.ndarray:
