@@ -12,27 +12,13 @@ from typing import NamedTuple, TextIO
 import cv2
 import numpy as np
 
+from jigsaw_d2.data import store
 from jigsaw_d2.data.samples import group_codes
-from jigsaw_d2.data.store import (
-    BLOCK,
-    FORMAT,
-    HEADER_NAME,
-    INDEX_NAME,
-    RECORD,
-    SUFFIXES,
-    VERSION,
-    check_free,
-    crc32,
-    encode_sample,
-    fingerprint,
-    hash_image_ids,
-    sample_key,
-    tar_header,
-)
-from jigsaw_d2.io import JigsawError, RunError, open_atomically, write_text
+from jigsaw_d2.data.store import RECORD, encode_sample
+from jigsaw_d2.io import RunError, open_atomically, write_text
 
 DEFAULT_SHARD_SIZE = 256 << 20
-END_OF_ARCHIVE = bytes(2 * BLOCK)
+END_OF_ARCHIVE = bytes(2 * store.BLOCK)
 PROGRESS_NAME = "progress.json"
 LOCK_NAME = "lock"
 
@@ -68,16 +54,17 @@ def make_chunk(samples: Sequence[Sample], class_files: bool = False) -> Chunk:
     """
     records, parts, size = np.zeros(len(samples), RECORD), [], 0
     for n, s in enumerate(samples):
-        row = (size + BLOCK, s.image_id, s.class_index, s.box, s.gt_box, s.size, len(s.encoded))
-        records[n] = (*row, crc32(s.encoded), 0, s.serial, s.interval, 0, s.format)
-        key = sample_key(s.class_index, s.image_id, s.serial)
-        members = {f"{key}.{SUFFIXES[s.format]}": s.encoded}
+        row = (s.image_id, s.class_index, s.box, s.gt_box, s.size, len(s.encoded))
+        rest = (store.crc32(s.encoded), 0, s.serial, s.interval, 0, s.format)
+        records[n] = (size + store.BLOCK, *row, *rest)
+        key = store.sample_key(s.class_index, s.image_id, s.serial)
+        members = {f"{key}.{store.SUFFIXES[s.format]}": s.encoded}
         if class_files:
             members[f"{key}.cls"] = str(s.class_index).encode()
         for name, content in members.items():
-            padding = bytes(-len(content) % BLOCK)
-            parts += (tar_header(name, len(content)), content, padding)
-            size += BLOCK + len(content) + len(padding)
+            padding = bytes(-len(content) % store.BLOCK)
+            parts += (store.tar_header(name, len(content)), content, padding)
+            size += store.BLOCK + len(content) + len(padding)
     records["group"] = group_codes(records["size"][:, 1], records["size"][:, 0])
     return Chunk(b"".join(parts), records)
 
@@ -87,8 +74,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
     """Turn what the system says into an error that says where and what to do."""
     try:
         yield
-    except JigsawError:
-        raise
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {error.strerror or error}; make room or choose another place, "
@@ -129,7 +114,7 @@ class StoreWriter:
         overwrite: bool = False,
         resume_key: str = "",
     ) -> None:
-        check_free(path, overwrite)
+        store.check_free(path, overwrite)
         self.path = Path(path)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.folder = self.partial / "store"
@@ -240,20 +225,20 @@ class StoreWriter:
             if self._file is not None:
                 self._close_shard()
             index = self.index()
-            with open_atomically(self.folder / INDEX_NAME) as file:
+            with open_atomically(self.folder / store.INDEX_NAME) as file:
                 np.save(file, index)
             header = {
-                "format": FORMAT,
-                "version": VERSION,
+                "format": store.FORMAT,
+                "version": store.VERSION,
                 "categories": self.categories,
                 "samples": len(index),
                 "shards": self.shards,
-                "fingerprint": fingerprint(self.categories, index),
-                "image_ids_sha256": hash_image_ids(index["image_id"]),
+                "fingerprint": store.fingerprint(self.categories, index),
+                "image_ids_sha256": store.hash_image_ids(index["image_id"]),
                 **self.header,
                 "report": report or {},
             }
-            write_text(self.folder / HEADER_NAME, json.dumps(header, indent=1))
+            write_text(self.folder / store.HEADER_NAME, json.dumps(header, indent=1))
             self._replace()
 
     def _replace(self) -> None:
