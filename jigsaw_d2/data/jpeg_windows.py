@@ -51,14 +51,11 @@ class JpegLayout(NamedTuple):
 
 
 def decode_jpeg(data: bytes | memoryview | np.ndarray, colour: str = "RGB") -> np.ndarray:
-    """The pixels of a whole JPEG, not turned by its EXIF orientation.
+    """uint8 (h, w, 3) of a whole JPEG, not turned by its EXIF orientation; of "GRAY" (h, w).
 
     Args:
         data: of one JPEG; as an array uint8 (n,).
         colour: "RGB", "BGR" or "GRAY", whatever the JPEG itself has.
-
-    Returns:
-        uint8 (h, w, 3), of "GRAY" (h, w).
 
     Raises:
         ValueError: not a JPEG, or a damaged or truncated one.
@@ -68,13 +65,9 @@ def decode_jpeg(data: bytes | memoryview | np.ndarray, colour: str = "RGB") -> n
 
 
 def encode_jpeg(image: np.ndarray, quality: int, windows: bool = False) -> tuple[bytes, int]:
-    """Encode uint8 BGR (h, w, 3) or grey (h, w); chroma 4:2:0.
+    """(JPEG, restart interval in MCUs or 0) of uint8 BGR (h, w, 3) or grey (h, w); chroma 4:2:0.
 
-    Args:
-        windows: write restart markers and the comment that lists the pieces.
-
-    Returns:
-        (JPEG, restart interval in MCUs or 0).
+    ``windows``: write restart markers and the comment that lists the pieces.
     """
     interval = choose_interval(image.shape[1], image.ndim == 2) if windows else 0
     options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_RST_INTERVAL, interval]
@@ -159,13 +152,10 @@ def _read_layout(data: bytes) -> tuple[JpegLayout, int]:
 
 
 def _read_pieces(data: bytes, comment: int, count: int) -> np.ndarray:
-    """Where the scan begins, then the lengths of ``count`` pieces with their end markers.
+    """Where the scan begins, then the lengths of ``count`` pieces with their end markers, bytes.
 
-    Returns:
-        integers (count + 1,), bytes: piece n begins at the sum of the first n + 1.
-
-    Raises:
-        ValueError: the JPEG has other pieces.
+    Integers (count + 1,): piece n begins at the sum of the first n + 1. Raises ValueError where the
+    JPEG has other pieces.
     """
     if comment:
         table = np.frombuffer(data, ">u2", count + 1, COMMENT_AT + TABLE_HEAD.size)
@@ -237,11 +227,7 @@ def _join_pieces(head: Sequence[bytes], pieces: Iterable[bytes], lengths: np.nda
 def decode_window(data: bytes | memoryview, window: tuple[int, int, int, int]) -> np.ndarray:
     """``decode_jpeg(data)[y0:y1, x0:x1]``, reading only the pieces of the JPEG that it needs.
 
-    Returns:
-        uint8 RGB (y1 - y0, x1 - x0, 3), a view of what was decoded.
-
-    Raises:
-        ValueError: as ``cut_window`` and ``decode_jpeg``.
+    uint8 RGB (y1 - y0, x1 - x0, 3), a view of what was decoded; raises as ``cut_window``.
     """
     x0, y0, x1, y1 = window
     jpeg, x, y = cut_window(data, window) or (data, x0, y0)

@@ -89,10 +89,7 @@ def sample_key(class_index: int, image_id: int, serial: int) -> str:
 def tar_header(name: str, size: int) -> bytes:
     """One 512-byte ustar header of a regular file; nothing in it depends on clock or user.
 
-    ``TarInfo.tobuf`` gives the same bytes at many times the cost.
-
-    Args:
-        name: at most 100 ASCII characters.
+    ``TarInfo.tobuf`` gives the same bytes at many times the cost. ``name``: 100 ASCII characters.
     """
     header = bytearray(_TAR_HEADER)
     header[: len(name)] = name.encode()
@@ -138,8 +135,7 @@ def encode_sample(
 def decode_netpbm(data: bytes | memoryview, window: Window) -> np.ndarray:
     """The ``window`` of a PPM or PGM, uint8 RGB (y1 - y0, x1 - x0, 3); of colour a read-only view.
 
-    Raises:
-        ValueError: not as ``encode_sample`` writes them, or of another length.
+    Raises ValueError where it is not as ``encode_sample`` writes them, or of another length.
     """
     header = NETPBM_HEADER.match(bytes(data[:NETPBM_BYTES]))
     if header is None:
@@ -157,8 +153,7 @@ def decode_netpbm(data: bytes | memoryview, window: Window) -> np.ndarray:
 def read_header(path: Path) -> dict:
     """The header of the store at ``path``.
 
-    Raises:
-        DataError: no store there, not readable, or of another format version (both are named).
+    Raises DataError: no store there, not readable, or of another format version (both are named).
     """
     file = path / HEADER_NAME
     if not file.exists():
@@ -183,8 +178,7 @@ def read_header(path: Path) -> dict:
 def find_parts(path: Path) -> list[Path]:
     """The folders of one store: itself, or its parts where several machines wrote it.
 
-    Raises:
-        DataError: some of the parts are missing.
+    Raises DataError where some of the parts are missing.
     """
     found = {}
     if not (path / HEADER_NAME).exists():
@@ -293,8 +287,7 @@ class SampleStore:
     def view(self, i: int, check: bool = False) -> memoryview:
         """The encoded sample where it is mapped.
 
-        Args:
-            check: raise DamagedSampleError unless its CRC-32 is that of the index.
+        ``check``: raise DamagedSampleError unless its CRC-32 is that of the index.
         """
         column = self._column
         if not 0 <= i < len(self.index):
