@@ -181,20 +181,26 @@ def extract_samples(
         )
         with writer:
             cut_log, images, pixels = _cut_all(chunks, options, run, writer)
-            index = writer.index()
-            report = summarise(index, data.categories, options.template, options.scale_range)
-            used = len(np.unique(index["image_id"]))
-            report["images"] = {"listed": len(data.images), "with_samples": used}
-            report["negatives_wanted"] = wanted
+            report = _build_report(writer.index(), data, options, wanted)
             report["log"] = {"dataset": log.to_dict(), "part": cut_log.to_dict()}
-            if parts == 1 and abs(report["negatives"] - wanted) > 0.01 * wanted:
-                report["cautions"].append(
-                    f"{report['negatives']} negatives instead of {wanted}: the images have no more "
-                    "free room, or some could not be read. Training goes on with what there is."
-                )
             writer.finish(report)
     report |= {"path": str(output), "images_read": images, "pixels_read": pixels}
     return {**report, "seconds": time.monotonic() - started}
+
+
+def _build_report(
+    index: np.ndarray, data: SourceData, options: ExtractionOptions, wanted: int
+) -> dict:
+    report = summarise(index, data.categories, options.template, options.scale_range)
+    used = len(np.unique(index["image_id"]))
+    report["images"] = {"listed": len(data.images), "with_samples": used}
+    report["negatives_wanted"] = wanted
+    if options.part == (1, 1) and abs(report["negatives"] - wanted) > 0.01 * wanted:
+        report["cautions"].append(
+            f"{report['negatives']} negatives instead of {wanted}: the images have no more free "
+            "room, or some could not be read. Training goes on with what there is."
+        )
+    return report
 
 
 def make_plan(

@@ -4,7 +4,6 @@ Both functions raise DataError whose text is one of the reasons in ``report.REAS
 """
 
 import os
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -29,13 +28,6 @@ ALPHA_MODES = ("LA", "PA", "RGBA", "La", "RGBa")
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 # Last bytes of a whole file; where they are missing, only decoding tells whether pixels are too.
 ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-
-
-class ImageInfo(NamedTuple):
-    """Size (height, width) as read, i.e. upright, and what is special (keys of ``REASONS``)."""
-
-    size: tuple[int, int]
-    notes: tuple[str, ...]
 
 
 def _open(path: str) -> Image.Image:
@@ -75,8 +67,11 @@ def _notes(image: Image.Image, orientation: int) -> tuple[str, ...]:
     return tuple(note for note, true in notes.items() if true)
 
 
-def probe_image(path: str) -> ImageInfo:
-    """Size and peculiarities from the header; decodes only where the file's end looks cut off."""
+def probe_image(path: str) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """Size (height, width) as read, i.e. upright, and what is special (keys of ``REASONS``).
+
+    From the header: it decodes only where the file's end looks cut off.
+    """
     with _open(path) as image:
         orientation = _orientation(image)
         notes = _notes(image, orientation)
@@ -84,8 +79,7 @@ def probe_image(path: str) -> ImageInfo:
         ending = ENDINGS.get(image.format)
         if ending is not None and not _ends_with(path, ending):
             _load(image)
-    size = (width, height) if orientation in SWAPS_SIDES else (height, width)
-    return ImageInfo(size, notes)
+    return (width, height) if orientation in SWAPS_SIDES else (height, width), notes
 
 
 def _ends_with(path: str, ending: bytes) -> bool:

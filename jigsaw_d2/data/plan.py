@@ -46,25 +46,25 @@ def plan_positives(
 ) -> ImagePlan | None:
     """The plan of an image with its positives; None where it cannot be used, which is logged."""
     try:
-        info = probe_image(image.path)
+        size, notes = probe_image(image.path)
     except DataError as error:
         log.add(str(error), image.path)
         return None
-    if image.size is not None and tuple(image.size) != info.size:
-        log.add("image_size_differs", f"{image.path}: json {image.size}, file {info.size}")
+    if image.size is not None and tuple(image.size) != size:
+        log.add("image_size_differs", f"{image.path}: json {image.size}, file {size}")
         return None
-    for note in info.notes:
+    for note in notes:
         log.add(note, image.path)
-    usable, clipped = check_boxes(image, info.size, min_side, log)
+    usable, clipped = check_boxes(image, size, min_side, log)
     gt_boxes = clipped[usable]
     rng = image_rng(seed, image.image_id, POSITIVES_STREAM)
-    boxes = enlarge_boxes(gt_boxes, info.size, rng, max_scale)
+    boxes = enlarge_boxes(gt_boxes, size, rng, max_scale)
     classes = np.array([a.class_index for a in image.annotations], np.int64)[usable]
     if not len(boxes):
         log.add("image_without_positives", image.path)
     annotated = clipped[(clipped[:, 2:] > clipped[:, :2]).all(axis=1)]
     forbidden = np.concatenate([boxes, annotated])
-    return ImagePlan(image.image_id, image.path, info.size, boxes, gt_boxes, classes, forbidden)
+    return ImagePlan(image.image_id, image.path, size, boxes, gt_boxes, classes, forbidden)
 
 
 def check_boxes(

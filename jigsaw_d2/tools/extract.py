@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+from dataclasses import astuple, fields
 from pathlib import Path
 
 from jigsaw_d2.data.extraction import (
@@ -38,53 +39,51 @@ def parse_size(text: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The data, and every option with its default, from ``ExtractionOptions``."""
+    """The data, and every field of ``ExtractionOptions``."""
     parser = argparse.ArgumentParser(
         prog="extract_samples.py",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="An interrupted run is completed by the same command; finished shards are kept.",
     )
-    data = parser.add_argument_group("data").add_argument
-    data("--json", help="COCO-format annotations")
-    data("--images", help="folder of their images")
-    data("--dataset", help="instead: name of a dataset registered with Detectron2")
-    data("--output", required=True, help="folder of the store to write")
-    data("--val-json", help="held-out annotations, extracted into --val-output")
-    data("--val-images", help="folder of their images (default: --images)")
-    data("--val-dataset", help="instead: name of a registered held-out dataset")
-    data("--val-output", help="held-out store (default: OUTPUT-val)")
-    data("--register", metavar="MODULE", help="Python module to import first: registers datasets")
-    default, samples = ExtractionOptions(), parser.add_argument_group("samples").add_argument
-    samples("--seed", type=int, default=default.seed, help="same seed, same store")
+    add = parser.add_argument_group("data").add_argument
+    add("--json", help="COCO-format annotations")
+    add("--images", help="folder of their images")
+    add("--dataset", help="instead: name of a dataset registered with Detectron2")
+    add("--output", required=True, help="folder of the store to write")
+    add("--val-json", help="held-out annotations, extracted into --val-output")
+    add("--val-images", help="folder of their images (default: --images)")
+    add("--val-dataset", help="instead: name of a registered held-out dataset")
+    add("--val-output", help="held-out store (default: OUTPUT-val)")
+    add("--register", metavar="MODULE", help="Python module to import first: registers datasets")
+    add = parser.add_argument_group("samples").add_argument
+    add("--seed", type=int, help="same seed, same store")
     text = "a box's sides grow to at most this factor (Sec. 3.1); 1.0 = no context"
-    samples("--enlarge", type=float, default=default.max_scale, help=text)
+    add("--enlarge", dest="max_scale", type=float, metavar="FACTOR", help=text)
     text = "negatives per positive over the dataset (Sec. 3.1: 1 to 10)"
-    samples("--negative-ratio", type=float, default=default.negative_ratio, help=text)
-    samples("--min-side", type=float, default=default.min_side, help="least box side, pixels")
+    add("--negative-ratio", type=float, help=text)
+    add("--min-side", type=float, help="least box side, pixels")
     text = f"of JPEGs, 1 to 100, and asks for them; where none is named, {DEFAULT_QUALITY}"
-    samples("--quality", type=int, help=text)
-    text = (
-        "png is without loss; ppm, too, and need not be decoded, at ten times the bytes; auto is "
-        f"ppm for samples of up to {UNCOMPRESSED_UP_TO >> 30} GiB, else jpeg"
-    )
-    samples("--encoding", choices=CHOICES, default=default.encoding, help=text)
+    add("--quality", type=int, help=text)
+    text = "png is without loss; ppm, too, and need not be decoded, at ten times the bytes; auto "
+    text += f"is ppm for samples of up to {UNCOMPRESSED_UP_TO >> 30} GiB, else jpeg"
+    add("--encoding", choices=CHOICES, help=text)
     text = "a .cls beside each sample: 1 KiB more of each"
-    samples("--class-files", action="store_true", help=text)
-    samples("--shard-size", type=parse_size, default="256M", help="at most, e.g. 1G")
+    add("--class-files", action="store_true", help=text)
+    add("--shard-size", type=parse_size, help="at most, e.g. 1G")
     text = "canvas and split that samples will be shown in, pixels"
-    size, names = (224, 224, 64, 64), ("H", "W", "Y", "X")
-    samples("--template", type=int, nargs=4, default=size, metavar=names, help=text)
+    add("--template", type=int, nargs=4, metavar=("H", "W", "Y", "X"), help=text)
     text = "ratios that samples will be resized by (Sec. 4.1)"
-    low_high = {"nargs": 2, "default": default.scale_range, "metavar": ("LOW", "HIGH")}
-    samples("--scale-range", type=float, **low_high, help=text)
-    run = parser.add_argument_group("run").add_argument
-    run("--workers", type=int, default=default_workers(), help="processes; 0 = this one")
-    text = "write one of n parts: one machine each"
-    run("--part", type=parse_part, default=(1, 1), metavar="i/n", help=text)
-    run("--strict", action="store_true", help="stop at the first fault in the input")
-    run("--overwrite", action="store_true", help="replace an existing store")
-    run("--cost-dir", help="folder of the compute ledger (default: that of --output)")
+    add("--scale-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
+    add = parser.add_argument_group("run").add_argument
+    add("--workers", type=int, help="processes; 0 = this one")
+    add("--part", type=parse_part, metavar="i/n", help="write one of n parts: one machine each")
+    add("--strict", action="store_true", help="stop at the first fault in the input")
+    add("--overwrite", action="store_true", help="replace an existing store")
+    add("--cost-dir", help="folder of the compute ledger (default: that of --output)")
+    defaults = {field.name: field.default for field in fields(ExtractionOptions)}
+    defaults |= {"template": astuple(JigsawTemplate()), "shard_size": "256M"}
+    parser.set_defaults(**{**defaults, "workers": default_workers(), "progress": True})
     return parser
 
 
@@ -105,9 +104,9 @@ def make_source(json_file: str | None, images: str | None, dataset: str | None) 
 
 def options_from(args: argparse.Namespace) -> ExtractionOptions:
     """The options of a parsed command line."""
-    given = {k: v for k, v in vars(args).items() if k in ExtractionOptions.__dataclass_fields__}
-    given |= {"template": JigsawTemplate(*args.template), "scale_range": tuple(args.scale_range)}
-    return ExtractionOptions(**given, max_scale=args.enlarge, progress=True)
+    given = {field.name: getattr(args, field.name) for field in fields(ExtractionOptions)}
+    template, scale_range = JigsawTemplate(*args.template), tuple(args.scale_range)
+    return ExtractionOptions(**{**given, "template": template, "scale_range": scale_range})
 
 
 def main(argv: list[str] | None = None) -> int:
