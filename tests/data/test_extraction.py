@@ -52,9 +52,7 @@ def store(tiny_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> SampleSt
 
 
 @pytest.mark.parametrize("encoding", ["png", "ppm"])
-def test_samples_are_the_pixels_of_their_boxes(
-    tiny_coco: Path, tmp_path: Path, encoding: str
-) -> None:
+def test_samples_are_the_pixels_of_their_boxes(tiny_coco, tmp_path, encoding) -> None:
     """Both keep every pixel, so a sample equals the box cut from what Detectron2 reads."""
     store = extract(tiny_coco, tmp_path / "s", encoding=encoding)
     files = {10 * n + 5: f"train_{n:03d}.jpg" for n in range(12)}
@@ -163,9 +161,7 @@ def small_shards(workers: int) -> ExtractionOptions:
     return dataclasses.replace(ALONE, workers=workers, shard_size=40_000)
 
 
-def test_killed_run_is_completed_by_the_same_call(
-    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_run_is_completed_by_the_same_call(tiny_coco, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(extraction, "CUT_CHUNK", 1)
     extract_samples(source(tiny_coco), tmp_path / "whole", small_shards(0))
     script = KILLED.format(tests=TESTS, data=str(tiny_coco), path=str(tmp_path / "s"))
@@ -200,9 +196,7 @@ sys.exit(run_command(work))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_full_disk_is_named_and_the_same_call_goes_on(
-    tiny_coco: Path, store: SampleStore, tmp_path: Path, workers: int
-) -> None:
+def test_full_disk_is_named_and_the_same_call_goes_on(tiny_coco, store, tmp_path, workers) -> None:
     script = FULL_DISK.format(
         tests=TESTS, data=str(tiny_coco), path=str(tmp_path / "s"), workers=workers
     )
@@ -213,9 +207,7 @@ def test_full_disk_is_named_and_the_same_call_goes_on(
     assert content(tmp_path / "s") == content(store.paths[0])
 
 
-def test_each_image_is_decoded_once(
-    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_image_is_decoded_once(tiny_coco, tmp_path, monkeypatch) -> None:
     real, decoded = image_reading.decode_jpeg, []
 
     def decode(data: np.ndarray, *args: object) -> np.ndarray:
@@ -271,9 +263,7 @@ def test_strict_lets_a_sound_set_pass(tiny_coco: Path, tmp_path: Path) -> None:
     assert len(extract(tiny_coco, tmp_path / "s", strict=True)) == 48
 
 
-def test_image_that_breaks_while_extraction_runs(
-    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_image_that_breaks_while_extraction_runs(tiny_coco, tmp_path, monkeypatch) -> None:
     """What probing cannot see is counted when the image is decoded."""
     real = extraction.read_pixels
 
@@ -357,18 +347,14 @@ def boxes_of(*sizes: tuple[int, int]) -> np.ndarray:
         ({"encoding": "ppm"}, 1, "ppm", None),
     ],
 )
-def test_small_sets_are_left_uncompressed(
-    monkeypatch: pytest.MonkeyPatch, given: dict, limit: int, encoding: str, quality: int | None
-) -> None:
+def test_small_sets_are_left_uncompressed(monkeypatch, given, limit, encoding, quality) -> None:
     monkeypatch.setattr(extraction, "UNCOMPRESSED_UP_TO", limit)
     boxes = [boxes_of((10, 20), (30, 5)), boxes_of(), boxes_of((7, 2))]
     settled = ExtractionOptions(**given).settle_encoding(boxes)
     assert (settled.encoding, settled.quality) == (encoding, quality)
 
 
-def test_every_part_takes_the_encoding_of_the_whole(
-    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_part_takes_the_encoding_of_the_whole(tiny_coco, tmp_path, monkeypatch) -> None:
     whole = extract(tiny_coco, tmp_path / "whole", encoding="auto")
     assert whole.header["options"]["encoding"] == "ppm"
     assert set(whole.header["report"]["encoded_bytes"]) == {"ppm"}

@@ -26,9 +26,7 @@ def as_rgb(pixels: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("orientation", range(0, 10))
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_exif_orientation_as_detectron2_applies_it(
-    tmp_path: Path, orientation: int, suffix: str
-) -> None:
+def test_exif_orientation_as_detectron2_applies_it(tmp_path, orientation, suffix) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation  # 1 to 8 are defined, 0 and 9 are not
     path = save(tmp_path / f"a.{suffix}", exif=exif)
@@ -54,9 +52,7 @@ def test_exif_orientation_as_detectron2_applies_it(
         ("RGBA", "png", ("image_alpha",)),
     ],
 )
-def test_modes_as_detectron2_converts_them(
-    tmp_path: Path, mode: str, suffix: str, notes: tuple
-) -> None:
+def test_modes_as_detectron2_converts_them(tmp_path, mode, suffix, notes) -> None:
     path = save(tmp_path / f"a.{suffix}", PICTURE.convert(mode))
     assert np.array_equal(as_rgb(read_pixels(path)), read_image(path, "RGB"))
     assert probe_image(path) == ((40, 64), notes)

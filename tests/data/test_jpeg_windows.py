@@ -82,9 +82,7 @@ def test_narrow_windows_at_both_edges(width: int, grey: bool) -> None:
     st.integers(1, 6),
     st.integers(20, 100),
 )
-def test_window_of_any_subsampling_without_table(
-    case: tuple, subsampling: str, interval: int, quality: int
-) -> None:
+def test_window_of_any_subsampling_without_table(case, subsampling, interval, quality) -> None:
     """JPEGs as OpenCV writes them: other chroma, no list of pieces, grids that may not fit."""
     height, width, window, seed = case
     image = draw_image(height, width, seed % 5, np.random.default_rng(seed))

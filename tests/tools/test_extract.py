@@ -21,9 +21,7 @@ def arguments(data: Path, output: Path, *more: str) -> list[str]:
     return [*files, "--output", str(output), "--workers", "0", *more]
 
 
-def test_both_stores_report_figure_and_ledger(
-    tiny_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_both_stores_report_figure_and_ledger(tiny_coco, tmp_path, capsys) -> None:
     more = ("--val-json", str(tiny_coco / "val.json"), "--seed", "3", "--quality", "80")
     assert main(arguments(tiny_coco, tmp_path / "out" / "store", *more)) == 0
     printed = capsys.readouterr().out
@@ -49,9 +47,7 @@ def test_parts_and_the_ledgers_folder(tiny_coco: Path, tmp_path: Path) -> None:
     assert list(read_ledger(tmp_path / "cost")["stages"]) == ["extraction"]
 
 
-def test_registered_dataset_by_its_name(
-    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_registered_dataset_by_its_name(tiny_coco, tmp_path, monkeypatch) -> None:
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     (tmp_path / "my_datasets.py").write_text(REGISTERING.format(tiny_coco))
@@ -77,17 +73,13 @@ def test_registered_dataset_by_its_name(
         (["--dataset", "x", "--register", "no_such_module"], "no_such_module cannot be imported"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(
-    tmp_path: Path, more: list[str], words: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_mistakes_are_one_line_and_status_2(tmp_path, more: list[str], words, capsys) -> None:
     assert run_command(main, ["--output", str(tmp_path / "s"), "--workers", "0", *more]) == 2
     error = capsys.readouterr().err
     assert words in error and error.startswith("error: ")
 
 
-def test_existing_store_and_overwrite(
-    tiny_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_existing_store_and_overwrite(tiny_coco, tmp_path, capsys) -> None:
     assert main(arguments(tiny_coco, tmp_path / "s")) == 0
     assert run_command(main, arguments(tiny_coco, tmp_path / "s")) == 2
     assert "--overwrite replaces it" in capsys.readouterr().err

@@ -12,9 +12,7 @@ from jigsaw_d2.data.sources import CocoSource
 from jigsaw_d2.tools.store import main
 
 
-def test_verify_finds_nothing_in_a_sound_store(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_verify_finds_nothing_in_a_sound_store(tmp_path, capsys) -> None:
     make_store(tmp_path / "store")
     assert main(["verify", str(tmp_path / "store"), "--decode"]) == 0
     assert "24 samples, 3 categories: sound" in capsys.readouterr().out
@@ -34,9 +32,7 @@ def test_verify_of_no_store(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert "no whole sample store" in capsys.readouterr().err
 
 
-def test_describe_sums_over_parts(
-    tiny_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_describe_sums_over_parts(tiny_coco, tmp_path, capsys) -> None:
     source = CocoSource(tiny_coco / "train.json", tiny_coco / "images")
     for number in (1, 2):
         extract_samples(source, tmp_path / "s", ExtractionOptions(workers=0, part=(number, 2)))
