@@ -67,7 +67,6 @@ setup(
         opencv_requirement(),
         "simplejpeg>=1.8",
         "zlib-ng>=0.5",
-        "msgspec>=0.18",
         "pillow>=9.1",
         "pycocotools>=2.0.6",
         "faster-coco-eval>=1.8",

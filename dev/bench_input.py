@@ -25,12 +25,11 @@ from PIL import Image
 from torchvision import transforms
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.data_loader import build_jigsaw_train_loader
-from jigsaw_d2.extraction.extract import extract_samples
-from jigsaw_d2.extraction.options import ExtractionOptions
-from jigsaw_d2.extraction.sources import CocoSource
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.build import build_jigsaw_train_loader
+from jigsaw_d2.data.extraction import ExtractionOptions, extract_samples
+from jigsaw_d2.data.sources import CocoSource
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.template import JigsawTemplate
 
 BATCH = 32
 # Where each of the draws S, S, T, W goes in the plain loop, which does not sort by area.

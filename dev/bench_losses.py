@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.modeling.erf import region_weights
 from jigsaw_d2.modeling.losses import erf_adaptive_loss, region_means, soft_labels
-from jigsaw_d2.template import JigsawTemplate
 
 
 def dense_loss(logits: Tensor, gt_classes: Tensor, weights: Tensor, regions: Tensor) -> Tensor:

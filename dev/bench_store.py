@@ -20,15 +20,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from jigsaw_d2.extraction.options import needs_windows, shown_sizes
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.store.format import INDEX_NAME, fingerprint, read_header
-from jigsaw_d2.store.writer import StoreWriter
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.extraction import needs_windows, shown_sizes
+from jigsaw_d2.data.store import INDEX_NAME, SampleStore, fingerprint, read_header
+from jigsaw_d2.data.store_writer import StoreWriter
+from jigsaw_d2.data.template import JigsawTemplate
 
 OPEN_SCRIPT = """
 import sys, time
-from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.data.store import SampleStore
 started = time.perf_counter()
 store = SampleStore(sys.argv[1])
 store[len(store) - 1]
@@ -123,10 +122,9 @@ def measure_workers(store: SampleStore, count: int) -> tuple[float, float]:
 
 def measure_overhead(store: SampleStore) -> dict[str, float]:
     """Shares of the JPEG bytes: index, tar, and both."""
-    encoded = int(store.parts[0].index["length"].sum())
-    part = store.parts[0]
-    tar = sum(shard["bytes"] for shard in part.header["shards"]) - encoded
-    index = os.path.getsize(part.path / INDEX_NAME)
+    encoded = int(store.index["length"].sum())
+    tar = sum(shard["bytes"] for shard in store.header["shards"]) - encoded
+    index = os.path.getsize(store.paths[0] / INDEX_NAME)
     return {"mean": encoded / len(store), "tar": tar / encoded, "index": index / encoded}
 
 
@@ -146,7 +144,7 @@ def main() -> None:
         overhead = measure_overhead(store)
         if not args.store:
             plain = draw_store(folder / "without", windows=False)
-            written, bare = (s.parts[0].index["length"].sum() for s in (store, plain))
+            written, bare = (s.index["length"].sum() for s in (store, plain))
             restarts = written / bare - 1
         draw_store(folder / "large", count=300)
         blow_up(folder / "large", args.samples)
@@ -156,7 +154,7 @@ def main() -> None:
         rates = [100_000 / read_randomly(large, 100_000, n) for n in range(args.repeats)]
         checked = time.perf_counter()
         for i in range(20_000):
-            large.read_checked(i)
+            large.view(i, check=True)
         checked = 20_000 / (time.perf_counter() - checked)
         large.classes.sum(), large.groups.sum(), large.sizes.sum()
         alone, eight = measure_workers(large, 0), measure_workers(large, 8)

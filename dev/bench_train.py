@@ -28,9 +28,9 @@ from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_macs, device_name
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.engine.precision import Precision
 from jigsaw_d2.engine.trainer import JigsawTrainer
-from jigsaw_d2.sample_store import SampleStore
 
 ROWS = {"a": "bare backbone", "b": "trainer, synthetic", "c": "trainer, real loader"}
 

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from jigsaw_d2.commands import run_command
+from jigsaw_d2.tools import run_command
 
 COMMANDS = {
     "run": "the whole job: extract, pre-train, convert, fine-tune, report",
@@ -14,7 +14,7 @@ COMMANDS = {
     "finetune": "train a detector from converted weights",
     "visualize": "figures: samples, jigsaw, erf, labels",
     "erf": "effective receptive field of any Detectron2 backbone",
-    "cost": "ledger of a run's compute",
+    "cost": "what runs cost, beside ImageNet pre-training",
 }
 
 
@@ -29,8 +29,7 @@ def main(argv: list[str] | None = None) -> int:
             f"usage: python -m jigsaw_d2 COMMAND ... (COMMAND --help tells more)\n\n{lines}\n"
         )
         return 0 if asked_for_help else 2
-    package = "tools" if argv[0] == "run" else "commands"
-    command = importlib.import_module(f"jigsaw_d2.{package}.{argv[0]}")
+    command = importlib.import_module(f"jigsaw_d2.tools.{argv[0]}")
     return run_command(command.main, argv[1:])
 
 

@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 FIT_METHODS = ("pad_crop", "warp", "resize")
 SAMPLINGS = ("uniform", "class_balanced")
-ERF_GRADS = ("abs", "relu")
 AMP_DTYPES = ("float16", "bfloat16", "auto")
 AUTO_NORM = "auto"
 # SOLVER.LR_SCHEDULER_NAME of the paper's schedule. Detectron2's own "WarmupCosineLR" is another

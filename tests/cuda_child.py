@@ -22,11 +22,11 @@ from helpers_run import tiny_options, torchrun_variables
 from helpers_store import make_store
 from helpers_weights import C4, FPN, SMALL, make_coco
 
-from jigsaw_d2.commands import convert, erf, finetune
-from jigsaw_d2.commands import pretrain as pretrain_command
-from jigsaw_d2.commands import visualize
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.engine.trainer import JigsawTrainer
+from jigsaw_d2.tools import convert, erf, finetune
+from jigsaw_d2.tools import pretrain as pretrain_command
+from jigsaw_d2.tools import visualize
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRECISIONS = {

@@ -5,7 +5,7 @@ import contextlib
 import io
 from types import ModuleType
 
-from jigsaw_d2.commands import run_command
+from jigsaw_d2.tools import run_command
 
 
 def run_figure(module: ModuleType, arguments: list[str]) -> tuple[int, str]:

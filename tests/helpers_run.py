@@ -20,11 +20,12 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from helpers_store import make_store
 from torch import nn
 
-import jigsaw_d2.commands.pretrain
-from jigsaw_d2.commands import run_command
+import jigsaw_d2.engine.pretrain
+import jigsaw_d2.tools.pretrain
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.io import ConfigError
+from jigsaw_d2.tools import run_command
 
 
 class TinyBackbone(Backbone):
@@ -127,7 +128,7 @@ def _command(argv: list[str], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     detectron2.engine.defaults.collect_env_info = str  # seconds of asking compilers for versions
-    jigsaw_d2.commands.pretrain.JigsawTrainer = RecordingTrainer
+    jigsaw_d2.engine.pretrain.JigsawTrainer = RecordingTrainer
     point, _, name = environment.get("KILL", "").partition(" ")
     save, replace = torch.save, os.replace
 
@@ -148,7 +149,7 @@ def _command(argv: list[str], environment: dict[str, str]) -> None:
     try:
         if "STDERR" in environment:
             sys.stderr = open(environment["STDERR"], "a", buffering=1)
-        code = run_command(jigsaw_d2.commands.pretrain.main, argv)
+        code = run_command(jigsaw_d2.tools.pretrain.main, argv)
     except BaseException:
         traceback.print_exc()
     sys.stderr.flush()
@@ -161,7 +162,7 @@ def start(argv: list[str], **environment: str) -> multiprocessing.Process:
     ``environment``: LOSSES and STDERR (files), KILL and FAIL (see above), torchrun's variables.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jigsaw_d2.commands.pretrain", "pygments.lexers"])
+    context.set_forkserver_preload(["jigsaw_d2.engine.pretrain", "pygments.lexers"])
     child = context.Process(target=_command, args=(argv, environment))
     child.start()
     return child

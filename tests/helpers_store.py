@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.store.writer import StoreWriter
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.store_writer import StoreWriter
 
 
 def draw_image(height: int, width: int, hue: int, rng: np.random.Generator) -> np.ndarray:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jigsaw_d2.__main__ import COMMANDS, main
-from jigsaw_d2.commands import run_command
-from jigsaw_d2.errors import JigsawError
+from jigsaw_d2.io import JigsawError
+from jigsaw_d2.tools import run_command
 
 PROJECT = Path(__file__).parents[1] / "projects" / "JigsawPretrain"
 SCRIPTS = ("train_net", "extract_samples", "convert_weights", "finetune_net", "visualize")
@@ -17,8 +17,7 @@ SCRIPTS = ("train_net", "extract_samples", "convert_weights", "finetune_net", "v
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_explains_itself(name, capsys):
-    package = "tools" if name == "run" else "commands"
-    parser = importlib.import_module(f"jigsaw_d2.{package}.{name}").build_parser()
+    parser = importlib.import_module(f"jigsaw_d2.tools.{name}").build_parser()
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["--help"])
     assert stop.value.code == 0
@@ -28,7 +27,7 @@ def test_every_command_explains_itself(name, capsys):
 def test_every_script_is_a_door_to_its_command():
     for script in SCRIPTS:
         source = (PROJECT / f"{script}.py").read_text()
-        assert "from jigsaw_d2.commands." in source
+        assert "from jigsaw_d2.tools." in source
         assert source.count("\n") < 20, f"{script}.py should hold no logic"
 
 

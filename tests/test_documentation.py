@@ -60,7 +60,7 @@ def test_every_public_method_is_explained(name):
     assert not missing, f"{name}: no docstring on {missing}"
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if ".commands" not in m])
+@pytest.mark.parametrize("name", [m for m in MODULES if ".tools" not in m])
 def test_functions_on_arrays_state_shapes(name):
     module = importlib.import_module(name)
     silent = [
@@ -142,7 +142,7 @@ def _module_of(name):
     if name in ("compare", "demo"):
         return name
     assert name in COMMANDS, f"{name} is no command"
-    return f"jigsaw_d2.{'tools' if name == 'run' else 'commands'}.{name}"
+    return f"jigsaw_d2.tools.{name}"
 
 
 def _with_subparsers(parser):

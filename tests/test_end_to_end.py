@@ -12,9 +12,9 @@ from detectron2.utils.events import EventStorage
 from helpers_jobs import tiny_set
 
 from jigsaw_d2.checkpoint.loading import load_backbone
-from jigsaw_d2.commands import convert, extract, pretrain
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.detection.config import setup_finetune
-from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.tools import convert, extract, pretrain
 
 ITERATIONS = 5
 SMALL_DETECTOR = [

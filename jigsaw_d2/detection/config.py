@@ -18,7 +18,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from jigsaw_d2.checkpoint.convert import check_free, read_converted
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
 from jigsaw_d2.config import add_jigsaw_config, find_config, refuse_code
-from jigsaw_d2.datasets import register_coco_files
+from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.io import ConfigError, DataError, write_text
 
 logger = logging.getLogger(__name__)

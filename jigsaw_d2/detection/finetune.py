@@ -24,7 +24,7 @@ from torch import nn
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.metadata import WeightsMetadata
 from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops, device_name, record_stage
-from jigsaw_d2.datasets import register_coco_files
+from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.detection.config import check_annotations, read_metadata
 from jigsaw_d2.io import RunError, write_text
 

@@ -10,7 +10,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from jigsaw_d2.data_loader import jigsaw_stream
+from jigsaw_d2.data.build import jigsaw_stream
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.engine.precision import Precision
 from jigsaw_d2.engine.state import average_statistics
 from jigsaw_d2.io import ConfigError
@@ -25,7 +26,6 @@ from jigsaw_d2.modeling.erf import (
     unwrap,
 )
 from jigsaw_d2.modeling.losses import OBJECTIVES
-from jigsaw_d2.sample_store import SampleStore
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from jigsaw_d2.config import check_trainable_config, resolve_norm, scale_to_batch
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.engine.precision import is_settled, settle_precision
 from jigsaw_d2.engine.state import read_checkpoint
 from jigsaw_d2.io import ConfigError
-from jigsaw_d2.sample_store import SampleStore
 
 logger = logging.getLogger(__name__)
 

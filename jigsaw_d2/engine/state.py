@@ -35,9 +35,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from jigsaw_d2 import __version__
+from jigsaw_d2.data.store import SampleStore, hash_image_ids
 from jigsaw_d2.io import CheckpointError, ConfigError, RunError, open_atomically, write_text
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.store.format import hash_image_ids
 
 if TYPE_CHECKING:
     from jigsaw_d2.engine.trainer import JigsawTrainer

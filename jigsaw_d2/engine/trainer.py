@@ -29,7 +29,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from jigsaw_d2.checkpoint.loading import load_initial_weights
 from jigsaw_d2.cost import CostLog, backbone_macs, device_name
-from jigsaw_d2.data_loader import build_jigsaw_eval_loader, build_jigsaw_train_loader
+from jigsaw_d2.data.build import build_jigsaw_eval_loader, build_jigsaw_train_loader
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.engine.erf_refresh import build_erf_refresh_hook
 from jigsaw_d2.engine.hooks import (
     CheckpointHook,
@@ -55,7 +56,6 @@ from jigsaw_d2.evaluation import JigsawEvaluator
 from jigsaw_d2.io import CheckpointError, RunError
 from jigsaw_d2.modeling.activation_checkpointing import checkpoint_activations
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer, check_trainable
-from jigsaw_d2.sample_store import SampleStore
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +210,7 @@ class JigsawTrainer(DefaultTrainer):
     def build_writers(self) -> list[EventWriter]:
         """Console, metrics.json and TensorBoard, without what a resumed run will write again."""
         folder = Path(self.cfg.OUTPUT_DIR)
+        folder.mkdir(parents=True, exist_ok=True)  # 0.6's writers make it, later ones do not
         metrics = folder / "metrics.json"
         dropped = truncate_metrics(metrics, self.start_iter)
         if dropped:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError, RunError
 from jigsaw_d2.modeling.losses import NUM_REGIONS
-from jigsaw_d2.template import JigsawTemplate
 
 GRADS = {"abs": torch.abs, "relu": torch.relu}
 

@@ -14,10 +14,10 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import losses
 from jigsaw_d2.modeling.erf import own_region_weights
-from jigsaw_d2.template import JigsawTemplate
 
 # Iterations between two values of the training metrics: the period of Detectron2's writers, so
 # that nothing is computed, and no GPU waited for, only to be thrown away.
@@ -97,7 +97,9 @@ class JigsawPretrainer(nn.Module):
             "backbone": build_backbone(cfg),
             "in_feature": jigsaw.IN_FEATURE,
             "num_classes": jigsaw.NUM_CLASSES,
-            "template": JigsawTemplate.from_config(cfg),
+            "template": JigsawTemplate(
+                *cfg.INPUT.JIGSAW.TEMPLATE_SIZE, *cfg.INPUT.JIGSAW.TEMPLATE_SPLIT
+            ),
             "objective": jigsaw.OBJECTIVE,
             "tau": jigsaw.TAU,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,

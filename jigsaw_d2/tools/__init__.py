@@ -1,1 +1,20 @@
-"""Command lines, one module each: ``build_parser()`` and ``main(argv) -> exit status``."""
+"""Command lines, one module each: ``build_parser()`` and ``main(argv) -> exit status``.
+
+Here live argument parsing and what the user reads; the work lives in the rooms of the library.
+``projects/JigsawPretrain/*.py`` and ``python -m jigsaw_d2`` both call these. What takes seconds to
+import is imported once the arguments are parsed, so that --help answers at once.
+"""
+
+import sys
+from collections.abc import Callable
+
+from jigsaw_d2.io import JigsawError
+
+
+def run_command(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
+    """Exit status of ``main(argv)``; a user's mistake becomes one line on stderr and status 2."""
+    try:
+        return main(argv)
+    except (JigsawError, FileNotFoundError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2

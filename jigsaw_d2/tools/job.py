@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from jigsaw_d2.commands import visualize
 from jigsaw_d2.config import get_jigsaw_cfg, scale_to_batch
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.io import write_text
-from jigsaw_d2.sample_store import SampleStore
+from jigsaw_d2.tools import visualize
 from jigsaw_d2.tools.pipeline import (
     DetectionSet,
     conversion_stage,

@@ -15,9 +15,9 @@ from detectron2.config import CfgNode
 
 from jigsaw_d2.config import get_jigsaw_cfg, scale_to_batch
 from jigsaw_d2.cost import read_cost_log
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.detection.config import SCRATCH, config_changes, load_detection_config
 from jigsaw_d2.io import ConfigError, DataError, RunError
-from jigsaw_d2.sample_store import SampleStore
 from jigsaw_d2.tools.stages import Stage, read_metrics
 
 WARMUP_SHARE = 0.1  # of a shortened training, at most

@@ -14,20 +14,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling.erf import (
     DEFINITION,
     GRAD_WORDS,
-    GRADS,
     measure_erf,
     outside_shares,
     region_shares,
 )
-from jigsaw_d2.template import JigsawTemplate
 from jigsaw_d2.visualization.inputs import (
-    RANDOM,
-    default_device,
     load_network,
     normalise,
     random_images,
@@ -183,41 +180,6 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``visualize.py erf``."""
-    add = parser.add_argument
-    add(
-        "--config-file",
-        nargs="+",
-        required=True,
-        help="one for all networks, or one each: paths, ours, or names in Detectron2's model zoo",
-    )
-    add(
-        "--weights",
-        nargs="+",
-        default=[RANDOM],
-        help='checkpoints or weight files to compare; "random" is the initialisation (default)',
-    )
-    add("--names", nargs="+", default=[], help="of the rows; default: the weights' file names")
-    add("--store", nargs="+", default=[], help="sample store(s): measure on Jigsaw images")
-    add("--images", nargs="+", default=[], help="or on image files or folders; default: noise")
-    add("--num-images", type=int, default=16, help="images to average over (default 16)")
-    add(
-        "--feature",
-        nargs="+",
-        default=[""],
-        help="one for all networks, or one each; default: MODEL.JIGSAW.IN_FEATURE of the config",
-    )
-    add("--grad", choices=sorted(GRADS), default="abs", help="sign of gradients: abs counts both")
-    add("--seed", type=int, default=0, help="of random weights, noise and Jigsaw images")
-    add("--device", default=default_device(), help="cpu or cuda")
-    add("--output", default="erf.png", help="figure; the shares go beside it as .json")
-    # An option, as in Detectron2's demo: after a list of files, bare words would join the list.
-    add(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides"
-    )
-
-
 def run(args: argparse.Namespace) -> list[Path]:
     """Measure each network on the same images, normalised as its config says; draw and write."""
     count = len(args.weights)
@@ -236,7 +198,7 @@ def run(args: argparse.Namespace) -> list[Path]:
         network, cfg = load_network(
             config, feature, weights, args.opts, seed=args.seed, device=args.device
         )
-        template = JigsawTemplate.from_config(cfg)
+        template = JigsawTemplate(*cfg.INPUT.JIGSAW.TEMPLATE_SIZE, *cfg.INPUT.JIGSAW.TEMPLATE_SPLIT)
         if images is None:
             images = _choose_images(args, cfg, template)
         inputs = normalise(images, cfg) if images.dtype == torch.uint8 else images

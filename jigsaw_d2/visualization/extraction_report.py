@@ -4,15 +4,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jigsaw_d2.samples import GROUPS
-from jigsaw_d2.template import REGION_GROUPS, REGIONS
+from jigsaw_d2.data.samples import GROUPS
+from jigsaw_d2.data.template import REGION_GROUPS, REGIONS
 
 GROUP_COLORS = {"S": "#4477aa", "T": "#228833", "W": "#ee6677"}
 MAX_CLASSES = 40
 
 
 def report_figure(report: dict) -> Figure:
-    """Four panels of a report of ``extraction.report.summarise``."""
+    """Four panels of a report of ``data.report.summarise``."""
     figure = Figure(figsize=(13, 9), layout="constrained")
     panels = figure.subplot_mosaic(
         [["classes", "classes"], ["groups", "fill"], ["sizes", "sizes"]],

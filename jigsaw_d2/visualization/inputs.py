@@ -15,10 +15,10 @@ from torch import Tensor
 from jigsaw_d2.checkpoint.convert import read_tensors
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.config import resolve_norm
-from jigsaw_d2.data_loader import JigsawBatches, jigsaw_stream
+from jigsaw_d2.data.build import JigsawBatches, jigsaw_stream
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.detection.config import apply_metadata, load_detection_config
 from jigsaw_d2.io import ConfigError
-from jigsaw_d2.sample_store import SampleStore
 
 RANDOM = "random"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")

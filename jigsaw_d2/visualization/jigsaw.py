@@ -12,9 +12,9 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.data_loader import JigsawLoader, build_jigsaw_train_loader
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.template import REGIONS, JigsawTemplate
+from jigsaw_d2.data.build import JigsawLoader, build_jigsaw_train_loader
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.template import REGIONS, JigsawTemplate
 
 REGION_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231")
 PADDING_COLOUR = np.array([70, 70, 90], np.uint8)
@@ -117,18 +117,6 @@ def save_batch_figure(
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     return figure_pixels(figure).transpose(2, 0, 1)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``visualize.py jigsaw``."""
-    add = parser.add_argument
-    add("store", nargs="+", help="store folder, or the parts of one")
-    add("--config-file", default="", help="pre-training config (default: the paper's input)")
-    add("--count", type=int, default=8, help="images shown")
-    add("--first", type=int, default=0, help="number of the first image in the training stream")
-    add("--seed", type=int, default=0, help="of the stream of images")
-    add("--output", default="jigsaw.png", help="image to write")
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="overrides")
 
 
 def run(args: argparse.Namespace) -> list[Path]:

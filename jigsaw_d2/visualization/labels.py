@@ -15,11 +15,11 @@ from torch import Tensor
 
 from jigsaw_d2.checkpoint.convert import read_weights
 from jigsaw_d2.config import get_jigsaw_cfg, resolve_norm
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.template import REGIONS, JigsawTemplate
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import losses
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.template import REGIONS, JigsawTemplate
 from jigsaw_d2.visualization.erf import save_figure
 from jigsaw_d2.visualization.inputs import default_device, normalise, rgb_stream
 
@@ -87,26 +87,6 @@ def _outline(panel: Any, template: JigsawTemplate) -> None:
     panel.set_yticks([])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``visualize.py labels``."""
-    add = parser.add_argument
-    add("--config-file", required=True, help="of the pre-training")
-    add(
-        "--weights", required=True, help="a checkpoint of it: network, classifier and label weights"
-    )
-    add(
-        "--store", nargs="+", required=True, help="sample store(s) that the Jigsaw image comes from"
-    )
-    add("--position", type=int, nargs="+", default=[0], help="numbers of the images (default 0)")
-    add("--seed", type=int, default=0, help="of the stream of images")
-    add("--device", default=default_device(), help="cpu or cuda")
-    add("--output", default="labels.png", help="figure; with several positions, -N is added")
-    # An option, as in Detectron2's demo: after a list of files, bare words would join the list.
-    add(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides"
-    )
-
-
 def run(args: argparse.Namespace) -> list[Path]:
     """One figure a position."""
     model, cfg = load_pretrainer(args.config_file, args.weights, args.opts, args.device)
@@ -163,7 +143,7 @@ def load_pretrainer(
     if not isinstance(state, Mapping) or "classifier.weight" not in state:
         raise ConfigError(f"{weights} is no pre-training checkpoint; labels need its classifier")
     cfg = get_jigsaw_cfg(config_file, list(overrides))
-    cfg.MODEL.DEVICE = device
+    cfg.MODEL.DEVICE = device or default_device()
     cfg.MODEL.RESNETS.NORM = resolve_norm(cfg, 1)
     cfg.MODEL.JIGSAW.NUM_CLASSES = len(state["classifier.weight"]) - 1
     model = build_model(cfg)

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.samples import GROUPS
+from jigsaw_d2.data.samples import GROUPS
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.visualization.extraction_report import GROUP_COLORS
 
 COLUMNS = 8
@@ -49,15 +49,6 @@ def samples_figure(store: SampleStore, samples: np.ndarray) -> Figure:
             )
         )
     return figure
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``visualize.py samples``."""
-    parser.add_argument("store", nargs="+", help="store folder, or the parts of one")
-    parser.add_argument("--output", default="samples.png", help="image to write")
-    parser.add_argument("--count", type=int, default=48, help="samples shown")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice")
-    parser.add_argument("--indices", type=int, nargs="+", help="show these samples instead")
 
 
 def run(args: argparse.Namespace) -> list[Path]:

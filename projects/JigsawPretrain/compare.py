@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmark.plan import ABLATIONS, BUDGETS, COSTS, PRESETS, Plan, parse_arm
-from jigsaw_d2.commands import run_command
+from jigsaw_d2.tools import run_command
 from jigsaw_d2.tools.run import add_file_arguments, files_dataset, say
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help shall not

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from benchmark.plan import SMALL_IMAGES
-from jigsaw_d2.commands import run_command
+from jigsaw_d2.tools import run_command
 from jigsaw_d2.tools.run import finish, say
 
 # Shorter than the configs' own, so that both trainings and evaluations fit into minutes of a slow

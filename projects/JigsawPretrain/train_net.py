@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Pre-train a backbone on Jigsaw images (Sec. 3.2-3.3, 4.1).
 
-The command is ``jigsaw_d2.commands.pretrain``; ``python -m jigsaw_d2 pretrain`` runs it too.
+The command is ``jigsaw_d2.tools.pretrain``; ``python -m jigsaw_d2 pretrain`` runs it too.
 """
 
 import sys
 
-from jigsaw_d2.commands import run_command
-from jigsaw_d2.commands.pretrain import main
+from jigsaw_d2.tools import run_command
+from jigsaw_d2.tools.pretrain import main
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

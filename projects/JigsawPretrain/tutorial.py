@@ -18,18 +18,17 @@ from benchmark.demo_data import DemoOptions, make_demo_set
 from jigsaw_d2.checkpoint.convert import convert_checkpoint
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.data_loader import build_jigsaw_train_loader
+from jigsaw_d2.data.build import build_jigsaw_train_loader
+from jigsaw_d2.data.extraction import ExtractionOptions, extract_samples
+from jigsaw_d2.data.samples import GROUPS
+from jigsaw_d2.data.sources import CocoSource
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.detection.config import setup_finetune
 from jigsaw_d2.engine.trainer import JigsawTrainer
-from jigsaw_d2.extraction.extract import extract_samples
-from jigsaw_d2.extraction.options import ExtractionOptions
-from jigsaw_d2.extraction.sources import CocoSource
 from jigsaw_d2.modeling import losses
 from jigsaw_d2.modeling.erf import erf_region_sums, region_weights
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.samples import GROUPS
-from jigsaw_d2.template import JigsawTemplate
 from jigsaw_d2.tools.pipeline import DetectionSet
 
 
@@ -79,7 +78,7 @@ def step_3_jigsaw_images(cfg: CfgNode, store: SampleStore) -> dict:
 
 def step_4_soft_labels(cfg: CfgNode, model: JigsawPretrainer, batch: dict) -> None:
     """Sec. 3.3: where a cell sees beyond its region, the neighbours' labels join in (Eq. 1-2)."""
-    template = JigsawTemplate.from_config(cfg)
+    template = JigsawTemplate(*cfg.INPUT.JIGSAW.TEMPLATE_SIZE, *cfg.INPUT.JIGSAW.TEMPLATE_SPLIT)
     images = model.preprocess(batch["image"])
     sums = erf_region_sums(model.backbone, images, template)
     regions = template.cell_regions(stride=32)

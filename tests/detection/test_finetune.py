@@ -24,7 +24,7 @@ from helpers_weights import (
 )
 
 from jigsaw_d2.cost import backbone_flops, read_cost_log
-from jigsaw_d2.datasets import register_coco_file
+from jigsaw_d2.data.sources import register_coco_file
 from jigsaw_d2.detection import finetune as finetune_module
 from jigsaw_d2.detection.config import setup_finetune
 from jigsaw_d2.detection.finetune import ComputeMeter, FastCOCOEvaluator, finetune

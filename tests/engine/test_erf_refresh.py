@@ -12,13 +12,13 @@ from detectron2.engine import TrainerBase
 from detectron2.utils.events import EventStorage
 from helpers_networks import tiny_backbone
 
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.engine import erf_refresh
 from jigsaw_d2.engine.erf_refresh import ErfRefreshHook
 from jigsaw_d2.engine.launch import leave_group
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling.erf import erf_region_sums, outside_shares, region_weights
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
-from jigsaw_d2.template import JigsawTemplate
 
 TINY = JigsawTemplate(height=96, width=96, split_y=32, split_x=32)
 

@@ -12,8 +12,6 @@ from helpers_run import tiny_cfg, tiny_options
 from torch import nn
 from torch._dynamo.utils import counters
 
-from jigsaw_d2.commands import run_command
-from jigsaw_d2.commands.pretrain import main
 from jigsaw_d2.engine.state import (
     check_same_start,
     get_random_state,
@@ -23,6 +21,8 @@ from jigsaw_d2.engine.state import (
 from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.io import CheckpointError, ConfigError, RunError
 from jigsaw_d2.modeling.losses import OBJECTIVES
+from jigsaw_d2.tools import run_command
+from jigsaw_d2.tools.pretrain import main
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ import torch
 from helpers_networks import Named, line_operator, ones_conv, tiny_backbone, tiny_fpn
 from torch import nn
 
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError, RunError
 from jigsaw_d2.modeling import erf
 from jigsaw_d2.modeling.erf import region_shares
-from jigsaw_d2.template import JigsawTemplate
 
 SQUARE = JigsawTemplate(height=8, width=8, split_y=4, split_x=4)
 TINY = JigsawTemplate(height=96, width=96, split_y=32, split_x=32)  # 3x3 cells of res5

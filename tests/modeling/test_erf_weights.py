@@ -5,9 +5,9 @@ import unittest
 import numpy as np
 import torch
 
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError, RunError
 from jigsaw_d2.modeling import erf as erf_weights
-from jigsaw_d2.template import JigsawTemplate
 
 TINY = JigsawTemplate(height=96, width=96, split_y=32, split_x=32)
 

@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.data.template import JigsawTemplate, TemplateError
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import losses
 from jigsaw_d2.modeling.erf import own_region_weights
 from jigsaw_d2.modeling.losses import OBJECTIVES
 from jigsaw_d2.modeling.meta_arch import LOG_PERIOD, JigsawPretrainer
-from jigsaw_d2.template import JigsawTemplate, TemplateError
 
 TINY = JigsawTemplate(height=96, width=96, split_y=32, split_x=32)
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]

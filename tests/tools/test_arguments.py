@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from helpers_weights import C4, FPN, SMALL, THIN, make_coco
 
-from jigsaw_d2.commands import run_command
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.tools import arguments
 from jigsaw_d2.tools import finetune as finetune_command
+from jigsaw_d2.tools import run_command
 
 COMMANDS = ("convert", "finetune", "erf", "cost")
 HEAVY = ("torch", "detectron2", "matplotlib", "numpy")

@@ -13,8 +13,8 @@ from helpers_networks import TINY_RESNET, tiny_backbone
 from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.modeling.erf import erf_region_sums, outside_shares
-from jigsaw_d2.template import JigsawTemplate
 from jigsaw_d2.visualization import erf
 from jigsaw_d2.visualization.erf import cell_figure, erf_figure, figure_pixels, map_size
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from helpers_store import make_store
 
-from jigsaw_d2.commands import visualize
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.data_loader import build_jigsaw_train_loader
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.build import build_jigsaw_train_loader
+from jigsaw_d2.data.template import JigsawTemplate
+from jigsaw_d2.tools import visualize
 from jigsaw_d2.visualization.jigsaw import (
     PADDING_COLOUR,
     add_arguments,

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from helpers_store import make_store
 
-from jigsaw_d2.extraction.report import summarise
-from jigsaw_d2.sample_store import SampleStore
-from jigsaw_d2.template import JigsawTemplate
+from jigsaw_d2.data.report import summarise
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.visualization.extraction_report import report_figure
 from jigsaw_d2.visualization.samples import (
     add_arguments,
@@ -50,6 +50,6 @@ def test_command_writes_the_figure(store: SampleStore, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [12, 1, 0])
 def test_report_figure_of_full_and_empty_groups(store: SampleStore, keep: int) -> None:
-    index = store.parts[0].index[:keep]
+    index = store.index[:keep]
     report = summarise(index, store.categories, JigsawTemplate(), (0.8, 1.5))
     assert len(report_figure(report).axes) == 4

@@ -1,0 +1,247 @@
+"""Loaders of Jigsaw batches: for training without end, for evaluation once through.
+
+Iteration k of training takes images k * B .. (k + 1) * B - 1 (B = SOLVER.IMS_PER_BATCH), whatever
+the number of ranks and workers. Within each micro-batch of the step, rank r of R makes the images
+r, r + R, r + 2R ...: so the images of a step do not depend on R, only who makes them.
+"""
+
+import itertools
+import logging
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from jigsaw_d2.data.dataset_mapper import JigsawDatasetMapper
+from jigsaw_d2.data.sampler import JigsawSampler, repeat_factors
+from jigsaw_d2.data.samples import group_codes
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.io import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Batches that each worker of a DataLoader makes ahead, by default.
+PREFETCHED = 2
+# Added to a run's seed, so that measurements and training draw different images.
+SEED_OFFSET = 7_919
+
+
+class JigsawBatches(Dataset):
+    """Batch ``range`` of image numbers -> one batch, made whole in the worker."""
+
+    def __init__(self, sampler: JigsawSampler, mapper: JigsawDatasetMapper) -> None:
+        self.sampler, self.mapper = sampler, mapper
+
+    def __getitem__(self, positions: range) -> dict:
+        """
+        Returns:
+            {"image": uint8 (N, 3, H, W), channels innermost in memory, as images are decoded;
+            "gt_classes" and "sample_ids": int64 (N, 4) in region order, "position": number of the
+            first image, "damaged": list of (id, reason)}.
+
+        Raises:
+            DataError: the store was removed or replaced since it was opened.
+        """
+        self.mapper.store.check_unchanged()
+        template = self.mapper.template
+        images = _empty_batch(len(positions), template.height, template.width)
+        made = [
+            self.mapper(
+                {
+                    "position": position,
+                    "sample_ids": self.sampler.quadruple(position),
+                    "replacements": lambda slot, p=position: self.sampler.replacements(slot, p),
+                },
+                out,
+            )
+            for position, out in zip(positions, images.numpy())
+        ]
+        return {
+            "image": images.permute(0, 3, 1, 2),
+            "gt_classes": torch.stack([image["gt_classes"] for image in made]),
+            "sample_ids": torch.stack([image["sample_ids"] for image in made]),
+            "position": positions[0],
+            "damaged": [entry for image in made for entry in image["damaged"]],
+        }
+
+
+def _empty_batch(count: int, height: int, width: int) -> torch.Tensor:
+    """uint8 (count, height, width, 3); in a worker in the memory that it shares with the trainer.
+
+    There a tensor is copied into shared memory when it is sent. Made there in the first place, as
+    torch's own collation does, it is not.
+    """
+    size = (count, height, width, 3)
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty(size, np.uint8))
+    storage = torch.UntypedStorage._new_shared(math.prod(size), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, size)
+
+
+class JigsawLoader(DataLoader):
+    """A DataLoader whose own process logs the samples that were replaced, each once.
+
+    Attributes:
+        position_step: from the number of one image of a batch to that of the next.
+        replaced: how often a damaged sample was replaced so far.
+    """
+
+    def __init__(self, batches: JigsawBatches, positions: Iterable[range], **options: Any) -> None:
+        super().__init__(batches, sampler=positions, batch_size=None, **options)
+        self.position_step = getattr(positions, "world_size", 1)
+        self.replaced = 0
+        self._named: set[int] = set()
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in super().__iter__():
+            for sample, reason in batch["damaged"]:
+                self.replaced += 1
+                if sample not in self._named:
+                    self._named.add(sample)
+                    logger.warning(
+                        "sample %d was replaced by the next of its group (%d samples so far): %s",
+                        *(sample, len(self._named), reason),
+                    )
+            yield batch
+
+
+class BatchPositions:
+    """Image numbers of each micro-batch of one rank, from iteration ``start_iter`` on, endless."""
+
+    def __init__(self, cfg: CfgNode, rank: int, world_size: int, start_iter: int) -> None:
+        size, micro_batches = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
+        share = world_size * micro_batches
+        if size % share:
+            raise ConfigError(
+                f"SOLVER.IMS_PER_BATCH = {size} cannot be shared by {world_size} processes x "
+                f"SOLVER.ACCUMULATION_STEPS = {micro_batches}: use a multiple of {share}"
+            )
+        self.first, self.micro_size = start_iter * size, size // micro_batches
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[range]:
+        for first in itertools.count(self.first, self.micro_size):
+            yield range(first + self.rank, first + self.micro_size, self.world_size)
+
+
+def build_jigsaw_sampler(cfg: CfgNode, mapper: JigsawDatasetMapper) -> JigsawSampler:
+    """The sampler of ``INPUT.JIGSAW.SAMPLING`` over the mapper's store, seeded like the mapper."""
+    factors = None
+    if cfg.INPUT.JIGSAW.SAMPLING == "class_balanced":
+        factors = repeat_factors(mapper.classes, cfg.DATALOADER.REPEAT_THRESHOLD)
+    elif cfg.INPUT.JIGSAW.SAMPLING != "uniform":
+        raise ConfigError(
+            f"INPUT.JIGSAW.SAMPLING = {cfg.INPUT.JIGSAW.SAMPLING!r}: use uniform or class_balanced"
+        )
+    sizes = mapper.shown_sizes()
+    groups = mapper.store.groups if mapper.context else group_codes(sizes[:, 1], sizes[:, 0])
+    return JigsawSampler(sizes=sizes, groups=groups, seed=mapper.seed, repeat_factors=factors)
+
+
+def jigsaw_stream(cfg: CfgNode, store: SampleStore) -> JigsawBatches:
+    """Range of positions (ints >= 0) -> batch: Jigsaw images of a stream of its own.
+
+    Drawn and made as the training images are, but with another seed; a function of position alone.
+    """
+    mapper = JigsawDatasetMapper(cfg, store, seed=max(cfg.SEED, 0) + SEED_OFFSET)
+    return JigsawBatches(build_jigsaw_sampler(cfg, mapper), mapper)
+
+
+def build_jigsaw_train_loader(
+    cfg: CfgNode,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start_iter: int = 0,
+    store: SampleStore | None = None,
+) -> JigsawLoader:
+    """Training batches of one rank, without end.
+
+    Args:
+        rank, world_size: this process among those that share each step's images.
+        start_iter: iteration whose batch comes first; what follows is exactly what a loader
+            started at 0 yields from there on.
+        store: opened ``DATASETS.TRAIN``; opened here when None.
+
+    Returns:
+        a loader of dicts as ``JigsawBatches`` makes them, N = IMS_PER_BATCH / world_size /
+        ACCUMULATION_STEPS images each; ACCUMULATION_STEPS in turn make one iteration.
+    """
+    store = SampleStore(list(cfg.DATASETS.TRAIN)) if store is None else store
+    positions = BatchPositions(cfg, rank, world_size, start_iter)
+    return _build_loader(cfg, JigsawDatasetMapper(cfg, store), positions)
+
+
+def build_jigsaw_eval_loader(
+    cfg: CfgNode, store_paths: Sequence[str] | SampleStore, *, rank: int = 0, world_size: int = 1
+) -> JigsawLoader:
+    """``INPUT.JIGSAW.EVAL_IMAGES`` held-out images, the same in every run, shared by the ranks.
+
+    Samples are shown at their own size, unflipped; which four meet, and the crops, are fixed by
+    ``INPUT.JIGSAW.EVAL_SEED``. Batches hold IMS_PER_BATCH / world_size / ACCUMULATION_STEPS images.
+    """
+    store = store_paths if isinstance(store_paths, SampleStore) else SampleStore(store_paths)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.JIGSAW.SCALE_RANGE, cfg.INPUT.JIGSAW.FLIP_PROB = [1.0, 1.0], 0.0
+    cfg.INPUT.JIGSAW.SAMPLING = "uniform"
+    # Contiguous shares, sizes differing by at most one.
+    ends = [cfg.INPUT.JIGSAW.EVAL_IMAGES * r // world_size for r in (rank, rank + 1)]
+    size = max(1, cfg.SOLVER.IMS_PER_BATCH // (world_size * cfg.SOLVER.ACCUMULATION_STEPS))
+    positions = [range(n, min(n + size, ends[1])) for n in range(*ends, size)]
+    mapper = JigsawDatasetMapper(cfg, store, seed=cfg.INPUT.JIGSAW.EVAL_SEED)
+    return _build_loader(cfg, mapper, positions)
+
+
+def _build_loader(
+    cfg: CfgNode, mapper: JigsawDatasetMapper, positions: Iterable[range]
+) -> JigsawLoader:
+    check_shared_memory(cfg, comm.get_world_size(), comm.get_local_size())
+    return JigsawLoader(
+        JigsawBatches(build_jigsaw_sampler(cfg, mapper), mapper),
+        positions,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available(),
+        worker_init_fn=_one_thread,
+    )
+
+
+def check_shared_memory(cfg: CfgNode, world_size: int, local_size: int) -> None:
+    """Refuse workers whose batches do not fit /dev/shm, where they are made; a write there kills.
+
+    Args:
+        world_size, local_size: number of processes of the job, and of those on this machine.
+
+    Raises:
+        ConfigError: with what is needed, what is free, and what helps.
+    """
+    workers, folder = cfg.DATALOADER.NUM_WORKERS, Path("/dev/shm")
+    if not workers or not folder.is_dir():
+        return
+    height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
+    images = cfg.SOLVER.IMS_PER_BATCH // (world_size * cfg.SOLVER.ACCUMULATION_STEPS)
+    batch = images * 3 * height * width
+    needed = local_size * workers * PREFETCHED * batch
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(
+            f"{local_size} process(es) x DATALOADER.NUM_WORKERS {workers} keep {PREFETCHED} batches "
+            f"of {batch / 2**20:.0f} MiB each in {folder}, {needed / 2**20:.0f} MiB, but "
+            f"{free / 2**20:.0f} MiB are free: give the container more (docker run --shm-size "
+            f"{math.ceil(needed / 2**30 + 0.1)}g, or --ipc host), or lower DATALOADER.NUM_WORKERS; "
+            "0 needs none"
+        )
+
+
+def _one_thread(worker: int) -> None:
+    """A worker is one core's work: threads inside it would only compete with other workers."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

@@ -1,0 +1,214 @@
+"""Four sample numbers -> one Jigsaw image and its four classes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+
+from jigsaw_d2.data.assembly import METHODS, Augmentation, Placement, paint, place_sample
+from jigsaw_d2.data.store import DamagedSampleError, SampleStore
+from jigsaw_d2.data.template import JigsawTemplate
+from jigsaw_d2.io import ConfigError
+
+# Images that are drawn for at a time, since starting a generator costs more than drawing from it.
+DRAW_BLOCK = 64
+
+
+class JigsawDatasetMapper:
+    """Makes a Jigsaw image from its number and four sample ids, in these steps:
+
+    1. draw scale, flip and crop position of each sample from (seed, position) alone;
+    2. the S sample of smaller area goes to R1, the larger to R4, W to R2, T to R3 (Sec. 3.2);
+    3. lay each sample into its region, and decode only the window that will be seen;
+    4. resize what is seen, flip it and draw it into the canvas, zeros around it.
+
+    "Area" is that of the stored sample before it is resized: which region a sample goes to does
+    not depend on the draw.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        store: SampleStore,
+        template: JigsawTemplate,
+        method: str = "pad_crop",
+        scale_range: tuple[float, float] = (0.8, 1.5),
+        flip_prob: float = 0.5,
+        context: bool = True,
+        image_format: str = "RGB",
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            method: one of ``assembly.METHODS``.
+            scale_range: ratios between which each sample's is drawn uniformly.
+            flip_prob: probability of a horizontal flip, per sample.
+            context: False shows a positive's annotated box without what is stored around it.
+            image_format: channel order of the result, "RGB" or "BGR".
+            seed: with a position, fixes every draw.
+
+        Raises:
+            ConfigError: an option outside its range, by the name of its key.
+        """
+        low, high = scale_range
+        if not 0 < low <= high:
+            raise ConfigError(f"INPUT.JIGSAW.SCALE_RANGE = {scale_range}: needs 0 < low <= high")
+        if not 0 <= flip_prob <= 1:
+            raise ConfigError(f"INPUT.JIGSAW.FLIP_PROB = {flip_prob} is not a probability")
+        if method not in METHODS:
+            raise ConfigError(f"INPUT.JIGSAW.FIT = {method!r}: use one of {', '.join(METHODS)}")
+        if image_format not in ("RGB", "BGR"):
+            raise ConfigError(f"INPUT.FORMAT = {image_format!r}: use RGB or BGR")
+        self.store, self.template = store, template
+        self.method, self.context, self.image_format = method, context, image_format
+        self.scale_range, self.flip_prob, self.seed = (float(low), float(high)), flip_prob, seed
+        self.classes, self.sizes = store.classes, store.sizes
+        self.windows = None if context else annotated_windows(store)
+        self._boxes = template.boxes.tolist()
+        self._block_number, self._block = -1, []
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, store: SampleStore, seed: int | None = None) -> dict:
+        """Arguments of ``__init__`` by their keys; ``seed`` None: ``SEED``, 0 at least."""
+        options = cfg.INPUT.JIGSAW
+        return {
+            "store": store,
+            "template": JigsawTemplate(*options.TEMPLATE_SIZE, *options.TEMPLATE_SPLIT),
+            "method": options.FIT,
+            "scale_range": tuple(options.SCALE_RANGE),
+            "flip_prob": options.FLIP_PROB,
+            "context": options.CONTEXT,
+            "image_format": cfg.INPUT.FORMAT,
+            "seed": max(cfg.SEED, 0) if seed is None else seed,
+        }
+
+    def shown_sizes(self) -> np.ndarray:
+        """int (n, 2) (height, width) of each sample as it is shown: with or without context."""
+        if self.windows is None:
+            return self.sizes
+        return (self.windows[:, 2:] - self.windows[:, :2])[:, ::-1]
+
+    def __call__(self, record: dict, out: np.ndarray | None = None) -> dict:
+        """
+        Args:
+            record: {"position": int, "sample_ids": int (4,) in draw order S, S, T, W}, and
+                optionally "replacements": slot -> iterator of ids for damaged samples.
+            out: uint8 (H, W, 3) that the image is drawn into; None = fresh memory.
+
+        Returns:
+            {"image": uint8 (3, H, W) tensor, channels innermost in memory; "gt_classes" and
+            "sample_ids": int64 (4,) tensors in region order; "damaged": list of (id, reason) of
+            the samples that were replaced}.
+
+        Raises:
+            DamagedSampleError: a sample cannot be decoded and nothing may replace it.
+        """
+        if out is None:
+            out = np.empty((self.template.height, self.template.width, 3), np.uint8)
+        out.fill(0)
+        ids, damaged = list(map(int, record["sample_ids"])), []
+        replacements = record.get("replacements") or (lambda slot: ())
+
+        def candidates(slot: int) -> Iterator[int]:
+            yield ids[slot]
+            yield from replacements(slot)
+
+        augmentations = self.draw_augmentations(record["position"])
+        shown = [
+            self._draw_first_whole(candidates(slot), out[y0:y1, x0:x1], augmentation, damaged)
+            for slot, (x0, y0, x1, y1), augmentation in zip(
+                self.region_slots(ids), self._boxes, augmentations
+            )
+        ]
+        if self.image_format == "BGR":
+            cv2.cvtColor(out, cv2.COLOR_RGB2BGR, out)
+        return {
+            "image": torch.from_numpy(out.transpose(2, 0, 1)),
+            "gt_classes": torch.tensor([self.classes.item(i) for i in shown]),
+            "sample_ids": torch.tensor(shown),
+            "damaged": damaged,
+        }
+
+    def region_slots(self, sample_ids: Sequence[int]) -> tuple[int, int, int, int]:
+        """Which of the draws S, S, T, W goes to R1, R2, R3, R4; at equal areas the first to R1."""
+        (x0, y0, x1, y1), (left, top, right, bottom) = map(self._window, sample_ids[:2])
+        first_smaller = (x1 - x0) * (y1 - y0) <= (right - left) * (bottom - top)
+        return (0, 3, 2, 1) if first_smaller else (1, 3, 2, 0)
+
+    def draw_augmentations(self, position: int) -> list[Augmentation]:
+        """The four samples' draws of image ``position``, in region order."""
+        number, offset = divmod(position, DRAW_BLOCK)
+        if number != self._block_number:
+            rng = np.random.default_rng((self.seed, number))
+            self._block, self._block_number = rng.random((DRAW_BLOCK, 4, 4)).tolist(), number
+        low, high = self.scale_range
+        return [
+            Augmentation(low + (high - low) * a, b < self.flip_prob, c, d)
+            for a, b, c, d in self._block[offset]
+        ]
+
+    def _window(self, i: int) -> tuple[int, int, int, int]:
+        """XYXY sample pixels of the part of sample ``i`` that may be shown."""
+        if self.windows is not None:
+            return tuple(self.windows[i].tolist())
+        return 0, 0, self.sizes.item(i, 1), self.sizes.item(i, 0)
+
+    def _place(self, i: int, region: tuple[int, int], augmentation: Augmentation) -> Placement:
+        left, top, right, bottom = self._window(i)
+        return place_sample((bottom - top, right - left), region, self.method, augmentation)
+
+    def _draw_first_whole(
+        self,
+        candidates: Iterable[int],
+        region: np.ndarray,
+        augmentation: Augmentation,
+        damaged: list[tuple[int, str]],
+    ) -> int:
+        """Draw the first candidate that decodes; returns its id, adds the others to ``damaged``."""
+        failed = []
+        for i in candidates:
+            left, top, *_ = self._window(i)
+            placement = self._place(i, region.shape[:2], augmentation)
+            x0, y0, x1, y1 = placement.window
+            window = (left + x0, top + y0, left + x1, top + y1)
+            try:
+                paint(self.store.decode(i, window), placement, region)
+            except DamagedSampleError as error:
+                failed.append((i, str(error)))
+                continue
+            damaged += failed
+            return i
+        raise DamagedSampleError(
+            f"no sample of a whole group can be decoded; the first of {len(failed)}: {failed[0][1]}"
+        )
+
+    def used_boxes(self, position: int, sample_ids: Sequence[int]) -> np.ndarray:
+        """int64 (4, 4) XYXY canvas pixels that the samples cover, R1..R4; the rest is padding.
+
+        Args:
+            position: of an image made by this mapper.
+            sample_ids: what it shows, in region order.
+        """
+        boxes = []
+        rows = zip(sample_ids, self._boxes, self.draw_augmentations(position))
+        for i, (x0, y0, x1, y1), augmentation in rows:
+            y, x, *_ = self._place(int(i), (y1 - y0, x1 - x0), augmentation)
+            left, top = x0 + x.paste, y0 + y.paste
+            boxes.append((left, top, left + x.shown, top + y.shown))
+        return np.array(boxes, np.int64)
+
+
+def annotated_windows(store: SampleStore) -> np.ndarray:
+    """int32 (n, 4) XYXY sample pixels of each sample's annotated box, widened to whole pixels.
+
+    A background sample has none and is shown whole.
+    """
+    offsets = store.boxes[:, :2]
+    low = np.floor(store.gt_boxes[:, :2] - offsets)
+    high = np.ceil(store.gt_boxes[:, 2:] - offsets)
+    sizes = store.sizes[:, ::-1]
+    low = np.clip(low, 0, sizes - 1)
+    return np.concatenate([low, np.clip(high, low + 1, sizes)], axis=1).astype(np.int32)

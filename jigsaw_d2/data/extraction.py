@@ -1,0 +1,383 @@
+"""Detection set -> sample store: plan, cut, encode, write. One image is decoded once.
+
+The plan (what to cut where) is geometry and comes first, so that the ratio of positives to
+negatives holds over the whole dataset; then images are cut in chunks by as many processes as there
+are, and written in order by this one. The result is the same, byte for byte, for any number of
+processes.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from jigsaw_d2.data import store
+from jigsaw_d2.data.image_reading import read_pixels
+from jigsaw_d2.data.plan import ImagePlan, add_negatives, plan_positives, take_part
+from jigsaw_d2.data.report import ExtractionLog, summarise
+from jigsaw_d2.data.samples import GROUPS, group_codes
+from jigsaw_d2.data.sources import Source, SourceData, SourceImage
+from jigsaw_d2.data.store_writer import DEFAULT_SHARD_SIZE, Chunk, Sample, StoreWriter, make_chunk
+from jigsaw_d2.data.template import REGION_GROUPS, JigsawTemplate
+from jigsaw_d2.io import ConfigError, DataError, PeerLostError
+
+logger = logging.getLogger(__name__)
+CHOICES = ("auto", *store.ENCODINGS)
+# Bytes of pixels that "auto" leaves uncompressed: what stays in the memory of any machine that
+# trains a detector, so that reading takes no longer than from a tenth of the bytes.
+UNCOMPRESSED_UP_TO = 1 << 30
+# A task: so many images to plan; at most so many to cut, and so many pixels of samples, as several
+# results wait in memory. Tasks handed out ahead of the one whose result is due, per process.
+PLAN_CHUNK, CUT_CHUNK, CUT_PIXELS = 128, 8, 1 << 24
+AHEAD = 4
+Mapper = Callable[[Callable, Iterable[tuple]], Iterator]
+
+
+@dataclass(frozen=True)
+class ExtractionOptions:
+    """How to extract. The first block determines the store's bytes, the second does not.
+
+    Raises:
+        ConfigError: a value that makes no sense, by its name.
+    """
+
+    seed: int = 0
+    max_scale: float = 2.0  # a positive's sides grow to at most this times the box; 1 = no context
+    negative_ratio: float = 0.1  # negatives per positive over the dataset (Sec. 3.1: 1 to 10)
+    # Of the JPEGs, 1 to 100; asks for them where ``encoding`` is "auto". None: DEFAULT_QUALITY.
+    quality: int | None = None
+    # "jpeg"; without loss "png", slow to read, and "ppm", about ten times the bytes and nothing to
+    # decode; "auto": "ppm" for at most UNCOMPRESSED_UP_TO bytes of the whole dataset, else "jpeg".
+    encoding: str = "auto"
+    class_files: bool = False  # add a .cls member with the class beside each sample
+    min_side: float = 2.0  # pixels; ours: boxes with a shorter side show nothing and are skipped
+    shard_size: int = DEFAULT_SHARD_SIZE  # bytes that a shard may hold
+    template: JigsawTemplate = JigsawTemplate()  # decides which are written for window decoding
+    scale_range: tuple[float, float] = (0.8, 1.5)  # samples will be resized by (Sec. 4.1)
+
+    part: tuple[int, int] = (1, 1)  # (i, n): extract the i-th of n parts, i from 1
+    workers: int | None = None  # processes; 0 = in this one, None = one for each core
+    strict: bool = False  # stop at the first fault in the input
+    overwrite: bool = False  # replace an existing store
+    progress: bool = False  # show a progress bar
+
+    def __post_init__(self) -> None:
+        low, high = self.scale_range
+        number, parts = self.part
+        checks = {
+            "seed": (self.seed >= 0, "0 or more"),
+            "max_scale": (self.max_scale >= 1, "1 or more (1 = no context)"),
+            "negative_ratio": (self.negative_ratio >= 0, "0 or more, e.g. 0.1 for one to ten"),
+            "quality": (self.quality is None or 1 <= self.quality <= 100, "from 1 to 100"),
+            "encoding": (self.encoding in CHOICES, f"one of {', '.join(CHOICES)}"),
+            "shard_size": (self.shard_size > 0, "positive"),
+            "scale_range": (0 < low <= high, "0 < low <= high"),
+            "part": (1 <= number <= parts, "i/n with 1 <= i <= n"),
+            "workers": (self.workers is None or self.workers >= 0, "0 or more"),
+        }
+        for name, (good, wanted) in checks.items():
+            if not good:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be {wanted}")
+        if self.quality is not None and self.encoding in ("png", "ppm"):
+            raise ConfigError(
+                f"quality is {self.quality}, which only JPEGs have; encoding is {self.encoding}: "
+                "leave one of them out"
+            )
+
+    def content(self) -> dict:
+        """What determines the bytes of the store, for the header."""
+        return dict(itertools.takewhile(lambda item: item[0] != "part", asdict(self).items()))
+
+    def settle_encoding(self, boxes: Iterable[np.ndarray]) -> "ExtractionOptions":
+        """The options with encoding and quality that they leave open decided.
+
+        Args:
+            boxes: XYXY of all samples of the dataset, whatever part is extracted: (n, 4) each.
+        """
+        encoding, quality = self.encoding, self.quality
+        if encoding == "auto":
+            small = quality is None and 3 * sum(map(_pixels_of, boxes)) <= UNCOMPRESSED_UP_TO
+            encoding = "ppm" if small else "jpeg"
+        quality = quality or store.DEFAULT_QUALITY if encoding == "jpeg" else None
+        return replace(self, encoding=encoding, quality=quality)
+
+
+def _pixels_of(boxes: np.ndarray) -> float:
+    return float((boxes[:, 2:].astype(np.float64) - boxes[:, :2]).prod(axis=1).sum())
+
+
+def extract_samples(
+    source: Source,
+    output: str | os.PathLike,
+    options: ExtractionOptions = ExtractionOptions(),
+    categories: list[str] | None = None,
+) -> dict:
+    """Extract the samples of ``source`` into a store at ``output``.
+
+    An interrupted run leaves ``<output>.partial``; the same call completes it, taking over the
+    finished shards. Part i of n goes to ``<output>/part-i-of-n``; ``output`` is then the store.
+
+    Args:
+        categories: what the dataset's must be, e.g. those of the training store.
+
+    Returns:
+        The report, as in the header; with "path" (the folder written), "images_read",
+        "pixels_read" and "seconds" of this run.
+
+    Raises:
+        DataError: input without any usable object, or of other categories; under ``strict``, the
+            first fault; ``output`` exists.
+        RunError: ``output`` is being written by another process, or cannot be written.
+        PeerLostError: a worker process died.
+    """
+    started, (number, parts) = time.monotonic(), options.part
+    output = Path(output, *([f"part-{number}-of-{parts}"] if parts > 1 else []))
+    store.check_free(output, options.overwrite)
+    log = ExtractionLog(options.strict)
+    with start_workers(options.workers) as run:
+        data = source.load(log)
+        if categories is not None and data.categories != categories:
+            differing = sorted(set(data.categories) ^ set(categories)) or "their order"
+            raise DataError(
+                f"{source.name} has other categories than the training set, so its class numbers "
+                f"would mean other things; they differ in {differing}: give both the same list"
+            )
+        plans, wanted = make_plan(data, options, run, log)
+        options = options.settle_encoding(plan.boxes for plan in plans)
+        chunks = chunk_plans(take_part(plans, options.part))
+        header = {
+            "source": source.name,
+            "category_ids": data.category_ids,
+            "annotations_sha256": data.content_hash(),
+            "image_ids_sha256": store.hash_image_ids(
+                np.array([p.image_id for p in plans], np.int64)
+            ),
+            "seed": options.seed,
+            "options": options.content(),
+            "part": list(options.part),
+        }
+        writer = StoreWriter(
+            output,
+            data.categories,
+            shard_size=options.shard_size,
+            header=header,
+            overwrite=options.overwrite,
+            resume_key=_work_key(header, chunks),
+        )
+        with writer:
+            cut_log, images, pixels = _cut_all(chunks, options, run, writer)
+            report = _build_report(writer.index(), data, options, wanted)
+            report["log"] = {"dataset": log.to_dict(), "part": cut_log.to_dict()}
+            writer.finish(report)
+    report |= {"path": str(output), "images_read": images, "pixels_read": pixels}
+    return {**report, "seconds": time.monotonic() - started}
+
+
+def _build_report(
+    index: np.ndarray, data: SourceData, options: ExtractionOptions, wanted: int
+) -> dict:
+    report = summarise(index, data.categories, options.template, options.scale_range)
+    used = len(np.unique(index["image_id"]))
+    report["images"] = {"listed": len(data.images), "with_samples": used}
+    report["negatives_wanted"] = wanted
+    if options.part == (1, 1) and abs(report["negatives"] - wanted) > 0.01 * wanted:
+        report["cautions"].append(
+            f"{report['negatives']} negatives instead of {wanted}: the images have no more free "
+            "room, or some could not be read. Training goes on with what there is."
+        )
+    return report
+
+
+def make_plan(
+    data: SourceData, options: ExtractionOptions, run: Mapper, log: ExtractionLog
+) -> tuple[list[ImagePlan], int]:
+    """(plans of all usable images, negatives wanted); the same in every part and process."""
+    chunks = [data.images[n : n + PLAN_CHUNK] for n in range(0, len(data.images), PLAN_CHUNK)]
+    plans: list[ImagePlan] = []
+    with tqdm(total=len(data.images), desc="plan", disable=not options.progress) as bar:
+        for chunk, (done, chunk_log) in zip(
+            chunks, run(_plan_chunk, ((c, options) for c in chunks))
+        ):
+            plans += done
+            log.merge(chunk_log.to_dict())
+            bar.update(len(chunk))
+    classes = np.concatenate([np.zeros(0, np.int64), *(plan.classes for plan in plans)])
+    if len(classes) == 0:
+        raise DataError(
+            f"{len(data.images)} images hold no usable object, so there is nothing to learn from; "
+            f"skipped: {dict(log.counts)}"
+        )
+    for n, name in enumerate(data.categories):
+        if n not in classes:
+            log.add("category_without_samples", name)
+    wanted = round(len(classes) * options.negative_ratio)
+    return add_negatives(plans, wanted, len(data.categories), options.seed, log), wanted
+
+
+def _plan_chunk(
+    images: list[SourceImage], options: ExtractionOptions
+) -> tuple[list[ImagePlan], ExtractionLog]:
+    log = ExtractionLog(options.strict)
+    given = {"seed": options.seed, "max_scale": options.max_scale, "min_side": options.min_side}
+    plans = (plan_positives(image, **given, log=log) for image in images)
+    return [plan for plan in plans if plan is not None], log
+
+
+def chunk_plans(plans: list[ImagePlan]) -> list[list[ImagePlan]]:
+    """``plans`` in the chunks that ``cut_images`` is given, in order.
+
+    A shard ends where a chunk does, so the bytes of a store depend on the chunks, and the chunks on
+    nothing but the plans.
+    """
+    chunks: list[list[ImagePlan]] = []
+    pixels = 0.0
+    for plan in plans:
+        mine = _pixels_of(plan.boxes)
+        if not chunks or len(chunks[-1]) == CUT_CHUNK or pixels + mine > CUT_PIXELS:
+            chunks.append([])
+            pixels = 0
+        chunks[-1].append(plan)
+        pixels += mine
+    return chunks
+
+
+def cut_images(
+    plans: list[ImagePlan], options: ExtractionOptions
+) -> tuple[Chunk, ExtractionLog, int, int]:
+    """Read, cut and encode the samples of some images; (samples, log, images read, pixels read)."""
+    log, samples, images, pixels = ExtractionLog(options.strict), [], 0, 0
+    shown = shown_sizes(options.template, options.scale_range[0])
+    for plan in plans:
+        try:
+            image = read_pixels(plan.path)
+        except DataError as error:
+            log.add(str(error), plan.path)
+            continue
+        if image.shape[:2] != plan.size:
+            log.add("image_size_differs", f"{plan.path}: changed while the samples were extracted")
+            continue
+        images, pixels = images + 1, pixels + image.shape[0] * image.shape[1]
+        how = {"quality": options.quality, "encoding": options.encoding}
+        rows = zip(plan.boxes, plan.gt_boxes, plan.classes, needs_windows(plan.boxes, shown))
+        for serial, (box, gt_box, label, windows) in enumerate(rows):
+            x0, y0, x1, y1 = map(int, box)
+            encoded = store.encode_sample(image[y0:y1, x0:x1], **how, windows=bool(windows))
+            where = (y1 - y0, x1 - x0), plan.image_id, serial
+            samples.append(Sample(*encoded, int(label), *where, box, gt_box))
+    return make_chunk(samples, options.class_files), log, images, pixels
+
+
+def shown_sizes(template: JigsawTemplate, min_scale: float) -> np.ndarray:
+    """int (3, 2): the most (height, width), sample pixels, that a group's smallest region shows."""
+    shown = np.full((3, 2), np.iinfo(np.int64).max)
+    for group, size in zip(REGION_GROUPS, template.region_sizes):
+        code = GROUPS.index(group)
+        shown[code] = np.minimum(shown[code], np.ceil(np.array(size) / min_scale))
+    return shown
+
+
+def needs_windows(boxes: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """Which samples of boxes (n, 4) are larger than some region can show; bool (n,)."""
+    sizes = (boxes[:, 2:] - boxes[:, :2])[:, ::-1]
+    return (sizes > shown[group_codes(sizes[:, 1], sizes[:, 0])]).any(axis=1)
+
+
+def _cut_all(
+    chunks: list[list[ImagePlan]], options: ExtractionOptions, run: Mapper, writer: StoreWriter
+) -> tuple[ExtractionLog, int, int]:
+    """Cut what an earlier run has not; (log of all, images and pixels of this run)."""
+    log, images, pixels = ExtractionLog(options.strict), 0, 0
+    done = 0
+    if writer.mark:
+        done = writer.mark["chunks"]
+        log.merge(writer.mark["log"])
+        logger.info("%d finished shards of an interrupted run are kept", len(writer.shards))
+    results = run(cut_images, ((chunk, options) for chunk in chunks[done:]))
+    with tqdm(total=sum(map(len, chunks)), desc="cut", disable=not options.progress) as bar:
+        bar.update(sum(map(len, chunks[:done])))
+        for number, (chunk, chunk_log, read, area) in enumerate(results, done):
+            log.merge(chunk_log.to_dict())
+            writer.append(chunk, {"chunks": number + 1, "log": log.to_dict()})
+            images, pixels = images + read, pixels + area
+            bar.update(len(chunks[number]))
+    return log, images, pixels
+
+
+def _work_key(header: dict, chunks: list[list[ImagePlan]]) -> str:
+    """Names the work exactly: the same key, the same bytes."""
+    digest = hashlib.sha256(json.dumps([store.VERSION, header, list(map(len, chunks))]).encode())
+    for plan in itertools.chain(*chunks):
+        digest.update(plan.path.encode() + plan.boxes.tobytes() + plan.classes.tobytes())
+    return digest.hexdigest()
+
+
+def default_workers() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextlib.contextmanager
+def start_workers(count: int | None) -> Iterator[Mapper]:
+    """A map over ``count`` processes (None: one for each core, 0: in this one).
+
+    It gives ``function(*task)`` of every task, in order; raises PeerLostError where a process died.
+    """
+    count = default_workers() if count is None else count
+    if count == 0:
+        yield itertools.starmap
+        return
+    # The processes are the parallelism. OpenCV's own threads must be gone before the fork: a child
+    # that inherits them half would wait for them for ever.
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    # fork: a worker starts in milliseconds and shares what is loaded already.
+    pool = ProcessPoolExecutor(count, get_context("fork"), _exit_with_parent, (os.getpid(),))
+    try:
+        yield lambda function, tasks: _map_ordered(pool, AHEAD * count, function, tasks)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        cv2.setNumThreads(threads)
+
+
+def _map_ordered(
+    pool: ProcessPoolExecutor, ahead: int, function: Callable, tasks: Iterable[tuple]
+) -> Iterator:
+    pending = deque()
+    try:
+        for task in tasks:
+            pending.append(pool.submit(function, *task))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise PeerLostError(
+            "a worker process died (out of memory?): run the same command again with fewer "
+            "--workers; finished shards are kept"
+        ) from error
+
+
+def _exit_with_parent(parent: int) -> None:
+    """A pool's process waits for work for ever where its parent was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

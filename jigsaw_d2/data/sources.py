@@ -1,0 +1,301 @@
+"""Detection sets -> checked records: a COCO json with its image folder, or a registered dataset."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+from jigsaw_d2.data.report import ExtractionLog
+from jigsaw_d2.io import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+UNKNOWN_CLASS = -1
+# What a COCO json must hold: of each entry these keys, with values of these types. What a value
+# says is checked where it is used: a box, a size or a name may be wrong, an id may not.
+ID = (int, float, str)
+COCO_RULES = {
+    "images": {"id": ID, "file_name": str, "height": object, "width": object},
+    "annotations": {"image_id": ID, "category_id": (*ID, type(None)), "bbox": object},
+    "categories": {"id": (int, float), "name": object},
+}
+
+
+class Annotation(NamedTuple):
+    """One annotated object, as the dataset says it."""
+
+    box: tuple[float, float, float, float]  # XYXY source pixels
+    class_index: int  # contiguous, or UNKNOWN_CLASS
+    crowd: bool
+
+
+@dataclass
+class SourceImage:
+    """One image and what is annotated on it."""
+
+    image_id: int
+    path: str
+    size: tuple[int, int] | None  # (height, width) by the dataset
+    annotations: list[Annotation] = field(default_factory=list)
+
+
+@dataclass
+class SourceData:
+    """A whole detection set."""
+
+    categories: list[str]  # names in class order, without background
+    category_ids: list[int]  # the dataset's own ids, in class order
+    images: list[SourceImage]  # sorted by image id, one per file
+
+    def content_hash(self) -> str:
+        """SHA-256 over categories, image ids, file names and annotations."""
+        digest = hashlib.sha256(json.dumps([self.categories, self.category_ids]).encode())
+        for image in self.images:
+            digest.update(f"{image.image_id} {os.path.basename(image.path)} {image.size}".encode())
+            columns = zip(*image.annotations) if image.annotations else ((), (), ())
+            for column, dtype in zip(columns, (np.float64, np.int64, bool)):
+                digest.update(np.array(column, dtype).tobytes())
+        return digest.hexdigest()
+
+
+class Source(Protocol):
+    """Where a detection set comes from."""
+
+    name: str
+
+    def load(self, log: ExtractionLog) -> SourceData:
+        """Read it, logging what it skips."""
+
+
+def image_number(image_id: object) -> int:
+    """The image id as an int64: itself where it is a whole number, else a hash of its text."""
+    try:
+        number = int(image_id)
+        if -(2**63) <= number < 2**63 and str(number) == str(image_id):
+            return number
+    except (TypeError, ValueError):
+        pass
+    return int.from_bytes(hashlib.sha256(str(image_id).encode()).digest()[:7], "big")
+
+
+def box_or_nan(values: object) -> tuple[float, float, float, float]:
+    """Four floats, NaN where ``values`` is anything else."""
+    try:
+        a, b, c, d = map(float, values)
+        return a, b, c, d
+    except (TypeError, ValueError, OverflowError):
+        return (float("nan"),) * 4
+
+
+class _ImageTable:
+    """Collects images and annotations; resolves repeated ids, files and annotations."""
+
+    def __init__(self, log: ExtractionLog) -> None:
+        self.log, self._numbers = log, set()
+        self.by_id: dict[object, SourceImage] = {}
+        self._by_path: dict[str, SourceImage] = {}
+
+    def add_image(
+        self, image_id: object, path: str, size: tuple[int, int] | None
+    ) -> SourceImage | None:
+        """The entry that takes this image's annotations; None where the image is skipped."""
+        if path in self._by_path:
+            self.log.add("image_listed_twice", path)
+            return self.by_id.setdefault(image_id, self._by_path[path])
+        number = image_number(image_id)
+        if image_id in self.by_id or number in self._numbers:
+            self.log.add("image_id_repeated", path)
+            return None
+        self._numbers.add(number)
+        self.by_id[image_id] = self._by_path[path] = image = SourceImage(number, path, size)
+        return image
+
+    def images(self) -> list[SourceImage]:
+        """Sorted by id, exact repetitions of an annotation dropped."""
+        for image in self._by_path.values():
+            seen = set()
+            for annotation in image.annotations:
+                if annotation in seen:
+                    repeated = f"{image.path}: box {list(annotation.box)}"
+                    self.log.add("annotation_repeated", repeated)
+                seen.add(annotation)
+            image.annotations = list(dict.fromkeys(image.annotations))
+        return sorted(self._by_path.values(), key=lambda image: image.image_id)
+
+
+def read_coco_json(path: Path) -> dict[str, list[dict]]:
+    """The lists of ``COCO_RULES`` of a COCO instances json, every entry checked against them.
+
+    Raises:
+        DataError: not readable, no json, or an entry without a key or with a useless value of one;
+            the message names file, list, entry and key.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no json: {error}") from error
+    for name, rules in COCO_RULES.items():
+        entries = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise DataError(
+                f'{path} has no list "{name}": give a COCO instances json '
+                '("images", "annotations", "categories")'
+            )
+        for n, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise DataError(f'{path}: "{name}" entry {n} is {entry!r}, no object')
+            for key, types in rules.items():
+                if key not in entry:
+                    raise DataError(f'{path}: "{name}" entry {n} lacks "{key}"')
+                if not isinstance(entry[key], types):
+                    value = repr(entry[key])[:80]
+                    raise DataError(f'{path}: "{name}" entry {n}: its "{key}" cannot be {value}')
+    return content
+
+
+class CocoSource:
+    """A COCO-format json and the folder of its images.
+
+    Args:
+        json_file: with "images", "annotations", "categories".
+        image_root: folder that the json's file names are relative to.
+        name: of the dataset, for the header; the json's stem by default.
+    """
+
+    def __init__(self, json_file: str | Path, image_root: str | Path, name: str = "") -> None:
+        self.json_file, self.image_root = Path(json_file), Path(image_root)
+        self.name = name or self.json_file.stem
+
+    def load(self, log: ExtractionLog) -> SourceData:
+        """Read the json; raises as ``read_coco_json``, and where the image folder is missing."""
+        content = read_coco_json(self.json_file)
+        if not self.image_root.is_dir():
+            raise DataError(f"image folder {self.image_root} does not exist")
+        names: dict[int, str] = {}
+        for entry in content["categories"]:
+            if entry["id"] in names:
+                repeated = f"{self.json_file}: category {entry['id']} {entry['name']!r}"
+                log.add("category_id_repeated", repeated)
+            names.setdefault(entry["id"], str(entry["name"]))
+        if not names:
+            raise DataError(f'{self.json_file}: "categories" is empty, so there is no class')
+        ids = sorted(names)  # as Detectron2 numbers classes
+        if ids[-1] - ids[0] + 1 != len(ids):
+            log.add("category_ids_with_gaps", f"{len(ids)} ids from {ids[0]} to {ids[-1]}")
+        table = _ImageTable(log)
+        for entry in content["images"]:
+            path = str(self.image_root / entry["file_name"])
+            table.add_image(entry["id"], path, (entry["height"], entry["width"]))
+        self._read_annotations(content["annotations"], table, ids)
+        return SourceData([names[i] for i in ids], ids, table.images())
+
+    def _read_annotations(self, entries: list[dict], table: _ImageTable, ids: list[int]) -> None:
+        classes, known = {category: n for n, category in enumerate(ids)}, {}
+        for n, entry in enumerate(entries):
+            number, image = entry.get("id"), table.by_id.get(entry["image_id"])
+            where = f"{self.json_file.name}: annotation {n if number is None else number}"
+            if image is None:
+                table.log.add("annotation_of_unknown_image", where)
+                continue
+            x, y, width, height = box_or_nan(entry["bbox"])
+            box, category = (x, y, x + width, y + height), entry["category_id"]
+            crowd = bool(entry.get("iscrowd", 0))
+            image.annotations.append(Annotation(box, classes.get(category, UNKNOWN_CLASS), crowd))
+            content = (image.path, category, *box)
+            if number is not None and known.setdefault(repr(number), content) != content:
+                table.log.add("annotation_id_repeated", where)
+
+
+class RegisteredSource:
+    """A dataset registered in Detectron2's ``DatasetCatalog``, by its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def load(self, log: ExtractionLog) -> SourceData:
+        """Read the dataset's dicts (Detectron2's standard format).
+
+        Raises:
+            DataError: no such dataset, or a dict without a key that the format demands.
+        """
+        from detectron2.data import DatasetCatalog, MetadataCatalog  # imports torch
+
+        if self.name not in DatasetCatalog.list():
+            raise DataError(
+                f"no dataset {self.name!r} is registered with Detectron2; register it, or give "
+                "--json and --images"
+            )
+        table = _ImageTable(log)
+        highest = -1
+        for n, entry in enumerate(DatasetCatalog.get(self.name)):
+            highest = max(highest, self._read_dict(entry, n, table))
+        metadata = MetadataCatalog.get(self.name)
+        names = list(metadata.get("thing_classes", []))
+        if not names and highest < 0:
+            raise DataError(f"dataset {self.name!r} names no classes and holds no objects")
+        names += [f"class{n}" for n in range(len(names), highest + 1)]
+        mapping = metadata.get("thing_dataset_id_to_contiguous_id", {})
+        ids = sorted(mapping, key=mapping.get)
+        return SourceData(names, ids or list(range(len(names))), table.images())
+
+    def _read_dict(self, entry: dict, number: int, table: _ImageTable) -> int:
+        """Add one image with its annotations; returns its highest class, -1 without any."""
+        from detectron2.structures import BoxMode
+
+        if "file_name" not in entry:
+            raise DataError(f'dataset {self.name!r}: dict {number} lacks "file_name"')
+        size = (entry["height"], entry["width"]) if {"height", "width"} <= set(entry) else None
+        image_id = entry.get("image_id", number)
+        image, highest = table.add_image(image_id, str(entry["file_name"]), size), -1
+        for annotation in entry.get("annotations", []):
+            for key in ("bbox", "bbox_mode", "category_id"):
+                if key not in annotation:
+                    raise DataError(
+                        f'dataset {self.name!r}: an annotation of dict {number} lacks "{key}"'
+                    )
+            box = [float(v) for v in annotation["bbox"]]
+            box = box_or_nan(BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS))
+            class_index = int(annotation["category_id"])
+            if image is not None:
+                crowd = bool(annotation.get("iscrowd", 0))
+                image.annotations.append(Annotation(box, class_index, crowd))
+            highest = max(highest, class_index)
+        return highest
+
+
+def register_coco_files(cfg: "CfgNode") -> list[str]:
+    """Register each [name, json, image_root] of ``DATASETS.COCO_FILES``; returns the names.
+
+    Registering the same entry again does nothing.
+
+    Raises:
+        ConfigError: an entry of another form, or a name that already stands for something else.
+        DataError: a file that is missing.
+    """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import register_coco_instances
+
+    for entry in cfg.DATASETS.COCO_FILES:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 3:
+            raise ConfigError(
+                f"DATASETS.COCO_FILES holds {entry!r}; each entry is [name, json, image folder]"
+            )
+        name, *files = map(str, entry)
+        for path, what in zip(files, ("json file", "image folder")):
+            if not Path(path).exists():
+                raise DataError(f"dataset {name!r}: its {what} {path} does not exist")
+        if name not in DatasetCatalog.list():
+            register_coco_instances(name, {}, *files)
+        known = MetadataCatalog.get(name)
+        if [known.get("json_file"), known.get("image_root")] != files:
+            raise ConfigError(
+                f"dataset name {name!r} already stands for {known.get('json_file')}; choose another"
+            )
+    return [str(entry[0]) for entry in cfg.DATASETS.COCO_FILES]

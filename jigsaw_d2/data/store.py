@@ -1,0 +1,409 @@
+"""Read and verify a sample store: memory-mapped, opened in the same time whatever its size.
+
+A store is a folder, which ``store_writer`` writes:
+
+    header.json        format version, categories, seed, options, source, report, fingerprint
+    index.npy          one ``RECORD`` per sample; ``numpy.load(..., mmap_mode="r")`` opens it
+    shard-00000.tar    samples as ``<class>/<image id>_<serial>.jpg`` (or another of ``SUFFIXES``):
+                       WebDataset keys, and an ImageFolder tree once unpacked
+
+Worker processes share the pages of index and shards: nothing per sample lives in Python objects.
+"""
+
+import hashlib
+import io
+import json
+import mmap
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+from zlib_ng import zlib_ng
+
+from jigsaw_d2.data import jpeg_windows
+from jigsaw_d2.io import DataError
+
+FORMAT = "jigsaw-d2 sample store"
+VERSION = 1
+HEADER_NAME = "header.json"
+INDEX_NAME = "index.npy"
+BLOCK = 512  # bytes; tar headers and contents are multiples of it
+# How a sample is encoded: ``format`` of its record, and the suffix of its member.
+JPEG, PNG, PPM, PGM = range(4)
+SUFFIXES = ("jpg", "png", "ppm", "pgm")
+ENCODINGS = ("jpeg", "png", "ppm")
+DEFAULT_QUALITY = 95
+# Magic, width, height and the greatest value of uncompressed samples, at most so many bytes.
+NETPBM_HEADER, NETPBM_BYTES = re.compile(rb"P([56])\n(\d+) (\d+)\n255\n"), 32
+# That of the standard library takes ten times as long: 4 % of what a Jigsaw image takes.
+crc32 = zlib_ng.crc32
+# Of an empty name and size, its checksum counted as eight spaces.
+_TAR_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_TAR_HEADER = _TAR_HEADER[:148] + b" " * 8 + _TAR_HEADER[156:]
+
+# 80 bytes a sample, every field aligned to its size. Multi-byte fields are little-endian.
+RECORD = np.dtype(
+    [
+        ("offset", "<i8"),  # first byte of the encoded sample in its shard
+        ("image_id", "<i8"),
+        ("class", "<i8"),  # index into the categories; background = their number
+        ("box", "<f4", (4,)),  # XYXY cut from the source image, source pixels, integral
+        ("gt_box", "<f4", (4,)),  # XYXY annotated box clipped to the image; negatives: = box
+        ("size", "<i4", (2,)),  # (height, width)
+        ("length", "<u4"),  # bytes of the encoded sample
+        ("crc32", "<u4"),  # of the encoded sample
+        ("shard", "<u2"),
+        ("serial", "<u2"),  # number of the sample within its image
+        ("interval", "<u2"),  # MCUs per restart interval; 0 = only the whole decodes
+        ("group", "u1"),  # index into samples.GROUPS
+        ("format", "u1"),  # index into SUFFIXES
+    ]
+)
+Window = tuple[int, int, int, int]  # XYXY ints, pixels of the sample, half-open
+
+
+class DamagedSampleError(DataError):
+    """One sample whose bytes are not those that were written; the loader shows another instead."""
+
+
+def check_free(path: str | os.PathLike, overwrite: bool) -> None:
+    """Raises DataError where a store may not be written: something is there already."""
+    if Path(path).exists() and not overwrite:
+        raise DataError(f"{path} exists; --overwrite replaces it, or choose another folder")
+
+
+def sample_key(class_index: int, image_id: int, serial: int) -> str:
+    """Name of a sample within the shards, without suffix; unique in a store and its parts.
+
+    The class is the folder, so that an unpacked shard is an ImageFolder tree whose sorted folder
+    names are in class order.
+    """
+    return f"{class_index:04d}/{image_id}_{serial:03d}"
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """One 512-byte ustar header of a regular file; nothing in it depends on clock or user.
+
+    ``TarInfo.tobuf`` gives the same bytes at many times the cost. ``name``: 100 ASCII characters.
+    """
+    header = bytearray(_TAR_HEADER)
+    header[: len(name)] = name.encode()
+    header[124:135] = b"%011o" % size
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def fingerprint(categories: list[str], index: np.ndarray) -> str:
+    """SHA-256 over the categories and all records (shape (n,)), which hold every CRC-32."""
+    digest = hashlib.sha256(json.dumps([FORMAT, VERSION, categories]).encode())
+    digest.update(memoryview(np.ascontiguousarray(index)).cast("B"))
+    return digest.hexdigest()
+
+
+def hash_image_ids(image_ids: np.ndarray) -> str:
+    """SHA-256 over the sorted distinct ids of source images, shape (n,): what a store saw."""
+    return hashlib.sha256(np.unique(image_ids).astype("<i8").tobytes()).hexdigest()
+
+
+def encode_sample(
+    image: np.ndarray,
+    *,
+    quality: int | None = DEFAULT_QUALITY,
+    encoding: str = "jpeg",
+    windows: bool = False,
+) -> tuple[bytes, int, int]:
+    """(bytes, restart interval, format code) of uint8 BGR (h, w, 3) or grey (h, w).
+
+    PPM (of grey samples PGM) is about ten times the bytes, but has nothing to decode: a window is a
+    view of the mapped file. ``windows``: write a JPEG of which windows decode alone.
+    """
+    if encoding == "png":
+        return cv2.imencode(".png", image)[1].tobytes(), 0, PNG
+    if encoding == "ppm":
+        grey = image.ndim == 2
+        pixels = image if grey else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        head = b"P%d\n%d %d\n255\n" % (5 if grey else 6, image.shape[1], image.shape[0])
+        return head + pixels.tobytes(), 0, PGM if grey else PPM
+    return *jpeg_windows.encode_jpeg(image, quality, windows), JPEG
+
+
+def decode_netpbm(data: bytes | memoryview, window: Window) -> np.ndarray:
+    """The ``window`` of a PPM or PGM, uint8 RGB (y1 - y0, x1 - x0, 3); of colour a read-only view.
+
+    Raises ValueError where it is not as ``encode_sample`` writes them, or of another length.
+    """
+    header = NETPBM_HEADER.match(bytes(data[:NETPBM_BYTES]))
+    if header is None:
+        raise ValueError("not a binary PPM or PGM of 8 bits")
+    kind, width, height = map(int, header.groups())
+    shape = (height, width, 3) if kind == 6 else (height, width)
+    pixels = np.frombuffer(data, np.uint8, offset=header.end())
+    if pixels.size != np.prod(shape):
+        raise ValueError(f"not the pixels of {width} x {height}")
+    x0, y0, x1, y1 = window
+    shown = pixels.reshape(shape)[y0:y1, x0:x1]
+    return shown if kind == 6 else cv2.cvtColor(shown, cv2.COLOR_GRAY2RGB)
+
+
+def read_header(path: Path) -> dict:
+    """The header of the store at ``path``.
+
+    Raises DataError: no store there, not readable, or of another format version (both are named).
+    """
+    file = path / HEADER_NAME
+    if not file.exists():
+        raise DataError(
+            f"{path} is no whole sample store: it has no {HEADER_NAME}; "
+            "write one with extract_samples.py (an interrupted one resumes by the same command)"
+        )
+    try:
+        header = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read as a store header: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise DataError(f"{file} is not the header of a {FORMAT}")
+    if header.get("version") != VERSION:
+        raise DataError(
+            f"{path} has store format version {header.get('version')}, this program reads version "
+            f"{VERSION}; extract the samples again"
+        )
+    return header
+
+
+def find_parts(path: Path) -> list[Path]:
+    """The folders of one store: itself, or its parts where several machines wrote it.
+
+    Raises DataError where some of the parts are missing.
+    """
+    found = {}
+    if not (path / HEADER_NAME).exists():
+        for part in path.glob("part-*-of-*"):
+            if numbers := re.fullmatch(r"part-(\d+)-of-(\d+)", part.name):
+                found[tuple(map(int, numbers.groups()))] = part
+    if not found:
+        return [path]
+    names = ", ".join(sorted(part.name for part in found.values()))
+    counts = {count for _, count in found}
+    if len(counts) > 1:
+        raise DataError(f"{path} holds {names}; parts of several splits")
+    count = counts.pop()
+    missing = [f"part-{n}-of-{count}" for n in range(1, count + 1) if (n, count) not in found]
+    if missing:
+        raise DataError(f"{path} holds {names}; missing: {', '.join(missing)}")
+    return [found[key] for key in sorted(found)]
+
+
+class SampleStore:
+    """Samples of one store, or of several parts of one, numbered 0 .. len - 1.
+
+    Picklable, and safe to share over fork. All arrays are read-only.
+
+    Attributes:
+        paths, headers: of each part; ``header`` and ``categories`` are those of the first.
+        index: RECORD (n,); of a single part the mapped file itself. "shard" counts over all parts.
+        classes: int64 (n,), index into ``categories``; background = len(categories).
+        groups: uint8 (n,), index into ``samples.GROUPS``.
+        sizes: int32 (n, 2), (height, width) of the sample as shown.
+        image_ids: int64 (n,) of the source images.
+        boxes: float32 (n, 4) XYXY cut from the source image, source pixels, integral.
+        gt_boxes: float32 (n, 4) XYXY annotated box inside it, source pixels; negatives: = boxes.
+
+    Raises:
+        DataError: no whole store there, another format version, or parts that do not match.
+    """
+
+    def __init__(self, path: str | os.PathLike | Sequence[str | os.PathLike]) -> None:
+        single = isinstance(path, (str, os.PathLike))
+        self.paths = [part for p in ([path] if single else path) for part in find_parts(Path(p))]
+        if not self.paths:
+            raise DataError("no sample store named; give at least one folder")
+        self.headers = [read_header(p) for p in self.paths]
+        for path, header in zip(self.paths, self.headers):
+            if header["categories"] != self.headers[0]["categories"]:
+                raise DataError(f"{path} has other categories than {self.paths[0]}")
+        self._identities = [_identity(p) for p in self.paths]
+        self._open()
+
+    def _open(self) -> None:
+        self.header = self.headers[0]
+        self.categories: list[str] = self.header["categories"]
+        parts, self._files = [], []
+        for path, header in zip(self.paths, self.headers):
+            index = _read_index(path, header)
+            if self._files:
+                index = index.copy()
+                index["shard"] += len(self._files)
+            parts.append(index)
+            self._files += [path / shard["name"] for shard in header["shards"]]
+        self.index = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        self.index.flags.writeable = False
+        # Views of the columns, which cost more to make than a number of one costs to read.
+        self._column = column = {name: self.index[name] for name in RECORD.names}
+        self.classes, self.groups, self.sizes = column["class"], column["group"], column["size"]
+        self.image_ids, self.boxes = column["image_id"], column["box"]
+        self.gt_boxes = column["gt_box"]
+        self._shards: list[mmap.mmap | None] = [None] * len(self._files)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the content does."""
+        return "+".join(header["fingerprint"] for header in self.headers)
+
+    def check_unchanged(self) -> None:
+        """Raises DataError unless every part on disk is the one that was opened."""
+        for path, identity in zip(self.paths, self._identities):
+            if _identity(path) != identity:
+                raise DataError(f"{path} was replaced since it was opened; start again")
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> bytes:
+        """The encoded sample: a whole ordinary JPEG, PNG, PPM or PGM, not checked."""
+        return bytes(self.view(i))
+
+    def key(self, i: int) -> str:
+        """Name of sample ``i`` within its shard, without suffix."""
+        return sample_key(*(self._column[name].item(i) for name in ("class", "image_id", "serial")))
+
+    def shard(self, number: int) -> mmap.mmap:
+        """The bytes of one shard, mapped when first read."""
+        mapped = self._shards[number]
+        if mapped is None:
+            self.check_unchanged()
+            try:
+                with open(self._files[number], "rb") as stream:
+                    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{self._files[number]} cannot be opened: {error}") from error
+            self._shards[number] = mapped
+        return mapped
+
+    def view(self, i: int, check: bool = False) -> memoryview:
+        """The encoded sample where it is mapped.
+
+        ``check``: raise DamagedSampleError unless its CRC-32 is that of the index.
+        """
+        column = self._column
+        if not 0 <= i < len(self.index):
+            raise IndexError(f"sample {i} of a store of {len(self)}")
+        start, mapped = column["offset"].item(i), self.shard(column["shard"].item(i))
+        data = memoryview(mapped)[start : start + column["length"].item(i)]
+        if check and crc32(data) != column["crc32"].item(i):
+            raise self.damaged(i, "its CRC-32 differs from the index")
+        return data
+
+    def decode(self, i: int, window: Window | None = None) -> np.ndarray:
+        """uint8 RGB (h, w, 3) of sample ``i``, or of ``window`` (XYXY ints, sample pixels).
+
+        Of a sample written with restart intervals only the pieces under the window are decoded;
+        the pixels are those of the full decode. May be a view of a larger array, or, read-only, of
+        the mapped shard.
+
+        Raises:
+            DamagedSampleError: naming shard, key and reason.
+            ValueError: an empty window or one that leaves the sample.
+        """
+        data, column = self.view(i, check=True), self._column
+        height, width = column["size"].item(i, 0), column["size"].item(i, 1)
+        x0, y0, x1, y1 = window = window or (0, 0, width, height)
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise ValueError(f"window {window} is empty or leaves sample {i}, {width} x {height}")
+        code = column["format"].item(i)
+        try:
+            if code in (PPM, PGM):
+                image = decode_netpbm(data, window)
+            elif code == PNG:
+                image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[y0:y1, x0:x1]
+            elif column["interval"].item(i):
+                image = jpeg_windows.decode_window(data, window)
+            else:
+                image = jpeg_windows.decode_jpeg(data)[y0:y1, x0:x1]
+        except (ValueError, OSError) as error:  # the latter by Pillow
+            raise self.damaged(i, str(error)) from error
+        if image.shape != (y1 - y0, x1 - x0, 3):
+            raise self.damaged(i, "does not decode to the size in the index")
+        return image
+
+    def damaged(self, i: int, reason: str) -> DamagedSampleError:
+        """The error that names shard, key and ``reason``."""
+        file = self._files[self._column["shard"].item(i)]
+        return DamagedSampleError(f"{file}: sample {self.key(i)}: {reason}")
+
+    def __getstate__(self) -> dict:
+        return {name: vars(self)[name] for name in ("paths", "headers", "_identities")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.check_unchanged()
+        self._open()
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """Differs once the store at ``path`` was replaced."""
+    try:
+        stat = os.stat(path / INDEX_NAME)
+    except OSError as error:
+        raise DataError(f"{path / INDEX_NAME} is gone: {error.strerror}") from error
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def _read_index(path: Path, header: dict) -> np.ndarray:
+    file = path / INDEX_NAME
+    try:
+        index = np.load(file, mmap_mode="r").view(np.ndarray)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read as an index: {error}") from error
+    if index.dtype != RECORD or len(index) != header["samples"]:
+        raise DataError(f"{file} does not belong to the header beside it")
+    return index
+
+
+def check_store(
+    store: SampleStore, decode: bool = False, progress: Callable[[int], object] = lambda n: None
+) -> Iterator[str]:
+    """Compare every byte with the index; each fault as a sentence that names its place.
+
+    ``decode``: decode each sample too. ``progress`` is called with 1 after each.
+    """
+    for path, header in zip(store.paths, store.headers):
+        if fingerprint(header["categories"], _read_index(path, header)) != header["fingerprint"]:
+            yield f"{path}: the index differs from the fingerprint in the header"
+    shards, gone = [shard for header in store.headers for shard in header["shards"]], set()
+    for number, shard in enumerate(shards):
+        counted = int((store.index["shard"] == number).sum())
+        try:
+            found = f"{len(store.shard(number))} bytes, in the index {counted} samples"
+        except DataError as error:
+            gone.add(number)
+            yield str(error)
+            continue
+        written = f"{shard['bytes']} bytes, in the index {shard['samples']} samples"
+        if found != written:
+            yield f"{shard['name']} holds {found}; it was written with {written}"
+    for i, record in enumerate(store.index):
+        progress(1)
+        if record["shard"] in gone:  # which was said once
+            continue
+        try:
+            _check_sample(store, i, record)
+            if decode:
+                store.decode(i)
+        except DamagedSampleError as error:
+            yield str(error)
+
+
+def _check_sample(store: SampleStore, i: int, record: np.void) -> None:
+    offset, length = int(record["offset"]), int(record["length"])
+    shard = store.shard(int(record["shard"]))
+    if offset < BLOCK or offset + length > len(shard):
+        raise store.damaged(i, "lies outside the shard")
+    store.view(i, check=True)
+    header = tar_header(f"{store.key(i)}.{SUFFIXES[record['format']]}", length)
+    if shard[offset - BLOCK : offset] != header:
+        raise store.damaged(i, "its tar header is damaged")

@@ -1,0 +1,263 @@
+"""Write a sample store: shards first, then the index, then the header, then the final name."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import cv2
+import numpy as np
+
+from jigsaw_d2.data import store
+from jigsaw_d2.data.samples import group_codes
+from jigsaw_d2.data.store import RECORD, encode_sample
+from jigsaw_d2.io import RunError, open_atomically, write_text
+
+DEFAULT_SHARD_SIZE = 256 << 20
+END_OF_ARCHIVE = bytes(2 * store.BLOCK)
+PROGRESS_NAME = "progress.json"
+LOCK_NAME = "lock"
+
+
+class Sample(NamedTuple):
+    """One encoded sample; the other fields are those of ``store.RECORD``."""
+
+    encoded: bytes
+    interval: int
+    format: int
+    class_index: int
+    size: tuple[int, int]
+    image_id: int
+    serial: int
+    box: np.ndarray
+    gt_box: np.ndarray
+
+
+class Chunk(NamedTuple):
+    """Samples ready to be appended: tar members, and their records with offsets from 0."""
+
+    members: bytes
+    records: np.ndarray  # RECORD (n,); "shard" not yet filled
+
+
+def make_chunk(samples: Sequence[Sample], class_files: bool = False) -> Chunk:
+    """Wrap samples into tar members.
+
+    Args:
+        class_files: follow each sample by a ``.cls`` member, for WebDataset readers that want one.
+            Off by default: a tar member of one digit takes 1,024 bytes, and the class is in the
+            key (and the index) anyway.
+    """
+    records, parts, size = np.zeros(len(samples), RECORD), [], 0
+    for n, s in enumerate(samples):
+        row = (s.image_id, s.class_index, s.box, s.gt_box, s.size, len(s.encoded))
+        rest = (store.crc32(s.encoded), 0, s.serial, s.interval, 0, s.format)
+        records[n] = (size + store.BLOCK, *row, *rest)
+        key = store.sample_key(s.class_index, s.image_id, s.serial)
+        members = {f"{key}.{store.SUFFIXES[s.format]}": s.encoded}
+        if class_files:
+            members[f"{key}.cls"] = str(s.class_index).encode()
+        for name, content in members.items():
+            padding = bytes(-len(content) % store.BLOCK)
+            parts += (store.tar_header(name, len(content)), content, padding)
+            size += store.BLOCK + len(content) + len(padding)
+    records["group"] = group_codes(records["size"][:, 1], records["size"][:, 0])
+    return Chunk(b"".join(parts), records)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the system says into an error that says where and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; make room or choose another place, "
+            "then run the same command again (finished shards are kept)"
+        ) from error
+
+
+class StoreWriter:
+    """Writes under ``<path>.partial`` and renames when whole; use as a context manager.
+
+    The partial folder holds the store to be (``store/``) and, beside it, what a later run needs to
+    go on. Leaving the block without ``finish`` leaves no store behind, only the partial folder,
+    whose finished shards a writer with the same ``resume_key`` takes over.
+
+    Args:
+        path: folder of the finished store.
+        categories: names without background, in class order.
+        shard_size: bytes that a shard may hold; a chunk that does not fit begins a new one.
+        header: further entries of the header (seed, options, source ...).
+        overwrite: replace an existing store, once the new one is whole.
+        resume_key: names the work exactly; "" = never take over.
+
+    Attributes:
+        mark: the ``mark`` of the last chunk in the shards that were taken over; None = start anew.
+
+    Raises:
+        DataError: ``path`` exists and ``overwrite`` is off.
+        RunError: another process is writing it, or the disk refuses.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        categories: list[str],
+        *,
+        shard_size: int = DEFAULT_SHARD_SIZE,
+        header: dict | None = None,
+        overwrite: bool = False,
+        resume_key: str = "",
+    ) -> None:
+        store.check_free(path, overwrite)
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.folder = self.partial / "store"
+        self.categories, self.header = list(categories), dict(header or {})
+        self.shard_size, self.resume_key = shard_size, resume_key
+        self.mark: dict | None = None
+        self.shards: list[dict] = []
+        self._records, self._open_records, self._file = [], [], None
+        with _disk_errors(self.partial):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock_folder()
+            self._take_over()
+
+    def _lock_folder(self) -> TextIO:
+        """Keep other processes out; the kernel lets go of the lock however this one ends.
+
+        A lock of lockf, unlike one of flock, does not live on in worker processes.
+        """
+        lock = open(self.partial / LOCK_NAME, "a")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            lock.close()
+            raise RunError(f"another process is writing {self.partial}; wait for it") from None
+        return lock
+
+    def _take_over(self) -> None:
+        """Keep the finished shards of an interrupted run of the same work; clear all else."""
+        kept = {PROGRESS_NAME, LOCK_NAME, self.folder.name}
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            progress = json.loads((self.partial / PROGRESS_NAME).read_bytes())
+            if self.resume_key and progress["resume_key"] == self.resume_key:
+                names = [shard["name"] for shard in progress["shards"]]
+                self._records = [np.load(self.partial / f"{name}.npy") for name in names]
+                self.shards, self.mark = progress["shards"], progress["mark"]
+                kept.update(names, (f"{name}.npy" for name in names))
+        for file in [*self.partial.iterdir(), *self.folder.iterdir()]:
+            if file.name not in kept:
+                file.unlink()
+
+    def add(
+        self,
+        image: np.ndarray,
+        class_index: int,
+        *,
+        image_id: int,
+        serial: int = 0,
+        box: np.ndarray | None = None,
+        gt_box: np.ndarray | None = None,
+        **encoding: object,
+    ) -> None:
+        """Encode and append one sample, uint8 RGB (h, w, 3) or grey (h, w).
+
+        Boxes default to the whole of it; the rest is as for ``store.encode_sample``.
+        """
+        size = image.shape[:2]
+        box = np.array([0, 0, size[1], size[0]], np.float32) if box is None else box
+        gt_box = box if gt_box is None else gt_box
+        bgr = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        encoded = encode_sample(bgr, **encoding)
+        self.append(
+            make_chunk([Sample(*encoded, class_index, size, image_id, serial, box, gt_box)])
+        )
+
+    def append(self, chunk: Chunk, mark: dict | None = None) -> None:
+        """Write a chunk behind what is there.
+
+        Args:
+            mark: where the work stands after this chunk; comes back as ``mark`` after a kill.
+        """
+        members, records = chunk
+        with _disk_errors(self.partial):
+            needed = len(members) + len(END_OF_ARCHIVE)
+            if self._file is not None and self._file.tell() + needed > self.shard_size:
+                self._close_shard()
+            if len(records):
+                if self._file is None:
+                    self._file = open(self.folder / f"shard-{len(self.shards):05d}.tar", "wb")
+                records["offset"] += self._file.tell()
+                records["shard"] = len(self.shards)
+                self._file.write(members)
+                self._open_records.append(records)
+        self._next_mark = mark
+
+    def _close_shard(self) -> None:
+        """Complete a shard; its bytes are on the disk before ``PROGRESS_NAME`` names it."""
+        self._file.write(END_OF_ARCHIVE)
+        name, size = Path(self._file.name).name, self._file.tell()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        records, self._open_records = np.concatenate(self._open_records), []
+        with open_atomically(self.partial / f"{name}.npy") as file:
+            np.save(file, records)
+        self._records.append(records)
+        self.shards.append({"name": name, "samples": len(records), "bytes": size})
+        progress = {"resume_key": self.resume_key, "shards": self.shards, "mark": self._next_mark}
+        write_text(self.partial / PROGRESS_NAME, json.dumps(progress, indent=1))
+
+    def index(self) -> np.ndarray:
+        """The records of all that was appended so far, RECORD (n,)."""
+        return np.concatenate([np.zeros(0, RECORD), *self._records, *self._open_records])
+
+    def finish(self, report: dict | None = None) -> None:
+        """Write index and header, and give the store its name."""
+        with _disk_errors(self.partial):
+            if self._file is not None:
+                self._close_shard()
+            index = self.index()
+            with open_atomically(self.folder / store.INDEX_NAME) as file:
+                np.save(file, index)
+            header = {
+                "format": store.FORMAT,
+                "version": store.VERSION,
+                "categories": self.categories,
+                "samples": len(index),
+                "shards": self.shards,
+                "fingerprint": store.fingerprint(self.categories, index),
+                "image_ids_sha256": store.hash_image_ids(index["image_id"]),
+                **self.header,
+                "report": report or {},
+            }
+            write_text(self.folder / store.HEADER_NAME, json.dumps(header, indent=1))
+            self._replace()
+
+    def _replace(self) -> None:
+        """Rename the finished folder; an old store steps aside first and goes last."""
+        old = self.path.with_name(self.path.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.path.exists():
+            os.replace(self.path, old)
+        os.replace(self.folder, self.path)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            # What is unwritten is not wanted, and a full disk would raise again here.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+        self._lock.close()

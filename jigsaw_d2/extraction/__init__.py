@@ -1,1 +1,0 @@
-"""Detection images -> positive and negative samples: plan, cut, report."""

@@ -1,0 +1,214 @@
+"""Batches: form, resume with any number of workers, ranks, micro-batches, damage, a lost store."""
+
+import logging
+import shutil
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from helpers_store import make_store
+
+from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.data.build import (
+    build_jigsaw_eval_loader,
+    build_jigsaw_train_loader,
+    check_shared_memory,
+)
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.store_writer import StoreWriter
+from jigsaw_d2.io import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> SampleStore:
+    return make_store(tmp_path_factory.mktemp("loader") / "store", size_range=(20, 120))
+
+
+def make_cfg(store: SampleStore, workers: int = 0, batch: int = 4, **keys) -> CfgNode:
+    pairs = {
+        "DATASETS.TRAIN": tuple(str(p) for p in store.paths),
+        "DATALOADER.NUM_WORKERS": workers,
+        "SOLVER.IMS_PER_BATCH": batch,
+        "INPUT.FORMAT": "RGB",
+        "SEED": 3,
+        **{key.replace("__", "."): value for key, value in keys.items()},
+    }
+    return get_jigsaw_cfg(overrides=[item for pair in pairs.items() for item in pair])
+
+
+def batches(cfg: CfgNode, count: int, **options) -> list[dict]:
+    return list(islice(build_jigsaw_train_loader(cfg, **options), count))
+
+
+def same(one: dict, other: dict) -> bool:
+    return (
+        one["position"] == other["position"]
+        and torch.equal(one["image"], other["image"])
+        and torch.equal(one["gt_classes"], other["gt_classes"])
+        and torch.equal(one["sample_ids"], other["sample_ids"])
+    )
+
+
+def test_form_of_a_batch(store):
+    first, second = batches(make_cfg(store), 2)
+    assert first["image"].shape == (4, 3, 224, 224) and first["image"].dtype == torch.uint8
+    assert first["gt_classes"].shape == (4, 4) and first["gt_classes"].dtype == torch.int64
+    assert first["sample_ids"].shape == (4, 4) and first["sample_ids"].dtype == torch.int64
+    assert (first["position"], second["position"], first["damaged"]) == (0, 4, [])
+    ids = first["sample_ids"].numpy()
+    assert (store.groups[ids] == [0, 2, 1, 0]).all()  # R1 S, R2 W, R3 T, R4 S
+    assert (first["gt_classes"].numpy() == store.classes[ids]).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_resumed_loader_goes_on_exactly(store, workers):
+    uninterrupted = batches(make_cfg(store, 0), 7)
+    assert all(map(same, batches(make_cfg(store, workers), 3), uninterrupted))
+    resumed = batches(make_cfg(store, workers), 4, start_iter=3)
+    assert all(map(same, resumed, uninterrupted[3:]))
+
+
+def test_ranks_share_each_step_and_no_sample_of_a_pass(store):
+    whole = batches(make_cfg(store, batch=8), 6)
+    ranks = [batches(make_cfg(store, batch=8), 6, rank=r, world_size=2) for r in (0, 1)]
+    for step, one, other in zip(whole, *ranks):
+        assert len(one["image"]) == 4 and other["position"] == one["position"] + 1
+        assert torch.equal(step["image"][0::2], one["image"])
+        assert torch.equal(step["image"][1::2], other["image"])
+    # 8 T samples make a pass of 8 images: one step here. R3 shows T.
+    for one, other in zip(*ranks):
+        shown = [set(b["sample_ids"][:, 2].tolist()) for b in (one, other)]
+        assert not shown[0] & shown[1] and len(shown[0] | shown[1]) == 8
+
+
+def test_micro_batches_make_up_the_iteration(store):
+    whole = batches(make_cfg(store, batch=8), 3)
+    cfg = make_cfg(store, batch=8, SOLVER__ACCUMULATION_STEPS=2)
+    micro = batches(cfg, 6)
+    for k, step in enumerate(whole):
+        parts = micro[2 * k : 2 * k + 2]
+        assert torch.equal(step["image"], torch.cat([p["image"] for p in parts]))
+    assert all(map(same, batches(cfg, 2, start_iter=2), micro[4:]))
+    ranks = [batches(cfg, 2, rank=r, world_size=2) for r in (0, 1)]
+    assert torch.equal(ranks[1][1]["image"], micro[1]["image"][1::2])
+
+
+def test_batch_that_cannot_be_shared_out(store):
+    cfg = make_cfg(store, batch=12, SOLVER__ACCUMULATION_STEPS=4)
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH = 12.*2 processes.*multiple of 8"):
+        build_jigsaw_train_loader(cfg, rank=0, world_size=2)
+
+
+def test_seed_changes_the_stream(store):
+    one, other = (batches(make_cfg(store, SEED=seed), 1)[0] for seed in (3, 4))
+    assert not torch.equal(one["image"], other["image"])
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_eval_loader_is_finite_fixed_and_shared(store, world_size):
+    cfg = make_cfg(store, INPUT__JIGSAW__EVAL_IMAGES=10)
+    whole = torch.cat([b["image"] for b in build_jigsaw_eval_loader(cfg, store)])
+    assert len(whole) == 10
+    paths = [str(p) for p in store.paths]
+    parts = [
+        batch["image"]
+        for rank in range(world_size)
+        for batch in build_jigsaw_eval_loader(
+            make_cfg(store, workers=rank, SEED=99, INPUT__JIGSAW__EVAL_IMAGES=10),
+            paths,
+            rank=rank,
+            world_size=world_size,
+        )
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_eval_shows_samples_as_they_are(store):
+    mapper = build_jigsaw_eval_loader(make_cfg(store), store).dataset.mapper
+    draws = [a for p in range(20) for a in mapper.draw_augmentations(p)]
+    assert {(a.scale, a.flip) for a in draws} == {(1.0, False)}
+
+
+def test_fewer_eval_images_than_ranks(store):
+    cfg = make_cfg(store, INPUT__JIGSAW__EVAL_IMAGES=2)
+    loaders = [build_jigsaw_eval_loader(cfg, store, rank=r, world_size=4) for r in range(4)]
+    assert sum(len(b["image"]) for loader in loaders for b in loader) == 2
+    assert [len(loader) for loader in loaders] == [len(list(loader)) for loader in loaders]
+
+
+def test_class_balanced_needs_a_threshold_and_uses_it(store):
+    with pytest.raises(ConfigError, match="REPEAT_THRESHOLD"):
+        batches(make_cfg(store, INPUT__JIGSAW__SAMPLING="class_balanced"), 1)
+    keys = {"INPUT__JIGSAW__SAMPLING": "class_balanced", "DATALOADER__REPEAT_THRESHOLD": 0.9}
+    cfg = make_cfg(store, **keys)
+    assert all(map(same, batches(cfg, 2, start_iter=4), batches(cfg, 6)[4:]))
+    with pytest.raises(ConfigError, match="SAMPLING = 'fair'"):
+        batches(make_cfg(store, INPUT__JIGSAW__SAMPLING="fair"), 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_sample_is_replaced_reported_and_logged_once(tmp_path, workers, caplog):
+    store = make_store(tmp_path / "store", n_per_group=3, size_range=(20, 60))
+    shard = tmp_path / "store" / "shard-00000.tar"
+    content = bytearray(shard.read_bytes())
+    content[int(store.index["offset"][1]) + 200] ^= 0xFF  # sample 1, of group T
+    shard.write_bytes(content)
+    store = SampleStore(tmp_path / "store")
+    loader = build_jigsaw_train_loader(make_cfg(store, workers, batch=6))
+    with caplog.at_level(logging.WARNING):
+        seen = list(islice(loader, 3))
+    tall = torch.cat([b["sample_ids"][:, 2] for b in seen]).tolist()
+    assert set(tall) == {4, 7}
+    # 18 draws of T walk 6 passes of 3: sample 1 would have been shown 6 times
+    assert [n for b in seen for n, _ in b["damaged"]] == [1] * 6
+    assert loader.replaced == 6
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == 1 and store.key(1) in messages[0] and "CRC" in messages[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("what", ["gone", "replaced"])
+def test_store_lost_mid_run_is_an_error_that_says_so(tmp_path, workers, what):
+    store = make_store(tmp_path / "store", n_per_group=2, size_range=(20, 40))
+    stream = iter(build_jigsaw_train_loader(make_cfg(store, workers)))
+    next(stream)
+    shutil.rmtree(tmp_path / "store")
+    if what == "replaced":
+        make_store(tmp_path / "store", n_per_group=2, size_range=(20, 40), seed=1)
+    with pytest.raises(DataError, match="store.*(gone|replaced)"):
+        for _ in range(9):
+            next(stream)
+
+
+@pytest.mark.parametrize("size", [(30, 40), (90, 30), (30, 90)])
+def test_one_sample_makes_batches(tmp_path, size):
+    with StoreWriter(tmp_path / "one", ["thing"]) as writer:
+        writer.add(np.full((*size, 3), 90, np.uint8), 0, image_id=1)
+        writer.finish()
+    batch = batches(make_cfg(SampleStore(tmp_path / "one")), 1)[0]
+    assert (batch["sample_ids"] == 0).all() and batch["image"].any()
+
+
+def test_several_stores_are_parts_of_one(store, tmp_path):
+    other = make_store(tmp_path / "other", size_range=(20, 60), seed=5)
+    both = SampleStore([*store.paths, *other.paths])
+    seen = torch.cat([b["sample_ids"].flatten() for b in batches(make_cfg(both, batch=8), 4)])
+    assert seen.min() < len(store) <= seen.max() < len(both)
+
+
+def test_workers_whose_batches_do_not_fit_shared_memory_are_refused(monkeypatch):
+    """A batch of 512 takes 77 MB; a container has 64 MB unless told otherwise."""
+    cfg = get_jigsaw_cfg("jigsaw_R_50.yaml", ["DATALOADER.NUM_WORKERS", "2"])
+    usage = SimpleNamespace(free=64 * 2**20)
+    monkeypatch.setattr("jigsaw_d2.data.build.shutil.disk_usage", lambda folder: usage)
+    # 2 processes x 2 workers x 2 batches of 512 / 2 images of 3 x 224 x 224 bytes
+    needed = 2 * 2 * 2 * 256 * 3 * 224 * 224
+    with pytest.raises(ConfigError, match="294 MiB, but 64 MiB are free: .*--shm-size 1g"):
+        check_shared_memory(cfg, 2, 2)
+    usage.free = needed
+    check_shared_memory(cfg, 2, 2)
+    cfg.DATALOADER.NUM_WORKERS, usage.free = 0, 0
+    check_shared_memory(cfg, 2, 2)

@@ -1,0 +1,164 @@
+"""Numbers of the report, derived by hand, and the sentences that follow from them."""
+
+import numpy as np
+import pytest
+
+from jigsaw_d2.data.report import (
+    FAULT,
+    REASONS,
+    RULE,
+    ExtractionLog,
+    format_report,
+    summarise,
+    template_fill,
+)
+from jigsaw_d2.data.store import RECORD
+from jigsaw_d2.data.template import JigsawTemplate
+from jigsaw_d2.io import DataError
+
+TEMPLATE = JigsawTemplate()
+
+
+def make_index(rows: list[tuple[int, int, int, int]]) -> np.ndarray:
+    """Records of (count, class, width, height)."""
+    index = np.zeros(sum(row[0] for row in rows), RECORD)
+    n = 0
+    for count, label, width, height in rows:
+        index["class"][n : n + count] = label
+        index["size"][n : n + count] = (height, width)
+        index["group"][n : n + count] = (
+            1 if 2 * width < height else 2 if 2 * width > 3 * height else 0
+        )
+        index["length"][n : n + count] = 10
+        n += count
+    return index
+
+
+def summary(rows: list[tuple[int, int, int, int]], scale: tuple = (1.0, 1.0)) -> dict:
+    return summarise(make_index(rows), ["cat", "dog"], TEMPLATE, scale)
+
+
+def test_counts_and_sizes() -> None:
+    report = summary([(10, 0, 20, 20), (5, 1, 10, 40), (3, 0, 40, 10), (2, 2, 30, 30)])
+    assert (report["samples"], report["positives"], report["negatives"]) == (20, 18, 2)
+    assert report["encoded_bytes"] == {"jpg": 200}
+    assert {g: (v["positive"], v["negative"]) for g, v in report["groups"].items()} == {
+        "S": (10, 2),
+        "T": (5, 0),
+        "W": (3, 0),
+    }
+    assert report["classes"] == [["cat", 10, 0, 3], ["dog", 0, 5, 0], ["background", 2, 0, 0]]
+    assert report["groups"]["T"]["size_percentiles"] == {"height": [40] * 3, "width": [10] * 3}
+
+
+def test_fill_of_equal_samples() -> None:
+    """All S are 80 x 80, at scale 1: R1 (64 x 64) is full and shows 64 of 80 pixels per side;
+    R4 (160 x 160) holds them whole, a quarter used. T 32 x 80 in R3 (160 high, 64 wide)."""
+    index = make_index([(9, 0, 80, 80), (4, 0, 32, 80)])
+    fill = template_fill(index["size"], index["group"], TEMPLATE, (1.0, 1.0))
+    assert fill["R1"] == {"used": 1, "padded": 0, "cropped": pytest.approx(1 - 0.64)}
+    assert fill["R4"] == {"used": 0.25, "padded": 0.75, "cropped": 0}
+    assert fill["R3"] == {"used": 0.25, "padded": 0.75, "cropped": 0}
+    assert fill["R2"] is None
+
+
+def test_the_larger_of_two_samples_goes_to_r4() -> None:
+    """Half 32 x 32, half 160 x 160. Ranks (i + 1/2) / n: a small one is the larger of two in a
+    quarter of its pairs, a large one in three quarters."""
+    index = make_index([(500, 0, 32, 32), (500, 0, 160, 160)])
+    fill = template_fill(index["size"], index["group"], TEMPLATE, (1.0, 1.0))
+    assert fill["R4"]["used"] == pytest.approx(0.25 * (32 / 160) ** 2 + 0.75, abs=1e-3)
+    assert fill["R1"]["used"] == pytest.approx(0.75 * (32 / 64) ** 2 + 0.25, abs=1e-3)
+    assert fill["R1"]["cropped"] == pytest.approx(0.25 * (1 - 0.4**2), abs=1e-3)
+
+
+def test_fill_is_averaged_over_the_scales() -> None:
+    """64 x 16 W samples in R2 (160 x 64): used = s^2 / 10; the mean of s^2 over [1, 2] is 7 / 3."""
+    index = make_index([(3, 0, 64, 16)])
+    fill = template_fill(index["size"], index["group"], TEMPLATE, (1.0, 2.0))
+    assert fill["R2"]["used"] == pytest.approx(7 / 30, rel=0.01)
+
+
+def test_suitable_data_need_no_caution() -> None:
+    sizes = ((20, 64, 64), (20, 160, 160), (20, 60, 140))
+    rows = [(n, label, w, h) for label in (0, 1) for n, w, h in sizes]
+    assert summary([*rows, (20, 0, 140, 60), (20, 1, 140, 60)])["cautions"] == []
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([(50, 0, 90, 90), (50, 1, 60, 140)], "No wide (W) sample: R2 will borrow"),
+        ([(50, 0, 60, 140), (50, 1, 140, 60)], "No square-like (S) sample: R1 and R4 will borrow"),
+        # One T is shown once an image, one of 100 S twice: 1 to 2 / 100, 50 times as often.
+        (
+            [(100, 0, 90, 90), (1, 0, 60, 140), (50, 1, 140, 60)],
+            "Only 1 tall (T) samples: each will be shown 50 times as often",
+        ),
+        ([(50, 0, 20, 20), (50, 1, 60, 140), (50, 1, 140, 60)], "R4 will be 98% zero padding"),
+        (
+            [(50, 0, 400, 400), (50, 1, 60, 140), (50, 1, 140, 60)],
+            "R4 will show random crops: on average 84%",
+        ),
+        ([(3, 0, 90, 90), (50, 1, 60, 140), (50, 1, 140, 60)], "1 of 2 classes have fewer than 10"),
+        ([(30, 0, 90, 90), (50, 0, 60, 140), (50, 0, 140, 60)], "1 classes have no sample (dog)"),
+    ],
+)
+def test_cautions_name_the_trouble(rows: list, words: str) -> None:
+    assert any(words in sentence for sentence in summary(rows)["cautions"])
+
+
+def test_text_holds_all_of_it() -> None:
+    report = summary([(10, 0, 20, 20), (1, 2, 30, 30)])
+    log = ExtractionLog()
+    log.add("crowd", "image 7")
+    log.add("image_grey", "image 8")
+    report["log"] = {"dataset": log.to_dict(), "part": {}}
+    text = format_report(report)
+    for words in (
+        "11 samples: 10 positive, 1 negative",
+        "borrows",
+        "crowd",
+        "image 8",
+        "! No tall",
+    ):
+        assert words in text
+    assert format_report(summary([])).startswith("0 samples")
+
+
+def test_many_classes_are_shortened() -> None:
+    names = [f"class{n}" for n in range(300)]
+    index = make_index([(n + 1, n, 30, 30) for n in range(300)])
+    text = format_report(summarise(index, names, TEMPLATE, (0.8, 1.5)), max_classes=50)
+    assert "class299" in text and "\nclass3 " not in text and "251 smaller classes" in text
+
+
+def test_counts_and_first_examples() -> None:
+    log, other = ExtractionLog(), ExtractionLog()
+    for n in range(2):
+        log.add("crowd", f"image {n}")
+    for n in range(4):
+        other.add("crowd", f"other {n}")
+    log.merge(other.to_dict())
+    entry = log.to_dict()["crowd"]
+    assert entry["count"] == 6 and entry["kind"] == RULE
+    assert entry["examples"] == ["image 0", "image 1", "other 0"]
+    copy = ExtractionLog()
+    copy.merge(log.to_dict())
+    assert copy.to_dict() == log.to_dict()
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_strict_stops_at_faults_alone(reason: str) -> None:
+    log = ExtractionLog(strict=True)
+    if REASONS[reason][0] == FAULT:
+        with pytest.raises(DataError, match=f"here: .*{reason}.*--strict"):
+            log.add(reason, "here")
+    else:
+        log.add(reason, "here")
+        assert log.counts[reason] == 1
+
+
+def test_unknown_reasons_are_a_mistake_of_ours() -> None:
+    with pytest.raises(KeyError):
+        ExtractionLog().add("no such reason", "here")
