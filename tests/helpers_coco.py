@@ -47,7 +47,8 @@ def make_coco(
                 {"id": 10 * n + 5, "file_name": name, "height": size[0], "width": size[1]}
             )
             for box, label in objects:
-                annotations.append(annotation(entries[-1]["id"], box, CATEGORY_IDS[label]))
+                one = annotation(entries[-1]["id"], box, CATEGORY_IDS[label])
+                annotations.append({**one, "area": box[2] * box[3]})
             if n == 0:
                 annotations.append(annotation(entries[-1]["id"], [100, 10, 90, 60], 1, crowd=1))
         write_json(folder / f"{split}.json", entries, annotations)
@@ -56,9 +57,7 @@ def make_coco(
 
 def annotation(image_id: int, box: list, category: int = 1, crowd: int = 0) -> dict:
     """One COCO annotation without its id, which ``write_json`` gives."""
-    area = box[2] * box[3]
-    keys = {"image_id": image_id, "bbox": box, "area": area, "iscrowd": crowd}
-    return {**keys, "category_id": category}
+    return {"image_id": image_id, "bbox": box, "category_id": category, "iscrowd": crowd}
 
 
 def write_json(path: Path, images: list[dict], annotations: list[dict]) -> Path:

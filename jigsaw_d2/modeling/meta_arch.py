@@ -85,9 +85,10 @@ class JigsawPretrainer(nn.Module):
         self.register_buffer("erf_weights", own_region_weights(regions).float())
         sums = torch.zeros(*regions.shape, losses.NUM_REGIONS, dtype=torch.float64)
         self.register_buffer("erf_region_sums", sums)
-        mean, std = (torch.tensor(v).double().view(-1, 1, 1) for v in (pixel_mean, pixel_std))
-        self.register_buffer("pixel_scale", (1 / std).float(), persistent=False)
-        self.register_buffer("pixel_shift", (-mean / std).float(), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.register_buffer("pixel_shift", -self.pixel_mean / self.pixel_std, persistent=False)
+        self.register_buffer("pixel_scale", 1 / self.pixel_std, persistent=False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -110,7 +111,7 @@ class JigsawPretrainer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are and the images go."""
-        return self.pixel_scale.device
+        return self.pixel_mean.device
 
     def forward(self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """
@@ -141,16 +142,16 @@ class JigsawPretrainer(nn.Module):
         Padding (0) becomes (0 - mean) / std: normalisation follows the stitching (Sec. 3.2).
 
         Returns:
-            float32, or under autocast its dtype: cast, scaled and laid out by one kernel.
+            float32, to the bit as a detector computes it; or under autocast in its dtype, shifted,
+            scaled, rounded and laid out by one kernel.
         """
         images = images.to(self.device, non_blocking=True)
         kind = self.device.type
-        under_autocast = torch.is_autocast_enabled(kind)
-        normalised = torch.empty_like(
-            images,
-            dtype=torch.get_autocast_dtype(kind) if under_autocast else torch.float32,
-            memory_format=self.memory_format,
-        )
+        if not torch.is_autocast_enabled(kind):
+            images = (images - self.pixel_mean) / self.pixel_std
+            return images.contiguous(memory_format=self.memory_format)
+        dtype = torch.get_autocast_dtype(kind)
+        normalised = torch.empty_like(images, dtype=dtype, memory_format=self.memory_format)
         return torch.addcmul(self.pixel_shift, images, self.pixel_scale, out=normalised)
 
     def cell_logits(self, images: Tensor) -> Tensor:

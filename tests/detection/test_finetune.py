@@ -8,6 +8,7 @@ import pycocotools.cocoeval
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Boxes, Instances
 from helpers_weights import (
@@ -24,7 +25,6 @@ from helpers_weights import (
 )
 
 from jigsaw_d2.cost import backbone_flops, read_cost_log
-from jigsaw_d2.data.sources import register_coco_file
 from jigsaw_d2.detection import finetune as finetune_module
 from jigsaw_d2.detection.config import setup_finetune
 from jigsaw_d2.detection.finetune import ComputeMeter, FastCOCOEvaluator, finetune
@@ -142,7 +142,7 @@ def test_faster_coco_eval_gives_pycocotools_numbers(
     for annotation in content["annotations"][::7]:
         annotation["iscrowd"] = 1
     Path(json_file).write_text(json.dumps(content))
-    register_coco_file(name, json_file, images)
+    register_coco_instances(name, {}, json_file, images)
     DatasetCatalog.get(name)  # so that Detectron2 knows the categories' ids
     predictions = random_detections(Path(json_file), seed)
 

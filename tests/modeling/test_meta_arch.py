@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.data.template import JigsawTemplate, TemplateError
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import losses
 from jigsaw_d2.modeling.erf import own_region_weights
@@ -194,7 +194,7 @@ class SettingsTest(unittest.TestCase):
         ):
             with self.assertRaisesRegex(ConfigError, message):
                 build(**options)
-        with self.assertRaises(TemplateError):
+        with self.assertRaises(ConfigError):
             build(template=JigsawTemplate(96, 96, 40, 32))
 
     def test_training_without_classes(self):

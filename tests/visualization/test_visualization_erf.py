@@ -15,7 +15,6 @@ from helpers_store import make_store
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.modeling.erf import erf_region_sums, outside_shares
-from jigsaw_d2.visualization import erf
 from jigsaw_d2.visualization.erf import cell_figure, erf_figure, figure_pixels, map_size
 
 CANVAS = JigsawTemplate(96, 96, 32, 32)
@@ -59,7 +58,7 @@ class CommandTest(unittest.TestCase):
     def visualize(self, *arguments):
         command = ["--config-file", "Base-JigsawPretrain.yaml", "--device", "cpu"]
         return run_figure(
-            erf, [*command, "--output", str(self.output), *arguments, "--opts", *TINY]
+            "erf", [*command, "--output", str(self.output), *arguments, "--opts", *TINY]
         )
 
     def test_checkpoint_beside_random_network_on_jigsaw_images(self):

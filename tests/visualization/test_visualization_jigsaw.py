@@ -1,21 +1,17 @@
 """The sheet of Jigsaw images, from the command line and from a training batch."""
 
-import argparse
-
 import matplotlib.image
 import numpy as np
 import pytest
+from helpers_figures import run_figure
 from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data.build import build_jigsaw_train_loader
 from jigsaw_d2.data.template import JigsawTemplate
-from jigsaw_d2.tools import visualize
 from jigsaw_d2.visualization.jigsaw import (
     PADDING_COLOUR,
-    add_arguments,
     batch_figure,
-    run,
     save_batch_figure,
     shade_padding,
     used_share,
@@ -71,8 +67,5 @@ def test_first_batch_of_training(store, tmp_path, image_format, rank):
 def test_command(store, tmp_path):
     output = tmp_path / "sheet.png"
     path = str(store.paths[0])
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
     args = [path, "--count", "2", "--output", str(output), "--opts", "INPUT.JIGSAW.FIT", "warp"]
-    assert run(parser.parse_args(args)) == [output] and output.is_file()
-    assert "jigsaw" in visualize.FIGURES
+    assert run_figure("jigsaw", args) == (0, f"{output}\n") and output.is_file()

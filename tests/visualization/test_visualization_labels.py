@@ -13,7 +13,6 @@ from helpers_store import make_store
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.modeling.erf import region_weights
 from jigsaw_d2.modeling.losses import erf_adaptive_loss, region_means
-from jigsaw_d2.visualization import labels
 from jigsaw_d2.visualization.inputs import normalise, rgb_stream
 from jigsaw_d2.visualization.labels import cell_losses, labels_figure, load_pretrainer
 
@@ -38,7 +37,7 @@ class LabelsTest(unittest.TestCase):
         command = ["--config-file", CONFIG, "--weights", weights or self.weights]
         command += ["--store", str(store or self.folder / "store"), "--device", "cpu"]
         command += ["--output", str(self.folder / "labels.png"), *arguments, "--opts", *TINY]
-        return run_figure(labels, command)
+        return run_figure("labels", command)
 
     def test_files(self):
         status, out = self.visualize("--position", "3", "8")

@@ -1,10 +1,10 @@
 """Figures of samples and of the report are drawn for any store."""
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers_figures import run_figure
 from helpers_store import make_store
 
 from jigsaw_d2.data.report import summarise
@@ -12,9 +12,7 @@ from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.visualization.extraction_report import report_figure
 from jigsaw_d2.visualization.samples import (
-    add_arguments,
     choose_samples,
-    run,
     samples_figure,
 )
 
@@ -39,12 +37,10 @@ def test_boxes_lie_where_the_annotation_lies_in_the_sample(store: SampleStore) -
 
 
 def test_command_writes_the_figure(store: SampleStore, tmp_path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
     path = tmp_path / "sub" / "samples.png"
     words = [str(store.paths[0]), "--output", str(path)]
     for more in (["--count", "5"], ["--indices", "3", "0"]):
-        assert run(parser.parse_args([*words, *more])) == [path]
+        assert run_figure("samples", [*words, *more]) == (0, f"{path}\n")
         assert path.read_bytes().startswith(b"\x89PNG")
 
 

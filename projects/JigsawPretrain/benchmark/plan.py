@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jigsaw_d2.io import ConfigError
 
-# As in jigsaw_d2.config, whose import would bring Detectron2 into --help.
+# Rows of Tables 1 and 2; other objectives go by their name alone.
 OBJECTIVES = ("erf_adaptive", "block_wise", "global")
 FIT_METHODS = ("pad_crop", "warp", "resize")
 BUDGETS = ("total", "detection")
@@ -74,9 +74,7 @@ class Plan:
 
 
 def jigsaw_arm(objective: str = "erf_adaptive") -> Arm:
-    """Pre-training with one of the three objectives (Table 2)."""
-    if objective not in OBJECTIVES:
-        raise ConfigError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
+    """Pre-training with an objective of ``jigsaw_d2.modeling.losses``."""
     return Arm(f"jigsaw {objective}", "jigsaw", ("MODEL.JIGSAW.OBJECTIVE", objective))
 
 
@@ -88,13 +86,18 @@ def parse_arm(text: str) -> Arm:
     """An arm from the command line: scratch, scratch-again, jigsaw[:OBJECTIVE], NAME=WEIGHTS.pkl.
 
     Raises:
-        ConfigError: none of these, or a file that does not exist.
+        ConfigError: none of these, or a file or an objective that does not exist.
     """
+    from jigsaw_d2.modeling import losses  # not for --help: it brings torch in
+
     for arm in (SCRATCH, SCRATCH_AGAIN):
         if text == arm.slug:
             return arm
     if text.split(":")[0] == "jigsaw":
-        return jigsaw_arm(text.partition(":")[2] or "erf_adaptive")
+        objective = text.partition(":")[2] or "erf_adaptive"
+        if objective not in losses.OBJECTIVES:
+            raise ConfigError(f"objective {objective!r} is none of {', '.join(losses.OBJECTIVES)}")
+        return jigsaw_arm(objective)
     name, _, file = text.partition("=")
     if not name or not Path(file).is_file():
         raise ConfigError(
