@@ -1,12 +1,15 @@
 """One process or many, on one machine or several: Detectron2's ``launch``, or ``torchrun``."""
 
 import contextlib
+import json
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from jigsaw_d2.io import ConfigError, JigsawError, PeerLostError, RunError
+from jigsaw_d2.io import ConfigError, JigsawError, PeerLostError, RunError, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +25,13 @@ logger = logging.getLogger(__name__)
 GLOO_RESTS = 0.2
 # Set by torchrun for each process it starts.
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-# What Gloo, NCCL and the store of the process group say when a peer is gone or silent.
+# What Gloo, NCCL and the store of the process group say when a peer is gone or silent. Text, for
+# Gloo raises a plain RuntimeError for everything.
 _PEER_GONE = re.compile(
     "closed by peer|connection reset|broken pipe|timed? ?out|remote process|peer|"
     "nccl (communicator|error)|watchdog|socket",
     re.IGNORECASE,
 )
-# Last line of a child's traceback where the error is one of ours.
-_JIGSAW_ERROR = re.compile(r"^jigsaw_d2\.[\w.]*?(\w+Error): (.*)$", re.MULTILINE)
 
 
 def launch_job(
@@ -60,7 +62,7 @@ def launch_job(
     if all(name in os.environ for name in _TORCHRUN_VARIABLES):
         _join_torchrun(timeout, on_gpu)
         # Not in a finally: a rank that failed would wait in there for the others, and they for it.
-        _run_and_leave(timeout, main_func, *args)
+        _run_and_leave("", timeout, main_func, *args)
         return
     if num_gpus * num_machines == 1:
         main_func(*args)
@@ -70,23 +72,26 @@ def launch_job(
             f"--num-gpus is {num_gpus}, but PyTorch sees {torch.cuda.device_count()} GPU(s)"
         )
     limit = timedelta(seconds=timeout)
-    try:
-        with contextlib.nullcontext() if on_gpu else _hidden_gpus():
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        if not on_gpu:
+            stack.enter_context(_hidden_gpus())
+        try:
             launch(
                 *(_run_and_leave, num_gpus, num_machines, machine_rank, dist_url),
-                *((timeout, main_func, *args), limit),
+                *((folder, timeout, main_func, *args), limit),
             )
-    except ProcessExitedException as error:
-        raise PeerLostError(
-            f"process {error.error_index} of this machine ended ({error.msg.splitlines()[0]}); the "
-            "others were stopped; start again with --resume"
-        ) from error
-    except ProcessRaisedException as error:
-        said = _JIGSAW_ERROR.findall(error.msg)
-        if not said:
-            raise
-        kind = PeerLostError if said[-1][0] == PeerLostError.__name__ else RunError
-        raise kind(f"process {error.error_index}: {said[-1][1]}") from error
+        except ProcessExitedException as error:
+            raise PeerLostError(
+                f"process {error.error_index} of this machine ended ({error.msg.splitlines()[0]}); "
+                "the others were stopped; start again with --resume"
+            ) from error
+        except ProcessRaisedException as error:
+            said = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+            if not said:
+                raise
+            # One that lost a peer may be the first to say so; the peer's own words say why.
+            lost, text = min(said)
+            raise (PeerLostError if lost else RunError)(text) from error
 
 
 @contextlib.contextmanager
@@ -103,12 +108,20 @@ def _hidden_gpus() -> Iterator[None]:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
-def _run_and_leave(timeout: float, main_func: Callable[..., Any], *args: Any) -> None:
+def _run_and_leave(folder: str, timeout: float, main_func: Callable[..., Any], *args: Any) -> None:
+    """In each process; an error of ours is kept in ``folder`` for the one that started it."""
     if torch.distributed.get_backend() == "nccl":
         # Detectron2 makes this group on its first use, with half an hour's patience.
         side = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         comm._get_global_gloo_group = lambda: side
-    main_func(*args)
+    try:
+        main_func(*args)
+    except JigsawError as error:
+        if folder:
+            rank = comm.get_local_rank()
+            content = [isinstance(error, PeerLostError), f"process {rank}: {error}"]
+            write_text(Path(folder) / f"{rank}.json", json.dumps(content))
+        raise
     leave_group()
 
 
@@ -118,6 +131,7 @@ def leave_group() -> None:
     A thread of Gloo's takes the interpreter's lock to let go of what a finished collective held.
     The end of the group, or of the process, waits for that thread while holding the lock: right
     behind a collective they would wait for each other for ever, so the thread is let through first.
+    (Nothing in PyTorch tells when that thread has let go; hence a rest.)
     """
     time.sleep(GLOO_RESTS)
     torch.distributed.destroy_process_group()

@@ -14,6 +14,8 @@ from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError, RunError
 from jigsaw_d2.modeling.losses import NUM_REGIONS
 
+# Times the gradient in float16, which without it rounds what is below 6e-8 to nothing.
+FLOAT16_SCALE = 1024.0
 GRADS = {"abs": torch.abs, "relu": torch.relu}
 
 # Luo et al. 2016, cited by the paper, leave the reduction open; this is ours.
@@ -170,19 +172,24 @@ def _cell_maps(
     responses = values.to(torch.promote_types(values.dtype, torch.float32)).sum(dim=1)  # (N, h, w)
     h, w = responses.shape[1:]
     numbers = [_cell_number(cell, h, w) for cell in cells] if cells is not None else range(h * w)
-    return (h, w), _backward_per_cell(images, responses, numbers, GRADS[grad])
+    scale = FLOAT16_SCALE if amp_dtype is torch.float16 else 1.0
+    return (h, w), _backward_per_cell(images, responses * scale, numbers, GRADS[grad], scale)
 
 
 def _backward_per_cell(
-    images: Tensor, responses: Tensor, numbers: Sequence[int], rectify: Callable[[Tensor], Tensor]
+    images: Tensor,
+    responses: Tensor,
+    numbers: Sequence[int],
+    rectify: Callable[[Tensor], Tensor],
+    scale: float,
 ) -> Iterator[tuple[int, Tensor]]:
-    """One backward pass to the input for each cell, of all images together."""
+    """One backward pass to the input for each cell, of all images together; ``scale`` is undone."""
     for number in numbers:
         # Images of a batch do not mix, so the gradient of their sum holds the gradient of each.
         (gradient,) = torch.autograd.grad(
             responses.flatten(1)[:, number].sum(), images, retain_graph=True
         )
-        yield number, rectify(gradient).sum(dim=1)
+        yield number, rectify(gradient).sum(dim=1) / scale
 
 
 def _cell_number(cell: tuple[int, int], h: int, w: int) -> int:

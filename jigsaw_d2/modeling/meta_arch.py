@@ -11,6 +11,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.backbone import FPN
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
@@ -245,11 +246,19 @@ def _check_settings(
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuse a built model with a frozen norm or parameter, whatever key or code froze it.
+    """Refuse a built ``JigsawPretrainer`` of which parts could not learn, whatever made it so.
+
+    A frozen norm or parameter, or a feature pyramid.
 
     Raises:
         ConfigError: naming the first few layers.
     """
+    if any(isinstance(module, FPN) for module in model.modules()):
+        raise ConfigError(
+            f"MODEL.JIGSAW.IN_FEATURE {model.in_feature} is a level of a feature pyramid, of which most "
+            "parameters would learn nothing; pre-train its bottom-up network: for a ResNet set "
+            "MODEL.BACKBONE.NAME build_resnet_backbone and IN_FEATURE res5"
+        )
     frozen = [name for name, m in model.named_modules() if isinstance(m, FrozenBatchNorm2d)]
     fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
     for names, what in ((frozen, "frozen batch norms"), (fixed, "parameters without gradient")):

@@ -195,12 +195,19 @@ class RefreshTest(unittest.TestCase):
             self.assertTrue(torch.equal(now, then))
 
 
+def set_statistics(model, mean):
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.fill_(mean)
+
+
 def measure_in_process(rank, world_size, folder, num_images):
     """One of ``world_size`` processes on Gloo; the model wrapped as in training."""
     torch.set_num_threads(1)
     store = f"file://{folder}/rendezvous"
     torch.distributed.init_process_group("gloo", store, rank=rank, world_size=world_size)
     model = build_model()
+    set_statistics(model, 2.0 * rank)  # each has seen its own images; their mean is measured
     wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     hook = ErfRefreshHook(wrapped, load_images, num_images=num_images)
     hook.trainer = SimpleNamespace(start_iter=0)
@@ -216,6 +223,7 @@ def measure_in_process(rank, world_size, folder, num_images):
 class ProcessesTest(unittest.TestCase):
     def test_two_equal_one(self):
         one = build_model()
+        set_statistics(one, 1.0)
         RefreshTest().run_hook(one)  # three images: two on rank 0, one on rank 1
         with tempfile.TemporaryDirectory() as folder:
             arguments = (2, folder, 3)

@@ -191,20 +191,21 @@ def test_detectron2s_launch_starts_ranks_and_tells_which_died(tmp_path):
     assert (tmp_path / "rank1").read_text() == "2.0 1"
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [("run_config.ConfigError", RunError), ("launching.PeerLostError", PeerLostError)],
-)
-def test_an_error_of_ours_in_a_rank_is_told_in_one_line(monkeypatch, name, expected):
-    def fail(*args: object) -> None:
-        text = (
-            f"\n\n-- Process 1 ...:\nTraceback ...:\n  File ...\njigsaw_d2.{name}: what is wrong\n"
-        )
-        raise ProcessRaisedException(text, 1, 4242)
+def fail(message: str, other: str) -> None:
+    """Rank 1 fails; rank 0 hears of it only as a lost peer."""
+    if comm.get_rank() == 1:
+        raise ConfigError(message)
+    try:
+        torch.distributed.all_reduce(torch.ones(1))
+    except RuntimeError as error:
+        raise PeerLostError(other) from error
 
-    monkeypatch.setattr("jigsaw_d2.engine.launch.launch", fail)
-    with pytest.raises(expected, match="^process 1: what is wrong$"):
-        launch_job(print, 2, device="cpu")
+
+def test_an_error_of_ours_in_a_rank_is_told_in_one_line():
+    with pytest.raises(RunError, match="^process 1: what is wrong: here$"):
+        launch_job(
+            fail, 2, dist_url="auto", args=("what is wrong: here", "lost"), timeout=60, device="cpu"
+        )
 
 
 def test_any_other_error_in_a_rank_keeps_its_traceback(monkeypatch):

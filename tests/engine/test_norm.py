@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
 from torch import nn
 
 from jigsaw_d2.config import check_trainable_config, get_jigsaw_cfg, resolve_norm
@@ -80,6 +81,16 @@ def test_frozen_layers_of_a_built_network_are_named():
     net[0].weight.requires_grad_(False)
     with pytest.raises(ConfigError, match=r"1 parameters without gradient \(0.weight"):
         check_trainable(net)
+
+
+def test_a_feature_pyramid_is_refused_with_the_way_out():
+    """Until its levels are trained too, most of its parameters would learn nothing."""
+    options = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.JIGSAW.IN_FEATURE", "p5")
+    fpn = ("MODEL.FPN.IN_FEATURES", "['res4', 'res5']", "MODEL.RESNETS.OUT_FEATURES")
+    cfg = cfg_with(*options, *fpn, "['res4', 'res5']", "MODEL.DEVICE", "cpu")
+    cfg.MODEL.RESNETS.NORM, cfg.MODEL.JIGSAW.NUM_CLASSES = "BN", 2
+    with pytest.raises(ConfigError, match="p5 is a level of a feature pyramid.*build_resnet_back"):
+        check_trainable(build_model(cfg))
 
 
 def test_one_process_keeps_its_statistics():

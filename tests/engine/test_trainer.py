@@ -207,6 +207,14 @@ def test_every_rank_waits_until_the_bad_step_is_kept(tmp_path, monkeypatch):
             assert asked[1] == ["replay_0000000_rank0.pth"] and "the loss is nan" in asked[0]
 
 
+def test_another_batch_size_is_refused_with_both(tmp_path):
+    """It would skip images, or show some twice, at rates of another schedule."""
+    JigsawTrainer(tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 3)).train()
+    trainer = JigsawTrainer(tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 6, "SOLVER.IMS_PER_BATCH", 8))
+    with pytest.raises(ConfigError, match="IMS_PER_BATCH was 4 .* is 8.*ACCUMULATION_STEPS"):
+        trainer.resume_or_load()
+
+
 def test_ranks_that_start_apart_are_told_so(monkeypatch):
     model = nn.Linear(2, 1)
     check_same_start(model, 5, "out")

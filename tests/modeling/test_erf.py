@@ -185,6 +185,16 @@ class BackboneTest(unittest.TestCase):
         torch.testing.assert_close(region_shares(sums, regions), exact, rtol=0, atol=0.012)
 
 
+    def test_gradients_below_float16s_least_number_survive_it(self):
+        convs = [nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, 4), (4, 4), (4, 4))]
+        for conv in convs:  # about 1e-8 behind the third, where 6e-8 is the least that is not 0
+            nn.init.uniform_(conv.weight, 0.8e-4, 1.2e-4)
+        network, images = Named(*convs), torch.randn(1, 3, 8, 8)
+        exact = erf.erf_region_sums(network, images, SQUARE, "out")
+        sums = erf.erf_region_sums(network, images, SQUARE, "out", amp_dtype=torch.float16)
+        torch.testing.assert_close(sums.sum(), exact.sum(), rtol=0.05, atol=0)
+
+
 class StateTest(unittest.TestCase):
     """The network and torch come back as they were."""
 
