@@ -1,6 +1,7 @@
 """What is written for readers agrees with the code: docstrings, shapes, the table of keys."""
 
 import argparse
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling.proposal_generator import proposal_utils
 
 import jigsaw_d2
 from jigsaw_d2.__main__ import COMMANDS
@@ -159,3 +161,25 @@ def test_files_named_in_a_readme_exist(readme):
     folder = (ROOT / readme).parent
     missing = [link for link in links if not (folder / link).exists()]
     assert not missing, f"{readme} links to {missing}"
+
+
+def _texts_of(folder):
+    """Every string in the code of a folder; what an f-string fills in is "{}"."""
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "{}" for p in node.values)
+                yield "".join(map(str, parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_messages_that_troubleshooting_quotes_are_those_of_the_code():
+    readme = (ROOT / "projects" / "JigsawPretrain" / "README.md").read_text()
+    rows = readme.split("## Troubleshooting")[1].splitlines()
+    seen = [row.split("|")[1] for row in rows if row.startswith("|")]
+    quoted = [text for cell in seen for text in re.findall(r'"([^"]+)"', cell)]
+    detectron2 = Path(proposal_utils.__file__).parent
+    said = [*_texts_of(ROOT / "jigsaw_d2"), *_texts_of(detectron2)]
+    assert len(quoted) > 5
+    assert not [text for text in quoted if not any(text in each for each in said)]
