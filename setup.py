@@ -1,5 +1,8 @@
 """Packaging of jigsaw_d2: the code, the project's configs, and what it needs from PyPI.
 
+The lower bounds were tested together on Python 3.11, the versions of dev/constraints.txt too, and torch
+2.11 with NumPy 2.5 on Python 3.12; NumPy 1.26 does not do.
+
 Detectron2 is no entry here, for PyPI does not have it under its name: build it from its repository,
 or run dev/install_detectron2.py.
 """
@@ -36,8 +39,8 @@ def opencv_requirement() -> str:
             metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-        return f"{name}>=4.5"
-    return "opencv-python-headless>=4.5"
+        return f"{name}>=4.10"
+    return "opencv-python-headless>=4.10"
 
 
 def config_packages() -> dict[str, str]:
@@ -59,26 +62,26 @@ setup(
     packages=find_packages(include=["jigsaw_d2", "jigsaw_d2.*"]) + list(CONFIGS),
     package_dir=CONFIGS,
     package_data={name: ["*.yaml"] for name in CONFIGS},
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
-        "numpy>=1.24",
+        "numpy>=2.0",
         opencv_requirement(),
-        "simplejpeg>=1.8",
-        "zlib-ng>=0.5",
-        "pillow>=9.1",
-        "pycocotools>=2.0.6",
+        "simplejpeg>=1.8.2",
+        "zlib-ng>=0.5.1",
+        "pillow>=10.4",
+        "pycocotools>=2.0.8",
         "faster-coco-eval>=1.8",
-        "matplotlib>=3.6",
+        "matplotlib>=3.9",
         "fvcore>=0.1.5,<0.1.6",
-        "PyYAML>=6.0",
-        "tqdm>=4.60",
-        "tabulate>=0.8",
+        "PyYAML>=6.0.1",
+        "tqdm>=4.66",
+        "tabulate>=0.9",
     ],
     extras_require={
-        "benchmark": ["scipy>=1.10", "submitit>=1.5"],
-        "test": ["pytest>=7.4", "pytest-xdist>=3.3", "hypothesis>=6.80"],
+        "benchmark": ["scipy>=1.13", "submitit>=1.5.2"],
+        "test": ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.90"],
         "lint": ["black>=24", "isort>=5.12", "flake8>=6"],
     },
 )
