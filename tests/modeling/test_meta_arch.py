@@ -44,7 +44,7 @@ def batch(n=3, classes=6, size=96):
 class ForwardTest(unittest.TestCase):
     def test_loss_is_that_of_the_objective(self):
         data = batch()
-        for objective in OBJECTIVES:
+        for objective in ("erf_adaptive", "block_wise", "global"):
             model = build(objective).eval()  # so that both forward passes are the same
             logits = model.cell_logits(model.preprocess(data["image"]))
             regions, classes = TINY.cell_regions(32), data["gt_classes"]
@@ -187,7 +187,7 @@ class SettingsTest(unittest.TestCase):
 
     def test_refusals(self):
         for options, message in (
-            ({"objective": "dense"}, "OBJECTIVE.*dense.*erf_adaptive, block_wise, global"),
+            ({"objective": "dense"}, "OBJECTIVE.*dense.*erf_adaptive, block_wise"),
             ({"in_feature": "res4"}, "res4.*OUT_FEATURES"),
             ({"num_classes": 0}, "NUM_CLASSES is 0"),
             ({"tau": 1.2}, "TAU is 1.2"),
