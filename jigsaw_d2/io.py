@@ -43,10 +43,10 @@ class PeerLostError(RunError):
 
 @contextlib.contextmanager
 def open_atomically(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """A file that appears under ``path`` when the block ends, complete and on the disk, or not at all.
+    """A file that appears under ``path`` when the block ends, whole and on the disk, or not at all.
 
-    It is written beside ``path`` under a hidden name, which an error removes again; a kill leaves at
-    most that. What ``path`` named before stays readable until then. A symbolic link is followed.
+    It is written beside ``path`` under a hidden name, which an error removes again; a kill leaves
+    at most that. What ``path`` named before stays readable until then. A symbolic link is followed.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

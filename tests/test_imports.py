@@ -30,7 +30,7 @@ ON_DEMAND = {("engine", "visualization")}
 
 
 def imports_of(path: Path) -> list[tuple[str, bool]]:
-    """(imported module, whether as the file is imported) of each import of ours; no TYPE_CHECKING."""
+    """(imported module, whether as the file is imported) of each import, less TYPE_CHECKING's."""
     found = []
 
     def walk(node: ast.AST, at_top: bool) -> None:

@@ -233,8 +233,8 @@ def check_shared_memory(cfg: CfgNode, world_size: int, local_size: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigError(
-            f"{local_size} process(es) x DATALOADER.NUM_WORKERS {workers} keep {PREFETCHED} batches "
-            f"of {batch / 2**20:.0f} MiB each in {folder}, {needed / 2**20:.0f} MiB, but "
+            f"{local_size} process(es) x DATALOADER.NUM_WORKERS {workers} keep {PREFETCHED} "
+            f"batches of {batch / 2**20:.0f} MiB each in {folder}, {needed / 2**20:.0f} MiB, but "
             f"{free / 2**20:.0f} MiB are free: give the container more (docker run --shm-size "
             f"{math.ceil(needed / 2**30 + 0.1)}g, or --ipc host), or lower DATALOADER.NUM_WORKERS; "
             "0 needs none"

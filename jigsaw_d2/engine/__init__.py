@@ -1,1 +1,1 @@
-"""Pre-training in Detectron2's engine: the trainer, its step, its hooks, what a run resumes from."""
+"""Pre-training in Detectron2's engine: trainer, step, hooks, what a run resumes from."""

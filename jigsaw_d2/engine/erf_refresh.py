@@ -75,8 +75,8 @@ class ErfRefreshHook(HookBase):
             macs: multiply-accumulates of one image's forward pass, for the cost log.
 
         Raises:
-            ConfigError: a period, first iteration, number of images, drift or ``grad`` that makes no
-                sense.
+            ConfigError: a period, first iteration, number of images, drift or ``grad`` that makes
+                no sense.
         """
         settings = {"PERIOD": (period, 1), "NUM_IMAGES": (num_images, 1)}
         settings |= {"FIRST_ITER": (first_iter, 0), "MAX_DRIFT": (max_drift, 0)}

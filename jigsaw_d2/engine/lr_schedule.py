@@ -32,8 +32,8 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
 def warmup_then_cosine(warmup_factor: float, warmup_iters: int, max_iter: int) -> ParamScheduler:
     """Multiplier of BASE_LR: a line from ``warmup_factor`` to 1, then half a cosine from 1 to 0.
 
-    With the paper's numbers: 0.2 at iteration 0, 0.8 at 1,250, 0 at 64,000 (Sec. 4.1). A function of
-    iteration / ``max_iter``.
+    With the paper's numbers: 0.2 at iteration 0, 0.8 at 1,250, 0 at 64,000 (Sec. 4.1). A function
+    of iteration / ``max_iter``.
 
     Args:
         warmup_factor: multiplier at iteration 0, in [0, 1].

@@ -18,10 +18,10 @@ from jigsaw_d2.io import ConfigError
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# Of a trial: images in its batch on a CPU, where few tell as much as many (on a GPU it is the run's:
-# at batch 64 an H200 took bfloat16, at 512 it was a fifth faster in float16); steps before those
-# that count, and these.
+# Of a trial: images in its batch on a CPU, where few tell as much as many. On a GPU it is the run's:
+# an H200 was faster in bfloat16 at batch 64, and by a fifth in float16 at 512.
 _CPU_IMAGES = 4
+# Steps before those that count, and these.
 _TRIAL_STEPS = {"cuda": (3, 5), "cpu": (1, 2)}
 # No further candidate is tried after so many seconds; what was timed until then decides.
 _TRIAL_SECONDS = {"cuda": 30.0, "cpu": 3.0}

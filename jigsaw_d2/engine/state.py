@@ -1,8 +1,8 @@
 """What a run resumes from: checkpoints that are whole or not there, and what they hold.
 
-``model_0004999.pth`` holds the state after iteration 4999. ``last_checkpoint`` names it only once it
-is complete and on the disk, so a kill at any moment leaves the last good one as it was. Beside the
-model a checkpoint has enough to go on as if nothing had happened:
+``model_0004999.pth`` holds the state after iteration 4999. ``last_checkpoint`` names it only once
+it is complete and on the disk, so a kill at any moment leaves the last good one as it was. Beside
+the model a checkpoint has enough to go on as if nothing had happened:
 
     iteration      index of the last step done
     optimizer, scheduler, grad_scaler (float16 only)
@@ -22,12 +22,13 @@ import logging
 import pickle
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -37,9 +38,6 @@ from torch.optim import Optimizer
 from jigsaw_d2 import __version__
 from jigsaw_d2.data.store import SampleStore, hash_image_ids
 from jigsaw_d2.io import CheckpointError, ConfigError, RunError, open_atomically, write_text
-
-if TYPE_CHECKING:
-    from jigsaw_d2.engine.trainer import JigsawTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +100,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def collect_state(trainer: "JigsawTrainer") -> dict[str, Any]:
-    """The state after the step that ``trainer`` has just done; every rank must call it."""
+def collect_state(trainer: DefaultTrainer) -> dict[str, Any]:
+    """The state after the step that a ``JigsawTrainer`` has just done; every rank must call it."""
     step, cfg = trainer._trainer, trainer.cfg
     images_seen = (trainer.iter + 1) * cfg.SOLVER.IMS_PER_BATCH
     state = {
@@ -125,7 +123,7 @@ def collect_state(trainer: "JigsawTrainer") -> dict[str, Any]:
     return state
 
 
-def restore_state(trainer: "JigsawTrainer", state: dict[str, Any]) -> dict[str, Any]:
+def restore_state(trainer: DefaultTrainer, state: dict[str, Any]) -> dict[str, Any]:
     """Put ``trainer`` after the step at which ``state`` was collected.
 
     Returns:
@@ -147,8 +145,8 @@ def restore_state(trainer: "JigsawTrainer", state: dict[str, Any]) -> dict[str, 
     if then != now:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH was {then} when the checkpoint was written and is {now}: its "
-            f"iterations, rates and position in the images are those of {then}; set it back (on fewer "
-            "GPUs with a larger SOLVER.ACCUMULATION_STEPS), or start a run in another OUTPUT_DIR "
+            f"iterations, rates and position in the images are those of {then}; set it back (on "
+            "fewer GPUs with a larger SOLVER.ACCUMULATION_STEPS), or start a run in another OUTPUT_DIR "
             "with MODEL.WEIGHTS set to the checkpoint"
         )
     _restore_optimizer(trainer._trainer.optimizer, state["optimizer"])

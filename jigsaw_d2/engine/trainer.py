@@ -115,9 +115,9 @@ class JigsawTrainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """Detectron2's SGD: decay WEIGHT_DECAY, for norms and biases what their own keys say.
 
-        On a GPU in its fused form: one kernel, which also undoes float16's loss scaling, so that the
-        host need not wait to hear whether a gradient overflowed. (Clipping looks at gradients before
-        that, so with CLIP_GRADIENTS the plain form steps, and float16 waits once more.)
+        On a GPU in its fused form: one kernel, which also undoes float16's loss scaling, so that
+        the host need not wait to hear whether a gradient overflowed. (Clipping looks at gradients
+        before that, so with CLIP_GRADIENTS the plain form steps, and float16 waits once more.)
         """
         solver = cfg.SOLVER
         parameters = get_default_optimizer_params(

@@ -26,8 +26,8 @@ def checkpoint_activations(backbone: nn.Module) -> int:
     blocks = list(_blocks(backbone))
     if not blocks:
         raise ConfigError(
-            "MODEL.JIGSAW.ACTIVATION_CHECKPOINTING: this backbone has no blocks (modules with parts "
-            "inside an nn.Sequential or nn.ModuleList); set it to False"
+            "MODEL.JIGSAW.ACTIVATION_CHECKPOINTING: this backbone has no blocks (modules with "
+            "parts inside an nn.Sequential or nn.ModuleList); set it to False"
         )
     for block in blocks:
         _checkpoint(block)

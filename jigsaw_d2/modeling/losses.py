@@ -5,9 +5,9 @@ R4 bottom-right; K classes, background last; h, w feature cells. ``gt_classes`` 
 values in [0, K), ``cell_regions`` int64 (h, w) with values in [0, S).
 
 Each objective exists twice: ``*_region_losses`` gives float (N, S), what each region of each image
-contributes, for the logs; ``*_loss`` reduces that to the scalar that is trained. ``OBJECTIVES`` names
-them all: a new one is a row there and a config that names it. All arithmetic is
-float32 or wider, whatever precision the logits come in and whatever autocast is on.
+contributes, for the logs; ``*_loss`` reduces that to the scalar that is trained. ``OBJECTIVES``
+names them all: a new one is a row there and a config that names it. All arithmetic is float32 or
+wider, whatever precision the logits come in and whatever autocast is on.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ NUM_REGIONS = 4
 class Canvas(NamedTuple):
     """What objectives know of a Jigsaw image beside its classes.
 
-    cell_regions: int64 (h, w); area_shares: float (S,), adding up to 1; erf_weights: float (S, h, w)
-    of Eq. 2.
+    cell_regions: int64 (h, w); area_shares: float (S,), adding up to 1; erf_weights: float
+    (S, h, w) of Eq. 2.
     """
 
     cell_regions: Tensor

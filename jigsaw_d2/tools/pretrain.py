@@ -30,8 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--deterministic",
         action="store_true",
-        help="SOLVER.DETERMINISTIC True: a resumed run repeats the unbroken one bit for bit on GPUs "
-        "too, at some cost in speed (on CPUs it does anyway)",
+        help="SOLVER.DETERMINISTIC True: a resumed run repeats the unbroken one bit for bit on "
+        "GPUs too, at some cost in speed (on CPUs it does anyway)",
     )
     arguments.add_launch(parser)
     arguments.add_register(parser)

@@ -184,7 +184,6 @@ class BackboneTest(unittest.TestCase):
         self.assertFalse(torch.equal(region_shares(sums, regions), exact))
         torch.testing.assert_close(region_shares(sums, regions), exact, rtol=0, atol=0.012)
 
-
     def test_gradients_below_float16s_least_number_survive_it(self):
         convs = [nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, 4), (4, 4), (4, 4))]
         for conv in convs:  # about 1e-8 behind the third, where 6e-8 is the least that is not 0
