@@ -18,8 +18,8 @@ from jigsaw_d2.io import ConfigError
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# Of a trial: images in its batch on a CPU, where few tell as much as many. On a GPU it is the run's:
-# an H200 was faster in bfloat16 at batch 64, and by a fifth in float16 at 512.
+# Of a trial: images in its batch on a CPU, where few tell as much as many. On a GPU it has the
+# run's: an H200 was faster in bfloat16 at batch 64, and by a fifth in float16 at 512.
 _CPU_IMAGES = 4
 # Steps before those that count, and these.
 _TRIAL_STEPS = {"cuda": (3, 5), "cpu": (1, 2)}

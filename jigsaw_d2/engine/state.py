@@ -146,8 +146,8 @@ def restore_state(trainer: DefaultTrainer, state: dict[str, Any]) -> dict[str, A
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH was {then} when the checkpoint was written and is {now}: its "
             f"iterations, rates and position in the images are those of {then}; set it back (on "
-            "fewer GPUs with a larger SOLVER.ACCUMULATION_STEPS), or start a run in another OUTPUT_DIR "
-            "with MODEL.WEIGHTS set to the checkpoint"
+            "fewer GPUs with a larger SOLVER.ACCUMULATION_STEPS), or start a run in another "
+            "OUTPUT_DIR with MODEL.WEIGHTS set to the checkpoint"
         )
     _restore_optimizer(trainer._trainer.optimizer, state["optimizer"])
     trainer.scheduler.load_state_dict(state["scheduler"])

@@ -256,8 +256,8 @@ def check_trainable(model: nn.Module) -> None:
     if any(isinstance(module, FPN) for module in model.modules()):
         raise ConfigError(
             f"MODEL.JIGSAW.IN_FEATURE {model.in_feature} is a level of a feature pyramid, most "
-            "parameters of which would learn nothing; pre-train its bottom-up network: for a ResNet set "
-            "MODEL.BACKBONE.NAME build_resnet_backbone and IN_FEATURE res5"
+            "parameters of which would learn nothing; pre-train its bottom-up network: for a "
+            "ResNet set MODEL.BACKBONE.NAME build_resnet_backbone and IN_FEATURE res5"
         )
     frozen = [name for name, m in model.named_modules() if isinstance(m, FrozenBatchNorm2d)]
     fixed = [name for name, p in model.named_parameters() if not p.requires_grad]

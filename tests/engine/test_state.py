@@ -1,17 +1,24 @@
-"""checkpointing.py: files whole or absent, tags that name a good one, metrics without seams."""
+"""state.py: files whole or absent, tags that name a good one, metrics without seams, generators."""
 
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from jigsaw_d2.engine.state import (
     JigsawCheckpointer,
+    gather_random_states,
+    get_random_state,
     read_checkpoint,
+    set_random_state,
     truncate_metrics,
 )
 from jigsaw_d2.io import CheckpointError
+
+CPU = torch.device("cpu")
 
 
 def test_round_trip_returns_the_rest_of_the_state(tmp_path):
@@ -86,3 +93,21 @@ def test_metrics_lose_what_is_run_again_and_half_lines(tmp_path):
     assert truncate_metrics(path, start_iter=0) == 1
     assert path.read_text() == ""
     assert truncate_metrics(tmp_path / "absent", 0) == 0
+
+
+def draw() -> tuple:
+    legacy = np.random.normal  # one half of a pair is kept inside the generator
+    return random.random(), random.gauss(0, 1), float(legacy()), torch.rand(3).tolist()
+
+
+def test_draws_repeat_after_a_round_trip_through_a_file(tmp_path):
+    outside = get_random_state(CPU)
+    try:
+        draw()
+        torch.save(gather_random_states(CPU), tmp_path / "state.pth")
+        expected = [draw() for _ in range(3)]
+        (state,) = torch.load(tmp_path / "state.pth", weights_only=True)
+        set_random_state(state, CPU)
+        assert [draw() for _ in range(3)] == expected
+    finally:
+        set_random_state(outside, CPU)
