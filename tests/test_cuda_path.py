@@ -66,9 +66,8 @@ def test_no_backbone_or_objective_adds_a_wait(runs, config):
 def test_the_host_waits_once_a_step_and_every_20th_for_metrics(runs, job, name):
     steps = succeeded(runs, job, name)["steps"]
     found = {i: waits(steps[str(i)]) for i in PLAIN_STEPS}
-    passes = 2 if name == "accumulated" else 1
     numbers = {i: len(told) for i, told in found.items()}
-    assert numbers == {i: 1 + passes if i == 19 else 1 for i in PLAIN_STEPS}, found
+    assert numbers == {i: 2 if i == 19 else 1 for i in PLAIN_STEPS}, found
     assert all(told[-1].startswith("wait for an event") for told in found.values()), found
 
 

@@ -5,7 +5,8 @@ import torch
 from detectron2.modeling import build_model
 from helpers_run import tiny_cfg
 
-from jigsaw_d2.engine.train_step import DeviceBatches, LossReport
+from jigsaw_d2.engine.precision import Precision
+from jigsaw_d2.engine.train_step import DeviceBatches, LossReport, TrainStep
 from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.modeling.erf import measure_erf
 from jigsaw_d2.modeling.losses import OBJECTIVES
@@ -14,6 +15,14 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions():
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def twins(folder, objective: str = "erf_adaptive") -> tuple:
@@ -30,7 +39,6 @@ def twins(folder, objective: str = "erf_adaptive") -> tuple:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_and_gradients_are_the_cpus(tmp_path, objective):
-    torch.backends.cudnn.allow_tf32 = False
     cpu, gpu, batch = twins(tmp_path, objective)
     want, got = cpu(batch)["loss_jigsaw"], gpu(batch)["loss_jigsaw"]
     want.backward()
@@ -41,7 +49,6 @@ def test_losses_and_gradients_are_the_cpus(tmp_path, objective):
 
 
 def test_receptive_fields_are_the_cpus(tmp_path):
-    torch.backends.cudnn.allow_tf32 = False
     cpu, gpu, batch = twins(tmp_path)
     images = cpu.preprocess(batch["image"])
     sums = [measure_erf(m.backbone, images, m.template, with_maps=True) for m in (cpu, gpu)]
@@ -92,3 +99,19 @@ def test_mixed_precision_trains_and_resumes(tmp_path, dtype):
     resumed.train()
     again = [value for value, _ in resumed.storage.history("total_loss").values()]
     assert again[-1] == pytest.approx(losses[-1], rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_a_step_waits_for_nothing_but_its_report(tmp_path, dtype):
+    _, gpu, batch = twins(tmp_path)
+    pinned = {name: value.pin_memory() for name, value in batch.items()}
+    optimizer = torch.optim.SGD(gpu.parameters(), lr=0.01, fused=True)
+    step = TrainStep(gpu.train(), optimizer, Precision("cuda", dtype))
+    step.feed([pinned] * 4)
+    step.run(lambda mean, own: None)  # libraries start up in the first
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scalars = step.run(lambda mean, own: None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 < scalars["total_loss"] < 10

@@ -220,7 +220,9 @@ def _storage_due() -> EventStorage | None:
         storage = get_event_storage()
     except AssertionError:  # no training loop around: 0.6 has no other way to ask
         return None
-    return storage if (storage.iter + 1) % LOG_PERIOD == 0 else None
+    _, logged = storage.latest().get("region/R1_loss", (0.0, -1))  # by the step's first pass
+    is_due = (storage.iter + 1) % LOG_PERIOD == 0 and logged != storage.iter
+    return storage if is_due else None
 
 
 def _check_settings(
