@@ -95,20 +95,21 @@ def test_a_zoo_detector_trains_evaluates_and_resumes(name, coco_set, tmp_path):
     assert resumed.iter == 3 and (tmp_path / "model_final.pth").is_file()
 
 
-def _rank_main(folder, tensor_size):
-    """Runs in each process: what Detectron2's comm and a collective give."""
-    total = torch.full((tensor_size,), float(comm.get_rank() + 1))
+def _rank_main(folder):
+    """Runs in each process: what Detectron2's comm, a collective and its DDP give."""
+    total = torch.full((3,), float(comm.get_rank() + 1))
     torch.distributed.all_reduce(total)
+    model = torch.nn.Linear(1, 1, bias=False)
+    parallel = create_ddp_model(model, broadcast_buffers=False)
+    # d(w * x)/dw is x: 1 in the first process, 2 in the second
+    parallel(torch.full((1, 1), float(comm.get_rank() + 1))).sum().backward()
     report = {
         "backend": torch.distributed.get_backend(),
-        "world": comm.get_world_size(),
-        "local_rank": comm.get_local_rank(),
-        "local_size": comm.get_local_size(),
+        "ranks": [comm.get_local_rank(), comm.get_local_size(), comm.get_world_size()],
         "sum": total.tolist(),
         "gathered": comm.all_gather({"rank": comm.get_rank()}),
         "seed": comm.shared_random_seed(),
-        "mean": _reduced_mean(),
-        "grad": _averaged_gradient() if ADAPTED else 1.5,
+        "grad": model.weight.grad.item(),
     }
     comm.synchronize()
     with open(os.path.join(folder, f"{comm.get_rank()}.json"), "w") as file:
@@ -116,23 +117,7 @@ def _rank_main(folder, tensor_size):
     leave_group()
 
 
-def _averaged_gradient():
-    """d(w * x)/dw is x: 1 in the first process, 2 in the second."""
-    model = torch.nn.Linear(1, 1, bias=False)
-    parallel = create_ddp_model(model, broadcast_buffers=False)
-    parallel(torch.full((1, 1), float(comm.get_rank() + 1))).sum().backward()
-    return model.weight.grad.item()
-
-
-def _reduced_mean():
-    reduced = comm.reduce_dict({"loss": torch.tensor(float(comm.get_rank()))})
-    return reduced["loss"].item() if comm.is_main_process() else None
-
-
-@pytest.mark.skipif(
-    not ADAPTED and detectron2.__version__ == "0.6",
-    reason="launch of the original 0.6 wants CUDA",
-)
+@pytest.mark.skipif(not ADAPTED, reason="other releases may want CUDA for launch or DDP")
 def test_launch_runs_two_processes_without_cuda(tmp_path, monkeypatch):
     """Gloo, as newer Detectron2 does; the processes see no GPU even where there is one."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -140,16 +125,12 @@ def test_launch_runs_two_processes_without_cuda(tmp_path, monkeypatch):
         _rank_main,
         num_gpus_per_machine=2,
         dist_url=f"file://{tmp_path}/rendezvous",
-        args=(str(tmp_path), 3),
+        args=(str(tmp_path),),
         timeout=datetime.timedelta(minutes=2),
     )
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first["backend"] == second["backend"] == "gloo"
-    assert (first["local_rank"], second["local_rank"]) == (0, 1)
-    for report in (first, second):
-        assert report["world"] == report["local_size"] == 2
-        assert report["sum"] == [3.0, 3.0, 3.0]
-        assert report["grad"] == 1.5
+    for rank, report in enumerate((first, second)):
+        assert report["backend"] == "gloo" and report["ranks"] == [rank, 2, 2]
+        assert report["sum"] == [3.0, 3.0, 3.0] and report["grad"] == 1.5
         assert report["gathered"] == [{"rank": 0}, {"rank": 1}]
     assert first["seed"] == second["seed"]
-    assert first["mean"] == 0.5

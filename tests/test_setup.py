@@ -186,13 +186,8 @@ def wheel(tmp_path_factory):
         shutil.copy(ROOT / name, folder / name)
     for name in ("jigsaw_d2", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "bdist_wheel"],
-        cwd=folder,
-        check=True,
-        text=True,
-        capture_output=True,
-    )
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
     (path,) = (folder / "dist").glob("jigsaw_d2-*.whl")
     return path
 
@@ -214,10 +209,7 @@ def test_installed_package_finds_its_configs(wheel, tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=tmp_path,
-        text=True,
-        capture_output=True,
-        check=False,
+        **{"cwd": tmp_path, "text": True, "capture_output": True},
         env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
     )
     assert done.returncode == 0, done.stderr

@@ -217,8 +217,8 @@ def _from_training(data: Mapping[str, Any], where: str) -> tuple[Arrays, Weights
 
 def from_torchvision(tensors: Mapping[str, Any]) -> tuple[Arrays, WeightsMetadata]:
     """Arrays of any shapes under our names, and the metadata of torchvision's ImageNet training."""
-    arrays = _keep_resnet({name_from_torchvision(n): value for n, value in tensors.items()})
-    return arrays, _imagenet_metadata(arrays, _TORCHVISION_INPUT, stride_in_1x1=False)
+    renamed = {name_from_torchvision(name): value for name, value in tensors.items()}
+    return _from_imagenet(renamed, _TORCHVISION_INPUT, stride_in_1x1=False)
 
 
 def from_msra(tensors: Mapping[str, Any]) -> tuple[Arrays, WeightsMetadata]:
@@ -228,25 +228,24 @@ def from_msra(tensors: Mapping[str, Any]) -> tuple[Arrays, WeightsMetadata]:
     """
     names = [name for name in tensors if not name.endswith("_momentum")]
     renamed = dict(zip(convert_basic_c2_names(names), (tensors[name] for name in names)))
-    arrays = _keep_resnet(renamed)
-    for name in [n for n in arrays if n.endswith("norm.weight")]:
-        prefix = name.removesuffix("weight")
-        zeros = np.zeros_like(arrays[name])
-        arrays.setdefault(prefix + "running_mean", zeros)
-        arrays.setdefault(prefix + "running_var", zeros + np.float32(1 - 1e-5))
-    return arrays, _imagenet_metadata(arrays, _MSRA_INPUT, stride_in_1x1=True)
+    for name in [n for n in renamed if n.endswith("norm.weight")]:
+        prefix, zeros = name.removesuffix("weight"), np.zeros_like(renamed[name])
+        renamed.setdefault(prefix + "running_mean", zeros)
+        renamed.setdefault(prefix + "running_var", zeros + np.float32(1 - 1e-5))
+    return _from_imagenet(renamed, _MSRA_INPUT, stride_in_1x1=True)
 
 
-def _imagenet_metadata(
-    arrays: Arrays, inputs: tuple[str, tuple, tuple], stride_in_1x1: bool
-) -> WeightsMetadata:
+def _from_imagenet(
+    tensors: Mapping[str, Any], inputs: tuple[str, tuple, tuple], stride_in_1x1: bool
+) -> tuple[Arrays, WeightsMetadata]:
+    arrays = _keep_resnet(tensors)
     architecture = Architecture(
         **{"width_per_group": 64, **read_architecture(_shapes(arrays))},
         stride_in_1x1=stride_in_1x1,
         deform_modulated=False,
         deform_num_groups=1,
     )
-    return WeightsMetadata("imagenet", architecture, *inputs, dataset="ImageNet-1k")
+    return arrays, WeightsMetadata("imagenet", architecture, *inputs, dataset="ImageNet-1k")
 
 
 def _keep_resnet(tensors: Mapping[str, Any]) -> Arrays:

@@ -54,12 +54,11 @@ def load_backbone(
     Args:
         module: any detector of Detectron2's, a ``JigsawPretrainer``, or a backbone by itself; the
             pyramid of an FPN is filled where the file has one, and else keeps its initialisation.
-        file: what ``read_backbone`` accepts. A backbone by itself normalises nothing and may have
+        file: what ``read_backbone`` accepts; for a backbone by itself, which normalises nothing,
             weights without metadata too, such as any model of Detectron2's.
         strict: False loads what fits and warns about the rest, instead of stopping.
         input_format: "RGB" or "BGR", what ``module`` is given, where it does not say so itself.
-        new_offsets: offsets of deformable stages that the file lacks start at zero, hence as a
-            plain convolution.
+        new_offsets: deformable stages may start from plain ones, with offsets of zero.
         trust: see ``read_weights``.
 
     Raises:

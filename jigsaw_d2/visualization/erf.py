@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from tabulate import tabulate
 from torch import Tensor
 
-from jigsaw_d2.data.template import JigsawTemplate
+from jigsaw_d2.data.template import REGIONS, JigsawTemplate
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import erf
@@ -60,7 +61,7 @@ def erf_figure(
 
 
 def _shared_norm(density: Sequence[np.ndarray]) -> PowerNorm:
-    return PowerNorm(0.5, vmin=0, vmax=max(max(float(each.max()) for each in density), 1e-12))
+    return PowerNorm(0.5, vmin=0, vmax=max(1e-12, *(float(each.max()) for each in density)))
 
 
 def _finish(panel: Axes, title: str) -> None:
@@ -83,18 +84,11 @@ def _density(maps: Tensor) -> np.ndarray:
 
 
 def _share_table(panel: Axes, shares: np.ndarray) -> None:
-    """Where the ERF of each region's cells lies, as numbers; the own region in bold."""
+    """Where the ERF of each region's cells lies, as numbers."""
+    rows = [[f"cells of {r}", *(f"{v:.1%}" for v in row)] for r, row in zip(REGIONS, shares)]
+    table = tabulate(rows, ["share in", *REGIONS], colalign=["left", *["right"] * 4])
+    panel.text(0.5, 0.5, table, family="monospace", fontsize=8, ha="center", va="center")
     panel.axis("off")
-    names = [f"R{r + 1}" for r in range(4)]
-    cells = [[f"{value:.1%}" for value in row] for row in shares]
-    table = panel.table(
-        cells, rowLabels=[f"cells of {n}" for n in names], colLabels=names, loc="center"
-    )
-    table.auto_set_font_size(False)
-    table.set_fontsize(9)
-    for r in range(4):
-        table[r + 1, r].get_text().set_fontweight("bold")
-    panel.text(0.5, 0.8, "share of ERF in each region", ha="center", fontsize=9)
 
 
 def cell_figure(
@@ -147,10 +141,8 @@ def map_size(one_erf: Tensor) -> dict[str, float]:
 def run(args: argparse.Namespace) -> list[Path]:
     """Measure each network on the same images, normalised as its config says; draw and write."""
     count = len(args.weights)
-    configs, features = (
-        given * count if len(given) == 1 else given for given in (args.config_file, args.feature)
-    )
-    names = args.names or [Path(weights).name for weights in args.weights]
+    given = (args.config_file, args.feature, args.names or [Path(w).name for w in args.weights])
+    configs, features, names = (each * count if len(each) == 1 else each for each in given)
     if {len(configs), len(features), len(names)} != {count}:
         raise ConfigError(
             f"{count} --weights, {len(args.config_file)} --config-file, {len(args.feature)} "
@@ -159,9 +151,8 @@ def run(args: argparse.Namespace) -> list[Path]:
     images, measured, rows = None, [], []
     for config, feature, weights, name in zip(configs, features, args.weights, names):
         feature = feature or load_detection_config(config, args.opts).MODEL.JIGSAW.IN_FEATURE
-        network, cfg = inputs.load_network(
-            config, feature, weights, args.opts, seed=args.seed, device=args.device
-        )
+        options = {"seed": args.seed, "device": args.device}
+        network, cfg = inputs.load_network(config, feature, weights, args.opts, **options)
         template = JigsawTemplate(*cfg.INPUT.JIGSAW.TEMPLATE_SIZE, *cfg.INPUT.JIGSAW.TEMPLATE_SPLIT)
         if images is None:
             images = _choose_images(args, cfg, template)

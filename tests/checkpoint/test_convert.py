@@ -88,23 +88,14 @@ def test_a_folder_stands_for_its_last_checkpoint(checkpoint: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN", "auto"])
-def test_every_batch_norm_gives_the_same_names(norm: str, tmp_path: Path) -> None:
-    """A checkpoint of synchronised norm, made on many GPUs, converts anywhere."""
-    cfg = pretrain_config(*THIN)
-    model = pretrained(cfg)
-    cfg.MODEL.RESNETS.NORM = norm
-    metadata = convert_checkpoint(
-        save_checkpoint(tmp_path / "c.pth", cfg, model), tmp_path / "w.pkl"
-    )
-    assert metadata.architecture.norm == "BN"
-    assert "res2.0.conv1.norm.running_var" in read_converted(tmp_path / "w.pkl")[0]
-
-
-def test_half_precision_and_channels_last_become_plain_float32(tmp_path: Path) -> None:
+def test_every_batch_norm_and_precision_converts(norm: str, tmp_path: Path) -> None:
+    """A checkpoint of synchronised norm, made on many GPUs, in half precision, channels last."""
     cfg = pretrain_config(*THIN)
     model = pretrained(cfg).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    cfg.MODEL.RESNETS.NORM = norm
     convert_checkpoint(save_checkpoint(tmp_path / "c.pth", cfg, model), tmp_path / "w.pkl")
-    arrays, _ = read_converted(tmp_path / "w.pkl")
+    arrays, metadata = read_converted(tmp_path / "w.pkl")
+    assert metadata.architecture.norm == "BN" and "res2.0.conv1.norm.running_var" in arrays
     weight = arrays["res2.0.conv2.weight"]
     assert weight.dtype == np.float32 and weight.flags["C_CONTIGUOUS"]
     expected = model.backbone.res2[0].conv2.weight.float().detach().numpy()
@@ -164,15 +155,6 @@ class TestForeignInputs:
             convert_checkpoint(checkpoint, tmp_path / "w.pkl")
         convert_checkpoint(checkpoint, tmp_path / "w.pkl", trust=True)
 
-    def test_weights_that_are_not_finite(self, tmp_path: Path) -> None:
-        cfg = pretrain_config(*THIN)
-        model = pretrained(cfg)
-        with torch.no_grad():
-            model.backbone.res3[0].conv1.weight[0, 0] = float("nan")
-        checkpoint = save_checkpoint(tmp_path / "c.pth", cfg, model)
-        with pytest.raises(WeightsError, match="NaN or infinity, the first is res3.0.conv1.weight"):
-            convert_checkpoint(checkpoint, tmp_path / "w.pkl")
-
     def test_weights_without_metadata(self, checkpoint: Path, tmp_path: Path) -> None:
         torch.save({"model": {}}, tmp_path / "w.pth")
         for path in (tmp_path / "w.pth", checkpoint):  # nothing vouches for a checkpoint's tensors
@@ -199,37 +181,33 @@ class TestVersion1:
         arrays, metadata = read_converted(weights)
         assert metadata == expected[1]
         assert all(np.array_equal(arrays[name], expected[0][name]) for name in expected[0])
-        text = metadata_path(weights).read_text().replace("RGB", "BGR")
-        metadata_path(weights).write_text(text)
-        with pytest.raises(CheckpointError, match="say different things"):
-            read_converted(weights)
+
+
+STRAY = {"backbone.predictor.weight": torch.zeros(1)}  # a name that could match in a head
+NAN = float("nan")
 
 
 @pytest.mark.parametrize(
-    "remove",
+    ("alter", "message"),
     [
-        lambda data: data["jigsaw"].pop("config"),
-        lambda data: data["jigsaw"].pop("store"),
-        lambda data: data["jigsaw"].pop("images_seen"),
-        lambda data: data.pop("iteration"),
-        lambda data: data["jigsaw"].update(config="{"),
-        lambda data: data.update(jigsaw=3),
+        (lambda data: data["jigsaw"].pop("config"), "0009.pth: the checkpoint lacks"),
+        (lambda data: data.pop("iteration"), "0009.pth: the checkpoint lacks"),
+        (lambda data: data["jigsaw"].update(config="{"), "0009.pth: the checkpoint lacks"),
+        (lambda data: data.update(jigsaw=3), "0009.pth: the checkpoint lacks"),
+        (lambda data: data["model"].update(STRAY), "of no stage: .'predictor.weight'"),
+        (
+            lambda data: data["model"]["backbone.res3.0.conv1.weight"].fill_(NAN),
+            "NaN or infinity, the first is res3.0.conv1.weight",
+        ),
     ],
 )
-def test_what_metadata_is_made_of_must_be_there(checkpoint: Path, remove: Callable) -> None:
+def test_checkpoints_that_cannot_be_converted(
+    checkpoint: Path, alter: Callable, message: str
+) -> None:
     data = torch.load(checkpoint, weights_only=True)
-    remove(data)
+    alter(data)
     torch.save(data, checkpoint)
-    with pytest.raises(CheckpointError, match="0009.pth: the checkpoint lacks"):
-        read_backbone(checkpoint)
-
-
-def test_tensors_of_no_stage(checkpoint: Path) -> None:
-    """A ResNet's file never carries a name that could match in a head."""
-    data = torch.load(checkpoint, weights_only=True)
-    data["model"]["backbone.predictor.weight"] = torch.zeros(1)
-    torch.save(data, checkpoint)
-    with pytest.raises(WeightsError, match="of no stage: .'predictor.weight'"):
+    with pytest.raises((CheckpointError, WeightsError), match=message):
         read_backbone(checkpoint)
 
 
@@ -274,7 +252,7 @@ class TestMutations:
         with pytest.raises(WeightsError, match=f"{name}: said"):
             read_converted(weights)
 
-    @pytest.mark.parametrize("name", ["mean", "std", "order", "stride", "depth", "norm"])
+    @pytest.mark.parametrize("name", ["mean", "depth"])
     def test_another_yaml_beside_the_file(self, name: str, tmp_path: Path) -> None:
         weights = convert(tmp_path, *THIN)
         data = read_weights(weights)

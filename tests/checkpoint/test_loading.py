@@ -21,10 +21,9 @@ from helpers_weights import (
     THIN_GN,
     build_detector,
     convert,
+    convert_model,
     pretrain_config,
-    pretrained,
     rewrite,
-    save_checkpoint,
     small_detection_config,
 )
 from torch import nn
@@ -34,6 +33,7 @@ from jigsaw_d2.checkpoint.loading import LoadReport, load_backbone
 from jigsaw_d2.detection.config import SCRATCH_METADATA, apply_metadata
 from jigsaw_d2.io import WeightsError
 
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 GN = ["MODEL.RESNETS.NORM", "GN"]
 DCN = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, True, True, True]"]
 X101 = ["MODEL.RESNETS.DEPTH", "101", "MODEL.RESNETS.NUM_GROUPS", "32"]
@@ -57,9 +57,8 @@ def test_features_equal_the_pretrainings(network: str, tmp_path: Path) -> None:
     """One picture file, read as either config says, through both: res2..res5 to 1e-5."""
     overrides, detectors = NETWORKS[network]
     cfg = pretrain_config(*overrides)
-    model = pretrained(cfg)
-    checkpoint = save_checkpoint(tmp_path / "model_final.pth", cfg, model)
-    metadata = convert_checkpoint(checkpoint, tmp_path / "weights.pkl")
+    model, weights = convert_model(tmp_path, *overrides)
+    tensors, metadata = read_converted(weights)
     picture = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "picture.png"), picture)
     with torch.no_grad():
@@ -68,8 +67,7 @@ def test_features_equal_the_pretrainings(network: str, tmp_path: Path) -> None:
         detection = small_detection_config(name)
         apply_metadata(detection, metadata, match_architecture=True)
         detector = build_detector(detection)
-        report = load_backbone(detector, tmp_path / "weights.pkl")
-        assert len(report.filled) == len(read_converted(tmp_path / "weights.pkl")[0])
+        assert len(load_backbone(detector, weights).filled) == len(tensors)
         features = _features(detector, _read(tmp_path / "picture.png", detection))
         assert set(features) >= {"res4", "res5"}
         for stage, feature in features.items():
@@ -82,15 +80,12 @@ def test_features_equal_the_pretrainings(network: str, tmp_path: Path) -> None:
 
 def test_features_while_the_detector_trains(tmp_path: Path) -> None:
     """With gradients frozen batch norm is computed in another way; the features are the same."""
-    cfg = pretrain_config(*THIN)
-    model = pretrained(cfg)
-    convert_checkpoint(save_checkpoint(tmp_path / "c.pth", cfg, model), tmp_path / "w.pkl")
+    model, weights = convert_model(tmp_path, *THIN)
     detector = build_detector(rgb_config(FPN, *THIN, "MODEL.BACKBONE.FREEZE_AT", "0")).train()
-    load_backbone(detector, tmp_path / "w.pkl")
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    load_backbone(detector, weights)
     with torch.no_grad():
-        expected = model.backbone(images)
-    for stage, feature in detector.backbone.bottom_up(images).items():
+        expected = model.backbone(IMAGES)
+    for stage, feature in detector.backbone.bottom_up(IMAGES).items():
         assert feature.requires_grad
         difference = (feature - expected[stage]).abs().max() / expected[stage].abs().max()
         assert difference < 1e-5, stage
@@ -226,21 +221,18 @@ class TestRefusals:
 
 def test_a_detector_without_res5_takes_the_rest_and_says_so(tmp_path: Path, caplog) -> None:
     """Detectron2's RPN on C4 builds stem to res4; its features equal the pre-training's."""
-    cfg = pretrain_config(*THIN)
-    model = pretrained(cfg)
-    convert_checkpoint(save_checkpoint(tmp_path / "c.pth", cfg, model), tmp_path / "w.pkl")
+    model, weights = convert_model(tmp_path, *THIN)
     # trainable batch norm has the same tensors, and a counter, which stays
     rpn = ["COCO-Detection/rpn_R_50_C4_1x.yaml", *THIN, "MODEL.RESNETS.NORM", "BN"]
     detector = build_detector(rgb_config(*rpn))
     with caplog.at_level("WARNING"):
-        report = load_backbone(detector, tmp_path / "w.pkl")
+        report = load_backbone(detector, weights)
     # res5 has ten convolutions, each with a norm of four tensors
     assert len(report.filled) == 265 - 50 and len(report.no_room) == 50
     assert "the network has no res5; left out 50 tensors" in caplog.text
     assert report.new_modules == ("proposal_generator.rpn_head",)
-    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours, theirs = detector.backbone(images)["res4"], model.backbone(images)["res4"]
+        ours, theirs = detector.backbone(IMAGES)["res4"], model.backbone(IMAGES)["res4"]
     assert torch.allclose(ours, theirs, atol=1e-5 * float(theirs.abs().max()))
 
 

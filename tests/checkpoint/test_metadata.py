@@ -73,17 +73,6 @@ def test_missing_key_and_no_mapping() -> None:
         WeightsMetadata.from_yaml("{")
 
 
-def test_required_config() -> None:
-    """Batch norm is frozen in detection (Sec. 4.1), group norm stays."""
-    required = metadata().required_config()
-    assert required["MODEL.RESNETS.NORM"] == "FrozenBN"
-    assert required["INPUT.FORMAT"] == "RGB"
-    assert required["MODEL.PIXEL_STD"] == [58.395, 57.12, 57.375]
-    assert required["MODEL.RESNETS.STRIDE_IN_1X1"] is False
-    group = metadata(architecture=replace(metadata().architecture, norm="GN"))
-    assert group.required_config()["MODEL.RESNETS.NORM"] == "GN"
-
-
 @pytest.mark.parametrize(
     ("key", "have", "need", "expected"),
     [
