@@ -22,22 +22,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What ``load_backbone`` found.
+    """What ``load_backbone`` found."""
 
-    Attributes:
-        filled: names in the network, each filled from the file.
-        mismatch: what does not fit, in lines; "" where every tensor has its counterpart and is used
-            as it was trained.
-        no_room: in the file, of stages that the network does not have (an RPN on C4 has no res5).
-        new_offsets: offsets of deformable stages, in the network, that start at zero.
-        new_modules: the network's other modules with tensors; they keep their initialisation.
-    """
-
-    filled: tuple[str, ...]
-    mismatch: str
-    no_room: tuple[str, ...]
-    new_offsets: tuple[str, ...]
-    new_modules: tuple[str, ...]
+    filled: tuple[str, ...]  # names in the network, each filled from the file
+    mismatch: str  # what does not fit, in lines; "" where all has its counterpart and its use
+    no_room: tuple[str, ...]  # in the file, of stages that the network has not (RPN on C4: res5)
+    new_offsets: tuple[str, ...]  # of deformable stages, in the network, that start at zero
+    new_modules: tuple[str, ...]  # the network's others with tensors; they keep their values
 
 
 def load_backbone(

@@ -170,38 +170,25 @@ def check_architecture(said: Architecture, shapes: Shapes) -> None:
 
 @dataclass(frozen=True)
 class WeightsMetadata:
-    """Where weights come from, and what a network needs to use them.
+    """Where weights come from, and what a network needs to use them."""
 
-    Attributes:
-        origin: "jigsaw", "imagenet", or "scratch" (no weights at all).
-        architecture: of the backbone.
-        input_format: "RGB" or "BGR", the order of the channels that the first convolution sees.
-        pixel_mean, pixel_std: per channel in that order, in units of 0..255 pixels.
-        categories: names, in the order of the labels, without background.
-        template: {"size": [height, width], "split": [y, x]} in canvas pixels, or None.
-        objective, tau: the loss of the pre-training; "" and None where there was none of ours.
-        iterations, images_seen: optimiser steps and training images; None if unknown.
-        dataset, dataset_hash: name, and hash of the image ids, of the pre-training set.
-        code_version: of the software that trained the weights.
-        digest: SHA-256 over metadata and tensors; "" until they are written.
-    """
-
-    origin: str
+    origin: str  # "jigsaw", "imagenet", or "scratch" (no weights at all)
     architecture: Architecture
-    input_format: str
-    pixel_mean: tuple[float, ...]
+    input_format: str  # "RGB" or "BGR": order of the channels that the first convolution sees
+    pixel_mean: tuple[float, ...]  # per channel in that order, in units of 0..255 pixels
     pixel_std: tuple[float, ...]
-    categories: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()  # in the order of the labels, without background
+    # {"size": [height, width], "split": [y, x]} in canvas pixels
     template: dict[str, list[int]] | None = field(default=None, hash=False)
-    objective: str = ""
+    objective: str = ""  # of a pre-training of ours, as tau
     tau: float | None = None
     iterations: int | None = None
     images_seen: int | None = None
-    dataset: str = ""
+    dataset: str = ""  # of the pre-training; the hash is over its image ids
     dataset_hash: str = ""
-    code_version: str = ""
+    code_version: str = ""  # of the software that trained the weights
     format_version: int = FORMAT_VERSION
-    digest: str = ""
+    digest: str = ""  # SHA-256 over metadata and tensors; "" until they are written
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, which YAML, JSON and ``torch.load(weights_only=True)`` can read."""

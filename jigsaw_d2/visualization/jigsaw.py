@@ -72,7 +72,7 @@ def batch_figure(batch: Mapping[str, Any], loader: JigsawLoader, count: int = 8)
 def save_batch_figure(
     batch: Mapping[str, Any], loader: JigsawLoader, path: str | Path
 ) -> np.ndarray:
-    """Write ``batch_figure``; returns its pixels, see ``figure_pixels``."""
+    """Write ``batch_figure``; returns its pixels, uint8 (3, height, width) RGB."""
     figure = batch_figure(batch, loader)
     save_figure(figure, path)
     return figure_pixels(figure)
