@@ -8,7 +8,6 @@ was not put there by this script is left untouched.
 import argparse
 import hashlib
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -20,8 +19,6 @@ from importlib import metadata
 from pathlib import Path
 
 from detectron2_adaptations import apply_all, digest
-
-logger = logging.getLogger("install_detectron2")
 
 REQUIREMENT = "pb1-detectron2==0.6"
 ARCHIVE_SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
@@ -118,8 +115,6 @@ def unpack_and_adapt(archive: Path, folder: Path) -> Path:
         tar.extractall(folder)
     (tree,) = [path for path in folder.iterdir() if (path / "detectron2").is_dir()]
     changes = apply_all(tree)
-    for change in changes:
-        logger.info("adapted %s", change)
     marker = {"digest": build_digest(), "archive_sha256": ARCHIVE_SHA256, "changes": changes}
     (tree / "detectron2" / MARKER).write_text(json.dumps(marker, indent=1) + "\n")
     return tree
@@ -207,12 +202,10 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; 0 = Detectron2 is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--archive", type=Path, help="the .tar.gz where it is at hand already")
-    parser.add_argument("--verbose", action="store_true", help="list each adaptation")
     parser.add_argument(
         "--state", action="store_true", help="only say what there is: missing, user, ours, outdated"
     )
     args = parser.parse_args(argv)
-    logging.basicConfig(level="INFO" if args.verbose else "WARNING", format="%(message)s")
     try:
         print(*find_installed() if args.state else [install(args.archive)])
     except RuntimeError as error:  # InstallError, AdaptationError

@@ -27,15 +27,6 @@ VENV_ENTRIES = {"bin", "include", "lib", "lib64", "share", "pyvenv.cfg", ".gitig
 VENV_ENTRIES |= {STAMP, LINT_STAMP}
 # What Detectron2's own setup.py imports, and what the rest is built with.
 FOUNDATION = ("setuptools", "wheel", "torch", "torchvision")
-# Beginnings of pip's lines that say nothing new.
-QUIET = (
-    "Requirement already",
-    "Looking in",
-    "Using cached",
-    "Collecting",
-    "Created wheel",
-    "Stored",
-)
 
 
 class SetUpError(RuntimeError):
@@ -193,13 +184,8 @@ def _pip(venv: Path, *requirements: str, constrained: bool = True) -> None:
 
 
 def _run(venv: Path, *arguments: str) -> None:
-    """Run the environment's Python and show its output, less what pip finds in place already."""
-    command = [str(venv / "bin" / "python"), *arguments]
-    with subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, text=True) as job:
-        for line in job.stdout:
-            if not line.lstrip().startswith(QUIET):
-                print(line, end="", flush=True)
-    if job.returncode:
+    """Run the environment's Python, its output shown."""
+    if _python(venv, *arguments).returncode:
         raise SetUpError(
             f"{' '.join(['python', *arguments])} failed (see above). Nothing is lost: once its "
             "cause is gone, run the same command again and it goes on from here"

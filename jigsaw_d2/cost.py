@@ -1,12 +1,11 @@
 """Cost log of the compute that a result took: images, pixels, FLOPs, seconds, device by stage.
 
 One ``cost.json`` lies in the run's folder. Each stage adds to it as it goes, so it holds what was
-spent: across resumes, and with the iterations that a kill made necessary twice (the killed process
-takes at most its last 20 steps with it). FLOPs count a multiply and an add as two (2 per MAC); a
-training step counts as three forward passes (forward, gradient of the activations, gradient of the
-weights). Nothing here brings torch in before a network is counted.
+spent, across resumes; a kill loses at most 20 steps. FLOPs are two per multiply-accumulate (MAC).
+Nothing here brings torch in before a network is counted.
 """
 
+import copy
 import fcntl
 import json
 import math
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 
 COST_LOG_NAME = "cost.json"
 STAGES = ("extraction", "pretraining", "erf_refresh", "evaluation", "finetuning")
-# Forward passes that a forward and a backward pass cost: the backward pass holds two products,
-# one for the activations and one for the weights, of the forward pass's size each.
+# Forward passes that a training step costs: the backward pass has two products of that size, for
+# the gradients of activations and of weights.
 TRAIN_FORWARDS = 3
 # R50 with stride in its 3x3 convolutions, classifier of 1,000 classes included, per 224x224 image.
 _R50_MACS = 4_089_184_256
@@ -39,6 +38,7 @@ REFERENCES = {
     "ImageNet, fast recipe to 73.8 %": 11_600_000,
     "ImageNet, fast recipe to 76.6 %": 23_000_000,
 }
+_AMOUNTS = ("images", "pixels", "flops", "seconds")
 # Operators whose multiply-accumulates are counted; the rest of a backbone is below 1 % of them.
 _MATMULS = ("conv", "linear", "addmm", "matmul", "bmm", "einsum")
 
@@ -54,21 +54,20 @@ def record_stage(
     device: str = "",
     **extra: object,
 ) -> dict[str, Any]:
-    """Add to one stage of the cost log in ``output_dir`` and return that stage's totals.
+    """Add to one of STAGES in the cost log in ``output_dir`` and return that stage's totals.
 
-    Counts and seconds are summed over calls (from several processes too: the folder is locked
-    meanwhile and the file replaced whole); ``extra`` facts keep the value said last.
+    Counts and seconds are summed over calls, of several processes too; ``extra`` facts keep the
+    value said last.
 
     Args:
         images: images computed on; one Jigsaw image counts once.
         pixels: their pixels.
-        flops: floating-point operations, two per multiply-accumulate, backward passes included.
+        flops: floating-point operations, backward passes included.
         seconds: wall-clock seconds of one device times the number of devices.
         device: name of the device, e.g. ``device_name("cuda")``.
 
     Raises:
-        ConfigError: ``stage`` is not one of STAGES.
-        CheckpointError: see ``read_cost_log``.
+        ConfigError, CheckpointError: an unknown stage; see ``read_cost_log``.
     """
     if stage not in STAGES:
         raise ConfigError(f"stage {stage!r} of a cost log; the stages are {', '.join(STAGES)}")
@@ -80,10 +79,9 @@ def record_stage(
         log = read_cost_log(folder)
         new = {"images": 0, "pixels": 0, "flops": 0, "seconds": 0.0, "devices": {}}
         entry = log["stages"].setdefault(stage, new)
-        entry["images"] += int(images)
-        entry["pixels"] += int(pixels)
-        entry["flops"] += int(flops)
-        entry["seconds"] += float(seconds)
+        amounts = (int(images), int(pixels), int(flops), float(seconds))
+        for key, amount in zip(_AMOUNTS, amounts):
+            entry[key] += amount
         if device:
             entry["devices"][device] = entry["devices"].get(device, 0.0) + float(seconds)
         entry.update(extra)
@@ -158,8 +156,7 @@ def format_cost_logs(output_dirs: Sequence[str | Path]) -> str:
 
 
 def _row(name: str, entries: list[dict[str, Any]]) -> list[Any]:
-    keys = ("images", "pixels", "flops", "seconds")
-    images, pixels, flops, seconds = (sum(entry[key] for entry in entries) for key in keys)
+    images, pixels, flops, seconds = (sum(entry[key] for entry in entries) for key in _AMOUNTS)
     devices = sorted({device for entry in entries for device in entry["devices"]})
     return [name, images, pixels / 1e6, flops / 1e15, seconds / 3600, "; ".join(devices)]
 
@@ -168,7 +165,7 @@ def backbone_macs(backbone: "CfgNode | nn.Module", height: int, width: int) -> i
     """Multiply-accumulates of the convolutions and matrix products of one image's forward pass.
 
     Args:
-        backbone: a backbone (left in its modes and on its device) or a config that builds one.
+        backbone: a backbone, which stays as it is, or a config that builds one.
         height, width: of the image, in pixels.
     """
     import torch
@@ -177,20 +174,19 @@ def backbone_macs(backbone: "CfgNode | nn.Module", height: int, width: int) -> i
     from fvcore.nn import FlopCountAnalysis
 
     if isinstance(backbone, CfgNode):
-        backbone = build_backbone(_countable(backbone))
-    modes = {module: module.training for module in backbone.modules()}
+        cfg = backbone.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = "cpu"
+        cfg.MODEL.RESNETS.NORM = "BN"  # exists everywhere, and does not change the count
+        backbone = build_backbone(cfg)
+    backbone = copy.deepcopy(backbone).eval()
     parameter = next(backbone.parameters())
     image = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
-    backbone.eval()
-    try:
-        counter = FlopCountAnalysis(backbone, image)
-        counter.set_op_handle("torchvision::deform_conv2d", _deform_conv_macs)
-        counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        counter.tracer_warnings("none")
-        counts = counter.by_operator()
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    counter = FlopCountAnalysis(backbone, image)
+    counter.set_op_handle("torchvision::deform_conv2d", _deform_conv_macs)
+    counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    counter.tracer_warnings("none")
+    counts = counter.by_operator()
     return int(sum(n for op, n in counts.items() if any(word in op for word in _MATMULS)))
 
 
@@ -206,15 +202,6 @@ def _deform_conv_macs(inputs: list, outputs: list) -> int:
 def backbone_flops(backbone: "CfgNode | nn.Module", height: int, width: int) -> int:
     """FLOPs of one image's forward pass: two per multiply-accumulate of ``backbone_macs``."""
     return 2 * backbone_macs(backbone, height, width)
-
-
-def _countable(cfg: "CfgNode") -> "CfgNode":
-    """The config with a norm that exists everywhere: which one does not change the count."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.RESNETS.NORM = "BN"
-    return cfg
 
 
 def device_name(device: "str | torch.device") -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from helpers_coco import annotation
 from torch import nn
 
 import jigsaw_d2.modeling.meta_arch  # noqa: F401  (registers JigsawPretrainer)
@@ -87,10 +88,18 @@ def save_checkpoint(path: Path, cfg: CfgNode, model: nn.Module, **extra: object)
 
 def convert(folder: Path, *overrides: str, name: str = "weights.pkl", seed: int = 0) -> Path:
     """Converted weights of an untrained pre-training model with these overrides."""
+    return convert_model(folder, *overrides, name=name, seed=seed)[1]
+
+
+def convert_model(
+    folder: Path, *overrides: str, name: str = "weights.pkl", seed: int = 0
+) -> tuple[nn.Module, Path]:
+    """The model too."""
     cfg = pretrain_config(*overrides)
-    checkpoint = save_checkpoint(folder / "model_final.pth", cfg, pretrained(cfg, seed))
+    model = pretrained(cfg, seed)
+    checkpoint = save_checkpoint(folder / "model_final.pth", cfg, model)
     convert_checkpoint(checkpoint, folder / name, force=True)
-    return folder / name
+    return model, folder / name
 
 
 def rewrite(weights: Path, change: Callable[[dict], None], seal: bool = False) -> Path:
@@ -126,14 +135,9 @@ def make_coco(folder: Path, images: int = 4, masks: bool = True, seed: int = 0) 
         for j in range(2):
             x, y = (int(v) for v in rng.integers(2, 30, 2))
             picture[y : y + 20, x : x + 24] = 180 + 20 * j
-            square = [x, y, x + 24, y, x + 24, y + 20, x, y + 20]
-            annotations.append(
-                {
-                    **{"id": len(annotations) + 1, "image_id": i + 1, "category_id": j + 1},
-                    **{"bbox": [x, y, 24, 20], "area": 480, "iscrowd": 0},
-                    **({"segmentation": [square]} if masks else {}),
-                }
-            )
+            one = annotation(i + 1, [x, y, 24, 20], j + 1) | {"id": len(annotations) + 1}
+            square = [[x, y, x + 24, y, x + 24, y + 20, x, y + 20]]
+            annotations.append(one | {"area": 480} | ({"segmentation": square} if masks else {}))
         cv2.imwrite(str(folder / "images" / f"{i}.png"), picture)
         records.append({"id": i + 1, "file_name": f"{i}.png", "height": 64, "width": 64})
     categories = [{"id": k + 1, "name": name} for k, name in enumerate(CATEGORIES)]

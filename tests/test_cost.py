@@ -9,11 +9,9 @@ from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.cost import (
-    REFERENCES,
     CostLog,
     backbone_flops,
     backbone_macs,
-    device_name,
     format_cost_logs,
     read_cost_log,
     record_stage,
@@ -90,31 +88,23 @@ def _record_many(folder: str) -> None:
 
 
 def test_processes_that_record_at_once_lose_nothing(tmp_path):
-    workers = [
-        multiprocessing.get_context("fork").Process(target=_record_many, args=(str(tmp_path),))
-        for _ in range(4)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        pool.map(_record_many, [str(tmp_path)] * 4, chunksize=1)
     entry = read_cost_log(tmp_path)["stages"]["evaluation"]
     assert entry["images"] == 200 and entry["seconds"] == 50
 
 
-def test_a_folder_without_cost_log_is_empty_and_a_damaged_one_is_named(tmp_path):
+def test_folders_without_cost_log_or_with_a_damaged_one(tmp_path):
     assert read_cost_log(tmp_path) == {"version": 1, "stages": {}}
+    with pytest.raises(CheckpointError, match=f"{tmp_path} holds no cost.json"):
+        format_cost_logs([tmp_path])
     (tmp_path / "cost.json").write_text('{"version": 1')
     with pytest.raises(CheckpointError, match="cost.json is not a cost log"):
         read_cost_log(tmp_path)
-
-
-def test_unknown_stage_is_refused(tmp_path):
     with pytest.raises(
-        ConfigError, match="'training' of a cost log; the stages are extraction, pretraining"
+        ConfigError, match="'training' of a cost log; the stages are extraction, pr"
     ):
         record_stage(tmp_path, "training")
-    assert not (tmp_path / "cost.json").exists()
 
 
 def test_only_the_main_rank_writes(tmp_path):
@@ -125,49 +115,21 @@ def test_only_the_main_rank_writes(tmp_path):
     assert json.loads((tmp_path / "cost.json").read_text())["stages"]["pretraining"]["images"] == 3
 
 
-def test_the_cpu_has_a_name_and_a_number_of_threads():
-    assert device_name("cpu").endswith(f", {torch.get_num_threads()} threads")
-
-
 # ---- the table
 
 
-def test_the_papers_quarter_of_imagenet():
-    """64k x 512 = 32.8 M images: 25.6 % of 100 epochs, 28.4 % of 90, more than the fast recipes."""
-    jigsaw, ninety, hundred, fast, faster = REFERENCES.values()
-    assert jigsaw == 32_768_000
-    assert round(100 * jigsaw / hundred, 1) == 25.6
-    assert round(100 * jigsaw / ninety, 1) == 28.4
-    assert fast < faster < jigsaw
-
-
 def test_command_sums_folders_and_compares(tmp_path, capsys):
-    run, store = tmp_path / "run", tmp_path / "store"
-    record_stage(store, "extraction", images=100, pixels=10**7, seconds=36, device="CPU")
-    pixels = 10 * 224 * 224
-    record_stage(
-        run, "pretraining", images=1000, pixels=pixels, flops=2e11, seconds=3600, device="CPU"
-    )
+    run, store, pixels = tmp_path / "run", tmp_path / "store", 10 * 224 * 224
+    record_stage(store, "extraction", images=60, pixels=10**6, seconds=6, device="GPU")
+    assert "ImageNet" not in format_cost_logs([store])  # nothing to compare it with
+    record_stage(run, "extraction", images=40, pixels=9 * 10**6, seconds=30, device="CPU")
+    record_stage(run, "pretraining", images=1000, pixels=pixels, flops=2e11, seconds=3600)
     record_stage(run, "erf_refresh", images=10, pixels=pixels, flops=0, seconds=0, device="CPU")
     assert main([str(store), str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     table = {line.split("  ")[0]: line.split() for line in lines if line}
-    assert table["extraction"][1:] == ["100", "10.0", "0", "0.010", "CPU"]
+    assert table["extraction"][1:] == ["100", "10.0", "0", "0.010", "CPU;", "GPU"]
     assert table["pretraining"][1:4] == ["1,000", "0.5", "0.0002"]
     assert table["all"][1] == "1,110" and table["all"][4] == "1.010"
     # 128,116,700 images of 224x224 against the pixels of 20.
     assert table["ImageNet, 100 epochs"][-2] == f"{128_116_700 / 20:,.4g}"
-
-
-def test_the_same_stage_of_two_runs_is_summed(tmp_path):
-    for name in ("a", "b"):
-        record_stage(tmp_path / name, "finetuning", images=4, seconds=2, device=name)
-    text = format_cost_logs([tmp_path / "a", tmp_path / "b"])
-    row = next(line.split() for line in text.splitlines() if line.startswith("finetuning"))
-    assert row[1] == "8" and row[-2:] == ["a;", "b"]
-    assert "ImageNet" not in text  # nothing to compare it with
-
-
-def test_a_folder_without_cost_log_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=f"{tmp_path} holds no cost.json"):
-        format_cost_logs([tmp_path])

@@ -3,23 +3,19 @@
 import importlib
 import json
 import random
-import re
 from importlib import metadata
 from pathlib import Path
 
 import detectron2
 import detectron2_adaptations as adaptations
-import numpy as np
 import pytest
 import torch
 from detectron2 import model_zoo
-from detectron2.data import transforms
 from detectron2.data.common import MapDataset
 from detectron2.engine import hooks
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from PIL import Image
 
 PACKAGE = Path(detectron2.__file__).parent
 ADAPTED = (PACKAGE / "jigsaw_adaptation.json").is_file()
@@ -27,15 +23,6 @@ ours_only = pytest.mark.skipif(not ADAPTED, reason="concerns our adaptation of D
 
 
 # ---- the entries
-
-
-def test_rewrite_changes_all_matches_and_says_where(tmp_path):
-    (tmp_path / "a.py").write_text("x = np.bool\ny = np.bool_\nz = np.float\n")
-    (tmp_path / "b.py").write_text("nothing here\n")
-    entry = adaptations.Rewrite("*.py", r"\bnp\.(bool|float)\b", r"\1", "reason")
-    assert entry.apply(tmp_path) == ["a.py"]
-    assert (tmp_path / "a.py").read_text() == "x = bool\ny = np.bool_\nz = float\n"
-    assert (tmp_path / "b.py").read_text() == "nothing here\n"
 
 
 @pytest.mark.parametrize(
@@ -54,12 +41,18 @@ def test_an_entry_that_finds_nothing_fails_loudly(tmp_path, entry):
     assert (tmp_path / "a.py").read_text() == "present\n"
 
 
-def test_files_are_added_and_left_out(tmp_path):
+def test_entries_change_add_and_leave_out(tmp_path):
+    (tmp_path / "a.py").write_text("x = np.bool\ny = np.bool_\nz = np.float\n")
     (tmp_path / "gone_1.py").write_text("")
-    added = adaptations.AddFile("detectron2_ops.py", "_C.py", "new")
-    removed = adaptations.RemoveFiles("gone_*.py", "old")
-    assert adaptations.apply_all(tmp_path, (added, removed)) == ["_C.py: new", "gone_1.py: old"]
-    assert [path.name for path in tmp_path.iterdir()] == ["_C.py"]
+    entries = (
+        adaptations.Rewrite("*.py", r"\bnp\.(bool|float)\b", r"\1", "names"),
+        adaptations.AddFile("detectron2_ops.py", "_C.py", "new"),
+        adaptations.RemoveFiles("gone_*.py", "old"),
+    )
+    changes = adaptations.apply_all(tmp_path, entries)
+    assert changes == ["a.py: names", "_C.py: new", "gone_1.py: old"]
+    assert (tmp_path / "a.py").read_text() == "x = bool\ny = np.bool_\nz = float\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["_C.py", "a.py"]
 
 
 def test_digest_follows_the_table_and_the_added_files(tmp_path, monkeypatch):
@@ -74,13 +67,6 @@ def test_digest_follows_the_table_and_the_added_files(tmp_path, monkeypatch):
     assert adaptations.digest((rewrite, add)) != first
 
 
-def test_every_entry_has_a_reason_and_compiles():
-    for entry in adaptations.ADAPTATIONS:
-        assert len(entry.reason) > 10
-        if isinstance(entry, adaptations.Rewrite):
-            re.compile(entry.pattern, re.MULTILINE)
-
-
 # ---- what they brought
 
 
@@ -88,26 +74,9 @@ def test_every_entry_has_a_reason_and_compiles():
 def test_each_entry_left_its_trace_in_the_installed_package():
     marker = json.loads((PACKAGE / "jigsaw_adaptation.json").read_text())
     reasons = [entry.reason for entry in adaptations.ADAPTATIONS]
-    assert [change.endswith(reason) for change, reason in zip(marker["changes"], reasons)] == [
-        True
-    ] * len(reasons)
-
-
-@ours_only
-def test_version_answers_and_names_our_build():
+    assert len(marker["changes"]) == len(reasons)
+    assert all(map(str.endswith, marker["changes"], reasons))
     assert metadata.version("detectron2") == "0.6+jigsaw"
-    assert detectron2.__version__ == "0.6"
-
-
-@ours_only
-def test_no_name_that_libraries_dropped_is_left():
-    gone = re.compile(
-        r"\bnp\.(bool|int|float|str|object)\b|Image\.LINEAR|_LRScheduler|import pkg_resources"
-        r"|^(from|import) caffe2",
-        re.MULTILINE,
-    )
-    for path in PACKAGE.rglob("*.py"):
-        assert not gone.search(path.read_text(encoding="utf-8")), path
 
 
 def test_zoo_configs_are_there_in_both_forms():
@@ -117,13 +86,6 @@ def test_zoo_configs_are_there_in_both_forms():
     assert lazy.model.backbone.bottom_up
     with pytest.raises(RuntimeError, match="not available in Model Zoo"):
         model_zoo.get_config_file("COCO-Detection/no_such.yaml")
-
-
-@ours_only
-def test_all_zoo_configs_of_the_archive_are_shipped():
-    configs = PACKAGE / "model_zoo" / "configs"
-    assert len(list(configs.rglob("*.yaml"))) == 92
-    assert len(list(configs.rglob("*.py"))) == 36
 
 
 @pytest.mark.parametrize(
@@ -140,12 +102,6 @@ def test_bundled_projects_and_tools_import(module, name):
     if not ADAPTED:
         pytest.importorskip("panopticapi" if "panoptic" in module else "detectron2")
     assert hasattr(importlib.import_module(module), name)
-
-
-def test_environment_report_is_made():
-    """Every Detectron2 command logs it at its start."""
-    report = importlib.import_module("detectron2.utils.collect_env").collect_env_info()
-    assert "detectron2" in report and torch.__version__ in report
 
 
 @ours_only
@@ -171,13 +127,6 @@ def test_map_dataset_falls_back_where_its_function_gives_none():
     expected = random.Random(42).sample((0, 2, 3), k=1)[0]
     assert dataset[1] == expected
     assert dataset[3] == 3
-
-
-def test_extent_transform_has_its_default_filter():
-    image = np.arange(16, dtype=np.uint8).reshape(4, 4)
-    cut = transforms.ExtentTransform((0, 0, 2, 2), (2, 2))
-    assert cut.interp == Image.BILINEAR
-    assert cut.apply_image(image).shape == (2, 2)
 
 
 def test_heads_with_group_norm_are_built():

@@ -89,13 +89,6 @@ def test_an_archive_of_other_content_is_refused(site, tmp_path, monkeypatch, cap
     assert list(site.iterdir()) == []
 
 
-def test_an_archive_of_the_known_content_passes(tmp_path):
-    archive = tmp_path / "a.tar.gz"
-    archive.write_bytes(b"abc")
-    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
-    installer.verify_archive(archive, sha256)
-
-
 def _archive(tmp_path, files):
     tree = tmp_path / "source" / "pb1-detectron2-0.6"
     for name, text in files.items():
@@ -105,12 +98,6 @@ def _archive(tmp_path, files):
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(tree, tree.name)
     return archive
-
-
-def test_an_archive_that_the_table_does_not_fit_stops_the_installation(tmp_path):
-    archive = _archive(tmp_path, {"detectron2/__init__.py": "", "setup.py": ""})
-    with pytest.raises(detectron2_adaptations.AdaptationError, match="nothing in"):
-        installer.unpack_and_adapt(archive, tmp_path / "work")
 
 
 def test_an_adapted_tree_becomes_a_marked_wheel(tmp_path, monkeypatch):

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 import torch
 from detectron2 import model_zoo
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer, create_ddp_model, launch
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset
-from detectron2.structures import Boxes, Instances
+from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
-from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
 from jigsaw_d2.engine.launch import leave_group
@@ -97,65 +95,21 @@ def test_a_zoo_detector_trains_evaluates_and_resumes(name, coco_set, tmp_path):
     assert resumed.iter == 3 and (tmp_path / "model_final.pth").is_file()
 
 
-class _Oracle(torch.nn.Module):
-    """Predicts the true box of each image, moved to the right by ``shift`` pixels."""
-
-    def __init__(self, shift):
-        super().__init__()
-        self.shift = shift
-
-    def forward(self, batch):
-        outputs = []
-        for record in batch:
-            x, y, w, h = BOXES[record["image_id"] - 1]
-            box = [[x + self.shift, y, x + self.shift + w, y + h]]
-            outputs.append(Instances((64, 96)))
-            outputs[-1].pred_boxes = Boxes(torch.tensor(box, dtype=torch.float32))
-            outputs[-1].scores = torch.tensor([0.9])
-            outputs[-1].pred_classes = torch.tensor([record["image_id"] % 2])
-        return [{"instances": instances} for instances in outputs]
-
-
-@pytest.mark.parametrize("use_fast_impl", [True, False])
-def test_coco_evaluator_gives_the_official_numbers(coco_set, tmp_path, use_fast_impl, capsys):
-    """Exact boxes: all APs 100. Shifted by 4 px: the IoUs follow by hand, so does the AP.
-
-    IoU of a box of width w moved by 4 px is (w - 4) / (w + 4): 36/44 = .818, 26/34 = .765,
-    36/44 and 56/64 = .875. Images 1, 3 are of category two, 2, 4 of category one; with equal
-    scores pycocotools keeps the order of the images. Category two: both hit up to threshold .80,
-    that is 7 of 10 thresholds. Category one: both hit up to .75 (6 thresholds); at .80 and .85
-    image 2 misses first, then image 4 hits, so precision is 1/2 up to recall 1/2: 51 of the 101
-    recall points, AP .5 * 51/101.
-    """
-    cfg = _tiny_cfg("COCO-Detection/retinanet_R_50_FPN_1x.yaml", coco_set, tmp_path)
-    loader = build_detection_test_loader(cfg, coco_set)
-
-    def evaluate(shift):
-        evaluator = COCOEvaluator(coco_set, ("bbox",), False, use_fast_impl=use_fast_impl)
-        return inference_on_dataset(_Oracle(shift), loader, evaluator)["bbox"]
-
-    exact = evaluate(0)
-    assert exact["AP"] == exact["AP75"] == 100 and exact["AP-one"] == 100
-    shifted = evaluate(4)
-    assert shifted["AP-two"] == pytest.approx(70.0)
-    assert shifted["AP-one"] == pytest.approx(100 * (6 + 2 * 0.5 * 51 / 101) / 10)
-    assert shifted["AP50"] == 100
-
-
-def _rank_main(folder, tensor_size):
-    """Runs in each process: what Detectron2's comm and a collective give."""
-    total = torch.full((tensor_size,), float(comm.get_rank() + 1))
+def _rank_main(folder):
+    """Runs in each process: what Detectron2's comm, a collective and its DDP give."""
+    total = torch.full((3,), float(comm.get_rank() + 1))
     torch.distributed.all_reduce(total)
+    model = torch.nn.Linear(1, 1, bias=False)
+    parallel = create_ddp_model(model, broadcast_buffers=False)
+    # d(w * x)/dw is x: 1 in the first process, 2 in the second
+    parallel(torch.full((1, 1), float(comm.get_rank() + 1))).sum().backward()
     report = {
         "backend": torch.distributed.get_backend(),
-        "world": comm.get_world_size(),
-        "local_rank": comm.get_local_rank(),
-        "local_size": comm.get_local_size(),
+        "ranks": [comm.get_local_rank(), comm.get_local_size(), comm.get_world_size()],
         "sum": total.tolist(),
         "gathered": comm.all_gather({"rank": comm.get_rank()}),
         "seed": comm.shared_random_seed(),
-        "mean": _reduced_mean(),
-        "grad": _averaged_gradient() if ADAPTED else 1.5,
+        "grad": model.weight.grad.item(),
     }
     comm.synchronize()
     with open(os.path.join(folder, f"{comm.get_rank()}.json"), "w") as file:
@@ -163,23 +117,7 @@ def _rank_main(folder, tensor_size):
     leave_group()
 
 
-def _averaged_gradient():
-    """d(w * x)/dw is x: 1 in the first process, 2 in the second."""
-    model = torch.nn.Linear(1, 1, bias=False)
-    parallel = create_ddp_model(model, broadcast_buffers=False)
-    parallel(torch.full((1, 1), float(comm.get_rank() + 1))).sum().backward()
-    return model.weight.grad.item()
-
-
-def _reduced_mean():
-    reduced = comm.reduce_dict({"loss": torch.tensor(float(comm.get_rank()))})
-    return reduced["loss"].item() if comm.is_main_process() else None
-
-
-@pytest.mark.skipif(
-    not ADAPTED and detectron2.__version__ == "0.6",
-    reason="launch of the original 0.6 wants CUDA",
-)
+@pytest.mark.skipif(not ADAPTED, reason="other releases may want CUDA for launch or DDP")
 def test_launch_runs_two_processes_without_cuda(tmp_path, monkeypatch):
     """Gloo, as newer Detectron2 does; the processes see no GPU even where there is one."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -187,29 +125,12 @@ def test_launch_runs_two_processes_without_cuda(tmp_path, monkeypatch):
         _rank_main,
         num_gpus_per_machine=2,
         dist_url=f"file://{tmp_path}/rendezvous",
-        args=(str(tmp_path), 3),
+        args=(str(tmp_path),),
         timeout=datetime.timedelta(minutes=2),
     )
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first["backend"] == second["backend"] == "gloo"
-    assert (first["local_rank"], second["local_rank"]) == (0, 1)
-    for report in (first, second):
-        assert report["world"] == report["local_size"] == 2
-        assert report["sum"] == [3.0, 3.0, 3.0]
-        assert report["grad"] == 1.5
+    for rank, report in enumerate((first, second)):
+        assert report["backend"] == "gloo" and report["ranks"] == [rank, 2, 2]
+        assert report["sum"] == [3.0, 3.0, 3.0] and report["grad"] == 1.5
         assert report["gathered"] == [{"rank": 0}, {"rank": 1}]
     assert first["seed"] == second["seed"]
-    assert first["mean"] == 0.5
-
-
-def test_launch_of_one_process_calls_the_function_here():
-    calls = []
-    launch(lambda *args: calls.append(args), num_gpus_per_machine=1, args=("a", 1))
-    assert calls == [("a", 1)]
-
-
-def test_annotations_are_drawn(coco_set):
-    record = DatasetCatalog.get(coco_set)[0]
-    image = np.asarray(Image.open(record["file_name"]))
-    drawn = Visualizer(image, MetadataCatalog.get(coco_set)).draw_dataset_dict(record).get_image()
-    assert drawn.shape == image.shape and (drawn != image).any()

@@ -20,22 +20,6 @@ CONSTRAINTS = (ROOT / "dev" / "constraints.txt").read_text()
 # ---- the pins
 
 
-def test_every_constraint_is_one_exact_version():
-    lines = [line for line in CONSTRAINTS.splitlines() if line and not line.startswith("#")]
-    assert len(lines) > 50
-    for line in lines:
-        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", line), line
-    names = [line.split("==")[0].lower() for line in lines]
-    assert len(set(names)) == len(names)
-
-
-def test_torch_and_torchvision_are_a_released_pair():
-    assert set_up.read_pins(("torch", "torchvision")) in (
-        {"torch": "2.12.1", "torchvision": "0.27.1"},
-        {"torch": "2.11.0", "torchvision": "0.26.0"},
-    )
-
-
 def test_everything_the_project_and_its_tests_need_is_pinned():
     pinned = {line.split("==")[0].lower() for line in CONSTRAINTS.splitlines() if "==" in line}
     needed = re.findall(r'^ +"([A-Za-z][\w-]+)[<>=]', (ROOT / "setup.py").read_text(), re.M)
@@ -74,7 +58,7 @@ def calls(monkeypatch, tmp_path):
     return record
 
 
-def test_set_up_installs_in_order_and_only_once(calls, tmp_path):
+def test_set_up_installs_in_order_and_only_once(calls, tmp_path, monkeypatch):
     venv = tmp_path / "venv"
     set_up.set_up(venv)
     project = f"{ROOT}[benchmark,test]"
@@ -87,10 +71,14 @@ def test_set_up_installs_in_order_and_only_once(calls, tmp_path):
     ]
     set_up.set_up(venv)
     assert len(calls) == 5
+    # A user's Detectron2 was built against the torch that is here, which therefore stays.
+    monkeypatch.setattr(set_up, "_detectron2_state", lambda venv: "user")
+    set_up.set_up(tmp_path / "other")
+    assert calls[5:] == [("venv",), ("pip", "-e", project, {"constrained": False}), ("verify",)]
 
 
 @pytest.mark.parametrize("failing", ["_pip", "_run", "verify"])
-def test_a_failed_set_up_is_not_taken_for_finished(calls, tmp_path, monkeypatch, failing):
+def test_a_failed_set_up_is_not_taken_for_finished(calls, tmp_path, monkeypatch, capsys, failing):
     venv = tmp_path / "venv"
     set_up.set_up(venv)
     (venv / set_up.STAMP).write_text("of other pins")
@@ -100,19 +88,12 @@ def test_a_failed_set_up_is_not_taken_for_finished(calls, tmp_path, monkeypatch,
             raise set_up.SetUpError("no network")
 
         patched.setattr(set_up, failing, fail)
-        with pytest.raises(set_up.SetUpError, match="no network"):
-            set_up.set_up(venv)
+        assert set_up.main(["--venv", str(venv)]) == 1
+    assert capsys.readouterr().err == "set_up: no network\n"
     assert not (venv / set_up.STAMP).exists()
     before = len(calls)
     set_up.set_up(venv)
     assert len(calls) == before + 5 and (venv / set_up.STAMP).is_file()
-
-
-def test_a_users_detectron2_keeps_its_torch(calls, tmp_path, monkeypatch):
-    monkeypatch.setattr(set_up, "_detectron2_state", lambda venv: "user")
-    set_up.set_up(tmp_path / "venv")
-    project = f"{ROOT}[benchmark,test]"
-    assert calls == [("venv",), ("pip", "-e", project, {"constrained": False}), ("verify",)]
 
 
 def test_changed_pins_or_scripts_ask_for_another_set_up(monkeypatch, tmp_path):
@@ -194,15 +175,6 @@ def test_a_wrong_pair_of_libraries_is_named(tmp_path, monkeypatch):
         set_up.verify(tmp_path)
 
 
-def test_command_line_reports_errors_in_one_line(monkeypatch, capsys, tmp_path):
-    def fail(venv):
-        raise set_up.SetUpError("the reason")
-
-    monkeypatch.setattr(set_up, "set_up", fail)
-    assert set_up.main(["--venv", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == "set_up: the reason\n"
-
-
 # ---- packaging
 
 
@@ -214,13 +186,8 @@ def wheel(tmp_path_factory):
         shutil.copy(ROOT / name, folder / name)
     for name in ("jigsaw_d2", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "bdist_wheel"],
-        cwd=folder,
-        check=True,
-        text=True,
-        capture_output=True,
-    )
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
     (path,) = (folder / "dist").glob("jigsaw_d2-*.whl")
     return path
 
@@ -242,10 +209,7 @@ def test_installed_package_finds_its_configs(wheel, tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=tmp_path,
-        text=True,
-        capture_output=True,
-        check=False,
+        **{"cwd": tmp_path, "text": True, "capture_output": True},
         env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
     )
     assert done.returncode == 0, done.stderr
@@ -273,14 +237,3 @@ def _imported(path):
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module.split(".")[0])
     return names
-
-
-def test_wheel_states_its_licence_and_requirements(wheel):
-    archive = zipfile.ZipFile(wheel)
-    (info,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
-    text = archive.read(info).decode()
-    assert "License: Apache-2.0" in text or "License-Expression: Apache-2.0" in text
-    required = re.findall(r"^Requires-Dist: ([\w-]+)", text, re.M)
-    assert "torch" in required and "detectron2" not in required
-    assert len([name for name in required if name.startswith("opencv")]) == 1
-    assert any(name.endswith("LICENSE") for name in archive.namelist())

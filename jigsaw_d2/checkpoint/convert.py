@@ -2,13 +2,12 @@
 
 Read are our checkpoints (mid-training too) or the folder of a run, files already converted, and the
 ImageNet files of torchvision and of MSRA (Caffe2). Inside, tensors have Detectron2's names without
-prefix: stem.conv1.weight, stem.conv1.norm.weight, res2.0.conv1.weight, ...
+prefix: stem.conv1.weight, res2.0.conv1.norm.weight, ...
 """
 
 import logging
 import pickle
 import re
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,8 +30,6 @@ from jigsaw_d2.io import CheckpointError, ConfigError, WeightsError, open_atomic
 
 logger = logging.getLogger(__name__)
 
-# Endings that each format is written with.
-FORMATS = {"detectron2": (".pkl", ".pth"), "torchvision": (".pth",)}
 METADATA_KEY = "jigsaw_metadata"
 _OLD_METADATA_KEY = "jigsaw_passport"  # version 1 of this software
 # Names of a ResNet's tensors. Of the stem only its convolution: Detectron2's converter of
@@ -64,15 +61,16 @@ def convert_checkpoint(
         trust: unpickle anything in ``path``, which may run code from it.
 
     Raises:
-        ConfigError: an unknown format or ending, or ``output`` is in the way.
-        JigsawError: see ``read_backbone``; or a network that torchvision does not have.
+        JigsawError: an unknown format or ending; ``output`` is in the way; see ``read_backbone``; a
+            network that torchvision does not have.
     """
     output = Path(output)
-    if format not in FORMATS:
-        raise ConfigError(f"format {format!r} is none of {', '.join(FORMATS)}")
-    if output.suffix not in FORMATS[format]:
-        endings = " or ".join(FORMATS[format])
-        raise ConfigError(f"{output}: the {format} format is written as {endings}")
+    endings = {"detectron2": (".pkl", ".pth"), "torchvision": (".pth",)}.get(format)
+    if endings is None or output.suffix not in endings:
+        raise ConfigError(
+            f"{output}, format {format!r}: detectron2 is written as .pkl or .pth, torchvision as "
+            ".pth"
+        )
     for written in (output, metadata_path(output)):
         check_free(written, force)
     arrays, metadata = read_backbone(path, trust)
@@ -121,19 +119,16 @@ def read_backbone(path: str | Path, trust: bool = False) -> tuple[Arrays, Weight
     arrays, metadata = read_tensors(path, trust)
     if metadata is None:
         raise CheckpointError(
-            f"{path}: no checkpoint that can be converted; found {_names(arrays)}; expected a "
-            "checkpoint of Jigsaw pre-training (keys model and jigsaw), a converted file, a state "
-            "dict of a torchvision ResNet, or MSRA's R-50.pkl or R-101.pkl"
+            f"{path}: no checkpoint that can be converted; found {len(arrays)} tensors "
+            f"({', '.join(list(arrays)[:5])}, ...); expected a checkpoint of Jigsaw pre-training "
+            "(keys model and jigsaw), a converted file, a state dict of a torchvision ResNet, or "
+            "MSRA's R-50.pkl or R-101.pkl"
         )
     return arrays, metadata
 
 
 def read_converted(path: str | Path, trust: bool = False) -> tuple[Arrays, WeightsMetadata]:
-    """``read_backbone`` for a converted file alone, whose digest vouches for both.
-
-    Raises:
-        CheckpointError: also when the file has no metadata, or other than the YAML beside it.
-    """
+    """``read_backbone`` for a converted file alone, whose digest vouches for both."""
     arrays, metadata = read_tensors(path, trust)
     if metadata is None or not metadata.digest:
         raise CheckpointError(
@@ -144,11 +139,7 @@ def read_converted(path: str | Path, trust: bool = False) -> tuple[Arrays, Weigh
 
 
 def read_tensors(path: str | Path, trust: bool = False) -> tuple[Arrays, WeightsMetadata | None]:
-    """As ``read_backbone``; of another model's file all tensors as they are named, and None.
-
-    Raises:
-        JigsawError: see ``read_backbone``.
-    """
+    """As ``read_backbone``; of another model's file all tensors as they are named, and None."""
     path = Path(path)
     if path.is_dir():
         marker = path / "last_checkpoint"
@@ -156,11 +147,12 @@ def read_tensors(path: str | Path, trust: bool = False) -> tuple[Arrays, Weights
             raise CheckpointError(f"{path}: a folder without last_checkpoint; name a checkpoint")
         path /= marker.read_text().strip()
     data = read_weights(path, trust)
-    values = _metadata_values(data)
-    if values is not None:
-        return _open_converted(path, data, values)
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{path}: no weights; found a {type(data).__name__}")
+    for place in (data, getattr(data, "_metadata", {})):
+        for key in (METADATA_KEY, _OLD_METADATA_KEY):
+            if key in place:
+                return _open_converted(path, data, place[key])
     if "jigsaw" in data and "model" in data:
         arrays, metadata = _from_training(data, str(path))
     else:
@@ -224,42 +216,36 @@ def _from_training(data: Mapping[str, Any], where: str) -> tuple[Arrays, Weights
 
 
 def from_torchvision(tensors: Mapping[str, Any]) -> tuple[Arrays, WeightsMetadata]:
-    """Arrays of any shapes under our names, and the metadata of torchvision's ImageNet training.
-
-    Raises:
-        WeightsError: no ResNet or ResNeXt.
-    """
-    arrays = _keep_resnet({name_from_torchvision(n): value for n, value in tensors.items()})
-    return arrays, _imagenet_metadata(arrays, _TORCHVISION_INPUT, stride_in_1x1=False)
+    """Arrays of any shapes under our names, and the metadata of torchvision's ImageNet training."""
+    renamed = {name_from_torchvision(name): value for name, value in tensors.items()}
+    return _from_imagenet(renamed, _TORCHVISION_INPUT, stride_in_1x1=False)
 
 
 def from_msra(tensors: Mapping[str, Any]) -> tuple[Arrays, WeightsMetadata]:
     """As ``from_torchvision`` of MSRA's networks: BGR, std 1, stride in the 1x1.
 
-    Files with only scale and shift of each batch norm get the statistics under which
-    ``FrozenBatchNorm2d`` is exactly that scale and shift.
+    A batch norm of scale and shift alone gets the statistics with which it is just that.
     """
     names = [name for name in tensors if not name.endswith("_momentum")]
     renamed = dict(zip(convert_basic_c2_names(names), (tensors[name] for name in names)))
-    arrays = _keep_resnet(renamed)
-    for name in [n for n in arrays if n.endswith("norm.weight")]:
-        prefix = name.removesuffix("weight")
-        zeros = np.zeros_like(arrays[name])
-        arrays.setdefault(prefix + "running_mean", zeros)
-        arrays.setdefault(prefix + "running_var", zeros + np.float32(1 - 1e-5))
-    return arrays, _imagenet_metadata(arrays, _MSRA_INPUT, stride_in_1x1=True)
+    for name in [n for n in renamed if n.endswith("norm.weight")]:
+        prefix, zeros = name.removesuffix("weight"), np.zeros_like(renamed[name])
+        renamed.setdefault(prefix + "running_mean", zeros)
+        renamed.setdefault(prefix + "running_var", zeros + np.float32(1 - 1e-5))
+    return _from_imagenet(renamed, _MSRA_INPUT, stride_in_1x1=True)
 
 
-def _imagenet_metadata(
-    arrays: Arrays, inputs: tuple[str, tuple, tuple], stride_in_1x1: bool
-) -> WeightsMetadata:
+def _from_imagenet(
+    tensors: Mapping[str, Any], inputs: tuple[str, tuple, tuple], stride_in_1x1: bool
+) -> tuple[Arrays, WeightsMetadata]:
+    arrays = _keep_resnet(tensors)
     architecture = Architecture(
         **{"width_per_group": 64, **read_architecture(_shapes(arrays))},
         stride_in_1x1=stride_in_1x1,
         deform_modulated=False,
         deform_num_groups=1,
     )
-    return WeightsMetadata("imagenet", architecture, *inputs, dataset="ImageNet-1k")
+    return arrays, WeightsMetadata("imagenet", architecture, *inputs, dataset="ImageNet-1k")
 
 
 def _keep_resnet(tensors: Mapping[str, Any]) -> Arrays:
@@ -292,32 +278,31 @@ def name_to_torchvision(name: str) -> str:
 def to_torchvision(arrays: Mapping[str, np.ndarray], architecture: Architecture) -> OrderedDict:
     """A state dict, tensors of any shapes, that the torchvision network loads with strict=True.
 
-    The classifier ``fc`` is zeros of shape (1000, C): there because strict loading asks for it,
-    and to be replaced.
+    The classifier ``fc``, which strict loading asks for, is zeros of shape (1000, C).
 
     Raises:
         WeightsError: torchvision has no such network; says which key is in the way.
     """
-    basic = architecture.depth in (18, 34)  # without a 1x1 convolution to put a stride in
-    for key, like_torchvision in (
-        ("backbone", architecture.is_resnet),
-        ("norm", architecture.norm == "BN"),
-        ("deform_on_per_stage", not any(architecture.deform_on_per_stage or ())),
-        ("stride_in_1x1", basic or not architecture.stride_in_1x1),
-        ("stem_out_channels", architecture.stem_out_channels == 64),
-        ("res2_out_channels", architecture.res2_out_channels == (64 if basic else 256)),
-    ):
-        if not like_torchvision:
+    basic = architecture.depth in (18, 34)
+    theirs = {
+        "backbone": architecture.backbone if architecture.is_resnet else None,
+        "norm": "BN",
+        "deform_on_per_stage": (False,) * 4,
+        "stride_in_1x1": architecture.stride_in_1x1 if basic else False,  # there is no 1x1
+        "stem_out_channels": 64,
+        "res2_out_channels": 64 if basic else 256,
+    }
+    for key, value in theirs.items():
+        if getattr(architecture, key) != value:
             raise WeightsError(
                 f"torchvision has no such network: {key} is {getattr(architecture, key)}; "
                 "write the Detectron2 format instead"
             )
     state: OrderedDict = OrderedDict()
     for name, array in arrays.items():
-        theirs = name_to_torchvision(name)
-        state[theirs] = torch.from_numpy(np.array(array))
-        if theirs.endswith("running_var"):
-            counter = theirs.removesuffix("running_var") + "num_batches_tracked"
+        state[name_to_torchvision(name)] = torch.from_numpy(np.array(array))
+        if name.endswith("running_var"):
+            counter = name_to_torchvision(name).replace("running_var", "num_batches_tracked")
             state[counter] = torch.zeros((), dtype=torch.long)
     last = max(name for name in arrays if re.fullmatch(r"res5\.\d+\.conv\d\.weight", name))
     state["fc.weight"] = torch.zeros(1000, arrays[last].shape[0])
@@ -325,34 +310,25 @@ def to_torchvision(arrays: Mapping[str, np.ndarray], architecture: Architecture)
     return state
 
 
-def _metadata_values(data: Any) -> Any | None:
-    if not isinstance(data, Mapping):
-        return None
-    places = (data, getattr(data, "_metadata", {}))
-    keys = (METADATA_KEY, _OLD_METADATA_KEY)
-    return next((place[key] for place in places for key in keys if key in place), None)
-
-
 def _open_converted(
     path: Path, data: Mapping[str, Any], values: Any
 ) -> tuple[Arrays, WeightsMetadata]:
-    metadata = WeightsMetadata.from_dict(values, str(path))
+    metadata, beside = WeightsMetadata.from_dict(values, str(path)), metadata_path(path)
     if "model" in data:
         arrays = {name: _array(value) for name, value in data["model"].items()}
     else:
         arrays = _keep_resnet({name_from_torchvision(name): value for name, value in data.items()})
-    beside = metadata_path(path)
-    if beside.is_file():
-        other = WeightsMetadata.from_yaml(beside.read_text(), str(beside))
-        mine, others = metadata.to_dict(), other.to_dict()
-        different = [f"{k}: {mine[k]} / {others[k]}" for k in mine if mine[k] != others[k]]
-        if different:
-            raise CheckpointError(
-                f"{path} and {beside.name} say different things (file / YAML): "
-                f"{'; '.join(different)}; convert the checkpoint again, or remove the YAML"
-            )
+    if beside.is_file() and metadata != WeightsMetadata.from_yaml(beside.read_text(), str(beside)):
+        raise CheckpointError(
+            f"{path} and {beside.name} say different things; convert the checkpoint again, or "
+            "remove the YAML"
+        )
     _check_tensors(path, arrays, metadata)
-    metadata.check_seal(arrays, str(path))
+    if metadata.sealed(arrays) != metadata:
+        raise CheckpointError(
+            f"{path}: metadata or tensors were changed after they were written (the digest is "
+            "another one); convert the checkpoint again"
+        )
     return arrays, metadata
 
 
@@ -379,29 +355,8 @@ def _array(value: Any) -> np.ndarray:
     return np.array(value, dtype=np.float32, order="C")
 
 
-def _names(arrays: Arrays) -> str:
-    names = [re.sub(r"\s+", " ", str(name)) for name in list(arrays)[:5]]
-    return f"{len(arrays)} tensors ({', '.join(names)}{', ...' if len(arrays) > 5 else ''})"
-
-
-# How our unpickler words a refusal, and how torch's does.
-_REFUSALS = ("it holds", "bytes spelled in", "Unsupported global", "Unsupported class")
-# What unpicklers raise over bytes that are no pickle, or half of one.
-_DAMAGES = (
-    *(EOFError, RuntimeError, zipfile.BadZipFile, ValueError, KeyError, OSError),
-    *(AttributeError, ImportError, IndexError, TypeError, pickle.UnpicklingError),
-)
-
-
-def _latin1_bytes(text: str, encoding: str = "latin1") -> bytes:
-    """Stands for ``codecs.encode``, which pickles of protocol 2 call to spell bytes."""
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"{_REFUSALS[1]} {encoding!r}")
-    return text.encode("latin1")
-
-
 _PICKLED = {
-    ("_codecs", "encode"): _latin1_bytes,
+    ("_codecs", "encode"): str.encode,  # pickles of protocol 2 call it to spell bytes
     ("collections", "OrderedDict"): OrderedDict,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -409,6 +364,8 @@ _PICKLED = {
     ("multiarray", "scalar"): np._core.multiarray.scalar,
     ("numeric", "_frombuffer"): np._core.numeric._frombuffer,
 }
+# How our unpickler words a refusal, and how torch's does.
+_REFUSALS = ("it holds", "Unsupported global", "Unsupported class")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -428,8 +385,7 @@ def read_weights(path: str | Path, trust: bool = False) -> Any:
         trust: unpickle anything, which may run code from the file. Only for files of your own.
 
     Raises:
-        CheckpointError: no such file; or neither of the two kinds; or it holds more than tensors,
-            arrays and plain values.
+        CheckpointError: no such file, a damaged one, or more than tensors, arrays, plain values.
     """
     path = Path(path)
     if not path.is_file():
@@ -440,17 +396,16 @@ def read_weights(path: str | Path, trust: bool = False) -> Any:
         with open(path, "rb") as stream:
             unpickler = pickle.Unpickler if trust else _ArrayUnpickler
             return unpickler(stream, encoding="latin1").load()
-    except _DAMAGES as error:
+    except Exception as error:  # unpicklers raise anything over bytes that are no pickle
         # Torch's errors are often a page long; what matters is one sentence.
         text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
         reason = text.splitlines()[0].split(". ")[0][:160]
-        if isinstance(error, pickle.UnpicklingError) and any(r in str(error) for r in _REFUSALS):
+        if any(refusal in str(error) for refusal in _REFUSALS):
             raise CheckpointError(
                 f"{path}: refused, because reading it could run code from it ({reason}); expected "
                 "tensors or arrays and plain values only. If the file is your own, --trust reads it"
             ) from None
-        kind = "pickle of numpy arrays" if path.suffix == ".pkl" else "file of torch.save"
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes): expected a whole {kind}, but it cannot be read "
-            f"({reason}); is it truncated, or another kind of file?"
+            f"{path} ({path.stat().st_size} bytes) cannot be read as weights ({reason}); is it "
+            "truncated, or another kind of file?"
         ) from None

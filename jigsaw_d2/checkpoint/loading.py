@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import Backbone
 from torch import nn
 
@@ -23,46 +22,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What ``load_backbone`` found, names being those of a converted file unless said otherwise.
+    """What ``load_backbone`` found."""
 
-    Attributes:
-        filled: names in the network, each filled from the file.
-        missing: in the network's backbone, not in the file.
-        unused: in the file, not in the network's backbone, though it has that stage.
-        shapes: each tensor of another shape, with both.
-        use: what the network does otherwise than the weights' training did, with both values.
-        no_room: in the file, of stages that the network does not have (an RPN on C4 has no res5).
-        new_offsets: offsets of deformable stages, in the network, that start at zero.
-        new_modules: the network's other modules with tensors; they keep their initialisation.
-    """
-
-    filled: tuple[str, ...]
-    missing: tuple[str, ...]
-    unused: tuple[str, ...]
-    shapes: tuple[str, ...]
-    use: tuple[str, ...]
-    no_room: tuple[str, ...]
-    new_offsets: tuple[str, ...]
-    new_modules: tuple[str, ...]
-
-    @property
-    def fits(self) -> bool:
-        """Whether every tensor has its counterpart and is used as it was trained."""
-        return not (self.missing or self.unused or self.shapes or self.use)
-
-    def mismatch(self) -> str:
-        """What does not fit, a line each."""
-        lines = []
-        for title, names in (
-            ("In the network, not in the file", self.missing),
-            ("In the file, not in the network", self.unused),
-            ("Other shapes", self.shapes),
-            ("Used otherwise than in the pre-training", self.use),
-        ):
-            if names:
-                lines.append(f"  {title} ({len(names)}):")
-                lines.extend(f"    {name}" for name in names)
-        return "\n".join(lines)
+    filled: tuple[str, ...]  # names in the network, each filled from the file
+    mismatch: str  # what does not fit, in lines; "" where all has its counterpart and its use
+    no_room: tuple[str, ...]  # in the file, of stages that the network has not (RPN on C4: res5)
+    new_offsets: tuple[str, ...]  # of deformable stages, in the network, that start at zero
+    new_modules: tuple[str, ...]  # the network's others with tensors; they keep their values
 
 
 def load_backbone(
@@ -79,12 +45,11 @@ def load_backbone(
     Args:
         module: any detector of Detectron2's, a ``JigsawPretrainer``, or a backbone by itself; the
             pyramid of an FPN is filled where the file has one, and else keeps its initialisation.
-        file: what ``read_backbone`` accepts. A backbone by itself normalises nothing and may have
+        file: what ``read_backbone`` accepts; for a backbone by itself, which normalises nothing,
             weights without metadata too, such as any model of Detectron2's.
         strict: False loads what fits and warns about the rest, instead of stopping.
         input_format: "RGB" or "BGR", what ``module`` is given, where it does not say so itself.
-        new_offsets: offsets of deformable stages that the file lacks start at zero, hence as a
-            plain convolution.
+        new_offsets: deformable stages may start from plain ones, with offsets of zero.
         trust: see ``read_weights``.
 
     Raises:
@@ -110,30 +75,36 @@ def load_backbone(
         held = {name: arrays[key] for name, key in theirs.items()}
     ours = body | {name: key for name, key in pyramid.items() if name in held}
     fresh = {n for n in ours if new_offsets and ".conv2_offset." in n and n not in held}
-    stages = {name.split(".")[0] for name in body}
-    unused = sorted(set(held) - set(ours))
-    no_room = [n for n in unused if n.split(".")[0] in set(STAGES) - stages]
+    absent_stages = set(STAGES) - {name.split(".")[0] for name in body}
+    no_room = sorted(name for name in held if name.split(".")[0] in absent_stages)
     shared = sorted(set(ours) & set(held))
-    shapes = {
-        name: f"{name}: file {held[name].shape}, network {tuple(state[ours[name]].shape)}"
-        for name in shared
-        if held[name].shape != tuple(state[ours[name]].shape)
+    other_shape = [n for n in shared if held[n].shape != tuple(state[ours[n]].shape)]
+    filled = {ours[name]: held[name] for name in shared if name not in other_shape}
+    shapes = [
+        f"{name}: file {held[name].shape}, network {tuple(state[ours[name]].shape)}"
+        for name in other_shape
+    ]
+    mismatches = {
+        "In the network, not in the file": sorted(set(ours) - set(held) - fresh),
+        "In the file, not in the network": sorted(set(held) - set(ours) - set(no_room)),
+        "Other shapes": shapes,
+        "Used otherwise than in the pre-training": _other_use(module, metadata, input_format),
     }
-    filled = {ours[name]: held[name] for name in shared if name not in shapes}
     report = LoadReport(
         filled=tuple(filled),
-        missing=tuple(sorted(set(ours) - set(held) - fresh)),
-        unused=tuple(name for name in unused if name not in no_room),
-        shapes=tuple(shapes.values()),
-        use=() if metadata is None else _other_use(module, metadata, input_format),
+        mismatch="\n".join(
+            "\n    ".join([f"  {title} ({len(lines)}):", *lines])
+            for title, lines in mismatches.items()
+            if lines
+        ),
         no_room=tuple(no_room),
         new_offsets=tuple(sorted(ours[name] for name in fresh)),
         new_modules=_modules(set(state) - set(ours.values())),
     )
-    if strict and not report.fits:
+    if strict and report.mismatch:
         raise WeightsError(
             f"{file} does not fit the network's backbone; nothing was loaded.\n"
-            f"{report.mismatch()}\nChoose the config of the same network; finetune_net.py and "
+            f"{report.mismatch}\nChoose the config of the same network; finetune_net.py and "
             "convert_weights.py --write-config set it from the weights' metadata."
         )
     with torch.no_grad():
@@ -143,16 +114,6 @@ def load_backbone(
             state[name].zero_()
     _log(file, report, alone)
     return report
-
-
-def load_initial_weights(model: nn.Module, weights: str | Path, cfg: CfgNode) -> None:
-    """``load_backbone`` for a pre-training that starts from MODEL.WEIGHTS: all or nothing.
-
-    Args:
-        model: ``JigsawPretrainer``; its classifier stays random.
-        cfg: what the run does with its images.
-    """
-    load_backbone(model, weights, input_format=cfg.INPUT.FORMAT)
 
 
 def _by_place(names: Iterable[str], prefix: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -172,8 +133,10 @@ def _by_place(names: Iterable[str], prefix: str) -> tuple[dict[str, str], dict[s
     return body, pyramid
 
 
-def _other_use(module: nn.Module, metadata: WeightsMetadata, input_format: str) -> tuple[str, ...]:
+def _other_use(module: nn.Module, metadata: WeightsMetadata | None, input_format: str) -> list[str]:
     """What the network does otherwise than the pre-training did, though every shape may fit."""
+    if metadata is None:
+        return []
     said = {
         "pixel_mean": metadata.pixel_mean,
         "pixel_std": metadata.pixel_std,
@@ -187,11 +150,11 @@ def _other_use(module: nn.Module, metadata: WeightsMetadata, input_format: str) 
     for name, block in module.named_modules():
         if name.endswith("res3.0") and hasattr(block, "conv3"):  # a bottleneck that strides
             done["stride_in_1x1"] = block.conv1.stride == (2, 2)
-    return tuple(
+    return [
         f"{key}: file {value}, network {done[key]}"
         for key, value in said.items()
         if None not in (value, done.get(key)) and not fits(key, done[key], value)
-    )
+    ]
 
 
 def _modules(names: Iterable[str]) -> tuple[str, ...]:
@@ -201,17 +164,15 @@ def _modules(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _log(file: str | Path, report: LoadReport, alone: bool) -> None:
-    if report.fits:
-        logger.info("%s: all %d tensors of the backbone loaded", file, len(report.filled))
+    count = len(report.filled)
+    if report.mismatch:
+        logger.warning("%s: %d tensors loaded, but\n%s", file, count, report.mismatch)
     else:
-        mismatch = report.mismatch()
-        logger.warning("%s: %d tensors loaded, but\n%s", file, len(report.filled), mismatch)
+        logger.info("%s: all %d tensors of the backbone loaded", file, count)
     if report.no_room:
-        stages = sorted({name.split(".")[0] for name in report.no_room})
-        logger.warning(
-            "%s: the network has no %s; left out %d tensors",
-            *(file, ", ".join(stages), len(report.no_room)),
-        )
+        stages = ", ".join(sorted({name.split(".")[0] for name in report.no_room}))
+        left_out = len(report.no_room)
+        logger.warning("%s: the network has no %s; left out %d tensors", file, stages, left_out)
     if report.new_offsets:
         logger.info("%d offsets of deformable stages start at zero", len(report.new_offsets))
     if report.new_modules:

@@ -1,8 +1,7 @@
 """What weights require of the network that uses them, and where they come from.
 
-The metadata travels inside a converted file, and as YAML beside it. A digest over metadata and
-tensors tells whether either was changed since they were written; the shapes of the tensors tell
-whether what it says of depth, groups, norm and deformable stages is true of them.
+It travels inside a converted file, and as YAML beside it. A digest tells whether it or the tensors
+were changed since; the tensors' shapes, whether what it says of the network is true.
 """
 
 import hashlib
@@ -18,7 +17,6 @@ import yaml
 from jigsaw_d2.io import CheckpointError, WeightsError
 
 FORMAT_VERSION = 1
-ORIGINS = ("jigsaw", "imagenet", "scratch")
 STAGES = ("res2", "res3", "res4", "res5")
 # Norms with the same tensors (weight, bias, running statistics), so that one loads the other.
 BATCH_NORMS = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
@@ -68,16 +66,13 @@ class Architecture:
 
     @classmethod
     def from_config(cls, model: Mapping[str, Any]) -> "Architecture":
-        """From the MODEL node of a config, or from the same as a plain dict.
-
-        A backbone that a user registered under another name is known by that name alone.
-        """
+        """From the MODEL node of a config, or a plain dict of it; of others' backbones the name."""
         name = model["BACKBONE"]["NAME"]
         if name not in RESNET_BUILDERS:
             return cls(backbone=name)
         res = model["RESNETS"]
-        numbers = ("depth", "num_groups", "width_per_group")
-        numbers += ("stem_out_channels", "res2_out_channels")
+        numbers = ["depth", "num_groups", "width_per_group"]
+        numbers += ["stem_out_channels", "res2_out_channels"]
         deform = tuple(bool(stage) for stage in res["DEFORM_ON_PER_STAGE"])
         return cls(
             **{key: int(res[key.upper()]) for key in numbers},
@@ -93,7 +88,7 @@ class Architecture:
         if not self.is_resnet:
             return {}
         keys = ["depth", "num_groups", "stem_out_channels", "res2_out_channels"]
-        keys.append("deform_on_per_stage")
+        keys += ["deform_on_per_stage"]
         if self.depth not in (18, 34):  # basic blocks have no groups to be wide
             keys += ["width_per_group"]
         if any(self.deform_on_per_stage):
@@ -109,7 +104,7 @@ def norm_family(norm: str) -> str:
 def fits(key: str, have: Any, need: Any) -> bool:
     """Whether value ``have`` of a config key serves weights that require ``need``."""
     if key == "MODEL.RESNETS.NORM":
-        return norm_family(have) == norm_family(need) and (have in BATCH_NORMS or have == need)
+        return norm_family(have) == norm_family(need)
     if isinstance(need, (list, tuple)) and isinstance(have, (list, tuple)):
         near = (abs(a - b) <= _PIXEL_TOLERANCE for a, b in zip(have, need))
         return len(have) == len(need) and all(near)
@@ -125,18 +120,29 @@ def read_architecture(shapes: Shapes) -> dict[str, Any]:
     Raises:
         WeightsError: the names or the counts of blocks are no ResNet of Detectron2's.
     """
-    if "stem.conv1.weight" not in shapes or "res2.0.conv2.weight" not in shapes:
+    if not {"stem.conv1.weight", "res2.0.conv2.weight"} <= set(shapes):
         some = ", ".join(sorted(shapes)[:4])
-        raise WeightsError(
-            f"no ResNet: expected stem.conv1.weight and res2.0.conv2.weight among the tensors, "
-            f"found {some or 'none'}"
-        )
+        raise WeightsError(f"no ResNet, which has stem.conv1.weight, res2.0.conv2...; found {some}")
     bottleneck = "res2.0.conv3.weight" in shapes
+    blocks = {match[0] for match in (re.match(r"res[2-5]\.\d+\.", n) for n in shapes) if match}
+    per_stage = (sum(block.startswith(stage) for block in blocks) for stage in STAGES)
+    counts = tuple(filter(None, per_stage))
+    fitting = (
+        depth
+        for (depth, has_third), expected in _BLOCKS.items()
+        if has_third == bottleneck and counts == expected[: len(counts)]
+    )
+    depth = next(fitting, None)
+    if depth is None:
+        raise WeightsError(
+            f"{counts} {'bottleneck' if bottleneck else 'basic'} blocks in res2..res5: no ResNet "
+            "of depth 18, 34, 50, 101 or 152; is a tensor missing, or one too many?"
+        )
     width, inner = shapes["res2.0.conv2.weight"][:2]
     groups = width // inner if bottleneck else 1
     norm = "GN" if "stem.conv1.norm.weight" in shapes else ""
     found = {
-        "depth": _depth(shapes, bottleneck),
+        "depth": depth,
         "num_groups": groups,
         "stem_out_channels": shapes["stem.conv1.weight"][0],
         "res2_out_channels": shapes[f"res2.0.conv{3 if bottleneck else 2}.weight"][0],
@@ -147,73 +153,42 @@ def read_architecture(shapes: Shapes) -> dict[str, Any]:
 
 
 def check_architecture(said: Architecture, shapes: Shapes) -> None:
-    """Compare what is said with what the tensors are.
-
-    Raises:
-        WeightsError: listing each key with both values.
-    """
+    """Raise ``WeightsError``, with both values, where the tensors are not what is said of them."""
     if not said.is_resnet:
         return
-    wrong = []
-    for key, found in read_architecture(shapes).items():
-        value = getattr(said, key)
-        # every norm over groups of channels has the same tensors
-        alike = key == "norm" and found == "GN" and value not in ("BN", "")
-        if value != found and not alike:
-            wrong.append(f"{key}: said {value}, the tensors are {found}")
+    tensors = read_architecture(shapes)
+    if tensors["norm"] == "GN" and said.norm not in ("BN", ""):
+        tensors["norm"] = said.norm  # every norm over groups of channels has the same tensors
+    wrong = [
+        f"{key}: said {getattr(said, key)}, the tensors are {found}"
+        for key, found in tensors.items()
+        if getattr(said, key) != found
+    ]
     if wrong:
         raise WeightsError("metadata and tensors disagree: " + "; ".join(wrong))
 
 
-def _depth(shapes: Shapes, bottleneck: bool) -> int:
-    blocks: dict[str, set[str]] = {}
-    for match in filter(None, (re.match(r"(res[2-5])\.(\d+)\.", name) for name in shapes)):
-        blocks.setdefault(match[1], set()).add(match[2])
-    counts = tuple(len(blocks[stage]) for stage in STAGES if stage in blocks)
-    for (depth, has_third), expected in _BLOCKS.items():
-        if has_third == bottleneck and counts == expected[: len(counts)]:
-            return depth
-    kind = "bottleneck" if bottleneck else "basic"
-    raise WeightsError(
-        f"{counts} {kind} blocks in {', '.join(sorted(blocks))}: no ResNet of depth 18, 34, 50, "
-        "101 or 152; is a tensor missing, or one too many?"
-    )
-
-
 @dataclass(frozen=True)
 class WeightsMetadata:
-    """Where weights come from, and what a network needs to use them.
+    """Where weights come from, and what a network needs to use them."""
 
-    Attributes:
-        origin: "jigsaw", "imagenet", or "scratch" (no weights at all).
-        architecture: of the backbone.
-        input_format: "RGB" or "BGR", the order of the channels that the first convolution sees.
-        pixel_mean, pixel_std: per channel in that order, in units of 0..255 pixels.
-        categories: names, in the order of the labels, without background.
-        template: {"size": [height, width], "split": [y, x]} in canvas pixels, or None.
-        objective, tau: the loss of the pre-training; "" and None where there was none of ours.
-        iterations, images_seen: optimiser steps and training images; None if unknown.
-        dataset, dataset_hash: name, and hash of the image ids, of the pre-training set.
-        code_version: of the software that trained the weights.
-        digest: SHA-256 over metadata and tensors; "" until they are written.
-    """
-
-    origin: str
+    origin: str  # "jigsaw", "imagenet", or "scratch" (no weights at all)
     architecture: Architecture
-    input_format: str
-    pixel_mean: tuple[float, ...]
+    input_format: str  # "RGB" or "BGR": order of the channels that the first convolution sees
+    pixel_mean: tuple[float, ...]  # per channel in that order, in units of 0..255 pixels
     pixel_std: tuple[float, ...]
-    categories: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()  # in the order of the labels, without background
+    # {"size": [height, width], "split": [y, x]} in canvas pixels
     template: dict[str, list[int]] | None = field(default=None, hash=False)
-    objective: str = ""
+    objective: str = ""  # of a pre-training of ours, as tau
     tau: float | None = None
     iterations: int | None = None
     images_seen: int | None = None
-    dataset: str = ""
+    dataset: str = ""  # of the pre-training; the hash is over its image ids
     dataset_hash: str = ""
-    code_version: str = ""
+    code_version: str = ""  # of the software that trained the weights
     format_version: int = FORMAT_VERSION
-    digest: str = ""
+    digest: str = ""  # SHA-256 over metadata and tensors; "" until they are written
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, which YAML, JSON and ``torch.load(weights_only=True)`` can read."""
@@ -236,17 +211,17 @@ class WeightsMetadata:
                 f"{where}: format version {version}, this code reads {FORMAT_VERSION}; "
                 "use the version of jigsaw_d2 that wrote the file"
             )
-        names = {f.name for f in fields(cls)}
-        missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
-        if missing or unknown:
-            raise CheckpointError(f"{where}: missing keys {missing}, unknown keys {unknown}")
+        odd = set(values) ^ {f.name for f in fields(cls)}
+        if odd:
+            raise CheckpointError(f"{where}: missing or unknown keys {sorted(odd)}")
         values = dict(values)
         try:
-            architecture = dict(values["architecture"])
-            stages = architecture.get("deform_on_per_stage")
-            if stages is not None:
-                architecture["deform_on_per_stage"] = tuple(bool(stage) for stage in stages)
-            values["architecture"] = Architecture(**architecture)
+            values["architecture"] = Architecture(
+                **{
+                    k: tuple(v) if isinstance(v, list) else v
+                    for k, v in values["architecture"].items()
+                }
+            )
             for key in ("pixel_mean", "pixel_std"):
                 values[key] = tuple(float(v) for v in values[key])
             values["categories"] = tuple(str(v) for v in values["categories"])
@@ -260,11 +235,7 @@ class WeightsMetadata:
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "metadata") -> "WeightsMetadata":
-        """The reverse of ``to_yaml``.
-
-        Raises:
-            CheckpointError: also when ``text`` is no YAML.
-        """
+        """The reverse of ``to_yaml``; raises as ``from_dict``, also when ``text`` is no YAML."""
         try:
             values = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -274,8 +245,7 @@ class WeightsMetadata:
     def required_config(self) -> dict[str, Any]:
         """Config keys that whoever uses the weights must take over, with the values.
 
-        A backbone trained with batch norm is used with its norm frozen (paper, Sec. 4.1); a group
-        norm stays what it is.
+        Batch norm is used frozen (paper, Sec. 4.1); a group norm stays what it is.
         """
         required: dict[str, Any] = {
             "INPUT.FORMAT": self.input_format,
@@ -290,30 +260,13 @@ class WeightsMetadata:
 
     def sealed(self, tensors: Mapping[str, np.ndarray]) -> "WeightsMetadata":
         """This metadata with the digest over itself and ``tensors``, of any shapes, by name."""
-        return replace(self, digest=self._digest(tensors))
-
-    def check_seal(self, tensors: Mapping[str, np.ndarray], where: str = "metadata") -> None:
-        """Recompute the digest.
-
-        Raises:
-            CheckpointError: metadata or tensors are not those that were written together.
-        """
-        found = self._digest(tensors)
-        if self.digest != found:
-            raise CheckpointError(
-                f"{where}: metadata or tensors were changed after they were written "
-                f"(digest {self.digest[:12]}..., found {found[:12]}...); convert the checkpoint "
-                "again"
-            )
-
-    def _digest(self, tensors: Mapping[str, np.ndarray]) -> str:
         said = {key: value for key, value in self.to_dict().items() if key != "digest"}
         sha = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
         for name in sorted(tensors):
             array = np.ascontiguousarray(tensors[name])
             sha.update(f"{name} {array.dtype.str} {array.shape}".encode())
             sha.update(array.data)
-        return sha.hexdigest()
+        return replace(self, digest=sha.hexdigest())
 
 
 def _plain(value: Any) -> Any:

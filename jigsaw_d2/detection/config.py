@@ -4,6 +4,8 @@ A config file is a start, which the weights' metadata changes; a KEY VALUE overr
 will, which is refused where it contradicts the metadata.
 """
 
+import functools
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,16 +30,10 @@ logger = logging.getLogger(__name__)
 ZOO_BASE = "_ZOO_BASE_"
 SCRATCH = "none"
 _NUM_CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
-_NORMED = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "RETINANET")
-# Random weights: the paper's input, a norm that trains (Table 5: group norm) and nothing frozen.
+# Random weights: the paper's input.
 SCRATCH_METADATA = WeightsMetadata(
     "scratch", Architecture(), "RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 )
-_SCRATCH_CONFIG = {
-    "MODEL.RESNETS.NORM": "GN",
-    "MODEL.RESNETS.STRIDE_IN_1X1": False,
-    "MODEL.BACKBONE.FREEZE_AT": 0,
-}
 
 
 def load_detection_config(
@@ -52,23 +48,20 @@ def load_detection_config(
         trust: let tags in the file run code.
 
     Raises:
-        ConfigError: none of the three; tags that could run code; overrides of unknown keys or
-            other types.
+        ConfigError: none of the three; tags that could run code; unknown keys, other types.
     """
     try:
-        path = str(find_config(config_file))
+        path = where = str(find_config(config_file))
     except FileNotFoundError:
-        path = _zoo_file(config_file)
+        path = where = _zoo_file(config_file)
     try:
         cfg = _merged(path, trust)
-    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path}: no detection config: {error}") from None
-    try:
+        where = f"overrides {list(overrides)}"
         cfg.merge_from_list(list(overrides))
-    except (KeyError, ValueError, AssertionError) as error:
-        raise ConfigError(f"overrides {list(overrides)}: {error}") from None
+    except ConfigError:
+        raise
+    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{where}: no detection config: {error}") from None
     return cfg
 
 
@@ -113,15 +106,14 @@ def setup_finetune(
     """The config with which ``weights`` can be fine-tuned on ``cfg.DATASETS``.
 
     Args:
+        config_file, trust: see ``load_detection_config``.
         weights: a converted file, or "none" to start from random weights.
         overrides: flat list [key, value, ...] as from the command line.
         match_architecture: take depth, groups, widths and deformable stages from the metadata
             instead of refusing a config of another network.
         force: where an override contradicts the metadata, let the override win.
-        trust: see ``load_detection_config``.
         here: on this machine, which must have the data. If not, classes are those of the first
-            training set if Detectron2 knows them, else those that the weights were pre-trained on,
-            else the config's own.
+            training set if Detectron2 knows them, else the weights' own, else the config's.
 
     Raises:
         ConfigError: contradictions, each with both values.
@@ -130,11 +122,9 @@ def setup_finetune(
     cfg = load_detection_config(config_file, overrides, trust)
     if "MODEL.WEIGHTS" in overrides[::2]:
         raise ConfigError("MODEL.WEIGHTS is set by --weights; leave it out of the overrides")
-    metadata = read_metadata(weights)
-    explicit = frozenset(overrides[::2])
-    apply_metadata(
-        cfg, metadata, explicit=explicit, match_architecture=match_architecture, force=force
-    )
+    metadata, explicit = read_metadata(weights), frozenset(overrides[::2])
+    options = {"match_architecture": match_architecture, "force": force}
+    apply_metadata(cfg, metadata, explicit=explicit, **options)
     cfg.MODEL.WEIGHTS = "" if metadata.origin == "scratch" else str(Path(weights).resolve())
     if here:
         classes = dataset_classes(cfg)
@@ -150,7 +140,7 @@ def setup_finetune(
                 f"{key}: config {get_key(cfg, key)}, dataset {cfg.DATASETS.TRAIN} has "
                 f"{len(classes)}: {', '.join(classes)}"
             )
-        set_key(cfg, key, len(classes))
+        cfg.merge_from_list([key, len(classes)])
     return cfg
 
 
@@ -179,8 +169,12 @@ def apply_metadata(
             "config is a row of the paper's tables that starts from other weights"
         )
     network, use = metadata.architecture.required_config(), metadata.required_config()
-    if metadata.origin == "scratch":
-        use |= {k: v for k, v in _SCRATCH_CONFIG.items() if not _trains(cfg, k, explicit)}
+    if metadata.origin == "scratch":  # a norm that trains (Table 5: group norm), nothing frozen
+        use["MODEL.BACKBONE.FREEZE_AT"] = 0
+        if cfg.MODEL.RESNETS.NORM in ("FrozenBN", ""):
+            use["MODEL.RESNETS.NORM"] = "GN"
+        if "MODEL.RESNETS.STRIDE_IN_1X1" not in explicit:
+            use["MODEL.RESNETS.STRIDE_IN_1X1"] = False
     if cfg.MODEL.JIGSAW.NEW_OFFSETS and not any(metadata.architecture.deform_on_per_stage or ()):
         network.pop("MODEL.RESNETS.DEFORM_ON_PER_STAGE", None)
         # modulated: the zero offsets come with masks of sigmoid(0) = 1/2, no plain convolution
@@ -190,7 +184,7 @@ def apply_metadata(
         if fits(key, get_key(cfg, key), value):
             continue
         if (key in use or match_architecture) and key not in explicit:
-            set_key(cfg, key, value)
+            cfg.merge_from_list([key, value])
         else:
             conflicts.append(f"{key}: config {get_key(cfg, key)}, weights {value}")
     if conflicts and not force:
@@ -203,13 +197,6 @@ def apply_metadata(
         logger.warning("insisted on against the weights' metadata: %s", conflict)
 
 
-def _trains(cfg: CfgNode, key: str, explicit: frozenset[str]) -> bool:
-    """Whether random weights train with the config's own value of a key of ``_SCRATCH_CONFIG``."""
-    if key == "MODEL.RESNETS.NORM":
-        return cfg.MODEL.RESNETS.NORM not in ("FrozenBN", "")
-    return key == "MODEL.RESNETS.STRIDE_IN_1X1" and key in explicit
-
-
 def fit_machine(cfg: CfgNode) -> None:
     """On a machine without GPU: the CPU, no synchronised norm, no mixed precision; logged."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -217,10 +204,10 @@ def fit_machine(cfg: CfgNode) -> None:
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE != "cpu":
         return
-    for key in (f"MODEL.{part}.NORM" for part in _NORMED):
-        if "Sync" in get_key(cfg, key):
-            logger.warning("on a CPU: %s %s -> BN", key, get_key(cfg, key))
-            set_key(cfg, key, "BN")
+    for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "RETINANET"):
+        if "Sync" in cfg.MODEL[part].NORM:
+            logger.warning("on a CPU: MODEL.%s.NORM %s -> BN", part, cfg.MODEL[part].NORM)
+            cfg.MODEL[part].NORM = "BN"
     if cfg.SOLVER.AMP.ENABLED:
         logger.warning("on a CPU, where Detectron2 has none: SOLVER.AMP.ENABLED True -> False")
         cfg.SOLVER.AMP.ENABLED = False
@@ -239,10 +226,8 @@ def dataset_classes(cfg: CfgNode) -> list[str]:
     classes = {name: _classes(name) for name in names}
     other = next((name for name in names if classes[name] != classes[names[0]]), None)
     if other is not None:
-        listed = [
-            f"{name} {len(classes[name])} ({', '.join(classes[name][:5])})"
-            for name in (names[0], other)
-        ]
+        pair = (names[0], other)
+        listed = [f"{n} {len(classes[n])} ({', '.join(classes[n][:5])})" for n in pair]
         raise DataError(f"datasets of different classes: {', '.join(listed)}")
     return classes[names[0]]
 
@@ -266,11 +251,7 @@ def _classes(name: str) -> list[str]:
 
 
 def check_annotations(cfg: CfgNode) -> None:
-    """Whether the training set has what the detector is to learn.
-
-    Raises:
-        DataError: masks are wanted and none are annotated.
-    """
+    """Raise ``DataError`` if the config trains masks and the training set has none."""
     for name in cfg.DATASETS.TRAIN if cfg.MODEL.MASK_ON else ():
         annotations = (a for record in DatasetCatalog.get(name) for a in record["annotations"])
         if not any(annotation.get("segmentation") for annotation in annotations):
@@ -281,11 +262,7 @@ def check_annotations(cfg: CfgNode) -> None:
 
 
 def write_plain_config(path: str | Path, cfg: CfgNode, force: bool = False) -> None:
-    """A config for Detectron2's own ``tools/train_net.py``: the same job, none of our keys or code.
-
-    Raises:
-        ConfigError: ``path`` exists and ``force`` is False.
-    """
+    """The same job as a config for Detectron2's own ``tools/train_net.py``, without our keys."""
     check_free(path, force)
     changes = config_changes(get_cfg(), cfg)
     head = (
@@ -304,12 +281,8 @@ def config_changes(before: CfgNode, after: CfgNode) -> dict[str, Any]:
             inner = config_changes(old, after[key])
             changes |= {key: inner} if inner else {}
         elif old != after[key]:
-            changes[key] = _plain(after[key])
+            changes[key] = json.loads(json.dumps(after[key]))  # YAML knows lists, no tuples
     return changes
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def changes_yaml(changes: Mapping[str, Any]) -> str:
@@ -319,12 +292,4 @@ def changes_yaml(changes: Mapping[str, Any]) -> str:
 
 def get_key(cfg: CfgNode, key: str) -> Any:
     """Value of a dotted key."""
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
-def set_key(cfg: CfgNode, key: str, value: Any) -> None:
-    """Set a dotted key."""
-    node, _, last = key.rpartition(".")
-    get_key(cfg, node)[last] = value
+    return functools.reduce(CfgNode.__getitem__, key.split("."), cfg)

@@ -108,11 +108,9 @@ class FastCOCOEvaluator(COCOEvaluator):
 
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
         """Detectron2's metrics; the log says how long they took."""
-        start, names = time.perf_counter(), ("COCOeval", "COCOeval_opt")
-        before = {
-            name: getattr(coco_evaluation, name) for name in names
-        }  # not a caller's to choose
-        vars(coco_evaluation).update(dict.fromkeys(before, COCOeval))
+        start = time.perf_counter()
+        before = {n: getattr(coco_evaluation, n) for n in ("COCOeval", "COCOeval_opt")}
+        vars(coco_evaluation).update(dict.fromkeys(before, COCOeval))  # no caller can choose it
         try:
             results = super().evaluate(img_ids)
         finally:
@@ -133,10 +131,8 @@ class FinetuneTrainer(DefaultTrainer):
         if resume and self.checkpointer.has_checkpoint():
             super().resume_or_load(resume=True)
         elif self.cfg.MODEL.WEIGHTS:
-            offsets = self.cfg.MODEL.JIGSAW.NEW_OFFSETS
-            load_backbone(
-                _bare(self.model), self.cfg.MODEL.WEIGHTS, self.strict, new_offsets=offsets
-            )
+            model, offsets = _bare(self.model), self.cfg.MODEL.JIGSAW.NEW_OFFSETS
+            load_backbone(model, self.cfg.MODEL.WEIGHTS, self.strict, new_offsets=offsets)
         else:
             logger.info("from scratch: every tensor is random")
 
@@ -195,8 +191,7 @@ def finetune(
         dict per set; {} on ranks other than the first.
 
     Raises:
-        RunError: OUTPUT_DIR holds a run and ``resume`` is False, or none and it must; or Detectron2
-            cannot do what the config asks.
+        RunError: a run is in OUTPUT_DIR, or none to go on with; Detectron2 lacks what is asked.
         JigsawError: weights, config or data that do not fit.
     """
     register_coco_files(cfg)
@@ -245,15 +240,13 @@ def _check_output(folder: Path, metadata: WeightsMetadata, resume: bool) -> None
             f"{folder} holds a run already: --resume continues it, another OUTPUT_DIR starts anew"
         )
     for earlier in (folder / name for name in METADATA_NAMES):
-        if not (started and earlier.is_file()):
-            continue
-        digest = WeightsMetadata.from_yaml(earlier.read_text(), str(earlier)).digest
-        if digest != metadata.digest:
-            raise RunError(
-                f"{folder} was started from other weights ({earlier}: digest "
-                f"{digest[:12] or 'none'}, now {metadata.digest[:12] or 'none'}); resume with the "
-                "same --weights"
-            )
+        if started and earlier.is_file():
+            said = WeightsMetadata.from_yaml(earlier.read_text(), str(earlier))
+            if said.digest != metadata.digest:
+                raise RunError(
+                    f"{folder} was started from other weights ({earlier}); resume with the same "
+                    "--weights"
+                )
 
 
 def _bare(model: nn.Module) -> nn.Module:

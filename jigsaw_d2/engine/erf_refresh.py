@@ -197,10 +197,8 @@ class ErfRefreshHook(HookBase):
             f"\n{table}" if installed else "",
         )
         if installed and measured.region_maps is not None:
-            from jigsaw_d2.visualization.erf import (  # brings matplotlib in
-                erf_figure,
-                figure_pixels,
-            )
+            from jigsaw_d2.visualization.erf import erf_figure  # brings matplotlib in
+            from jigsaw_d2.visualization.figures import figure_pixels
 
             shares = region_shares(sums, regions)
             figure = erf_figure([""], [measured.region_maps], [shares], model.template)

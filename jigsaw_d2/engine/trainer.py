@@ -27,7 +27,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from jigsaw_d2.checkpoint.loading import load_initial_weights
+from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.cost import CostLog, backbone_macs, device_name
 from jigsaw_d2.data.build import build_jigsaw_eval_loader, build_jigsaw_train_loader
 from jigsaw_d2.data.store import SampleStore
@@ -293,7 +293,8 @@ class JigsawTrainer(DefaultTrainer):
             self.load_state_dict(state)
             logger.info("resuming at iteration %d", self.start_iter)
         elif self.cfg.MODEL.WEIGHTS:
-            load_initial_weights(self.checkpointer.model, self.cfg.MODEL.WEIGHTS, self.cfg)
+            model, form = self.checkpointer.model, self.cfg.INPUT.FORMAT
+            load_backbone(model, self.cfg.MODEL.WEIGHTS, input_format=form)
         check_same_start(self.checkpointer.model, self.start_iter, self.cfg.OUTPUT_DIR)
 
     def load_for_evaluation(self, resume: bool = False) -> None:

@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from jigsaw_d2.modeling.erf import DEFINITION, GRAD_WORDS, erf_maps, measuring
     from jigsaw_d2.visualization import inputs
-    from jigsaw_d2.visualization.erf import cell_figure, map_size, save_figure
+    from jigsaw_d2.visualization.erf import cell_figure, map_size
+    from jigsaw_d2.visualization.figures import save_figure
 
     import_registered(args.register)
     network, cfg = inputs.load_network(

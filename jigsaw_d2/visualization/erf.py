@@ -8,31 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.image import AxesImage
+from tabulate import tabulate
 from torch import Tensor
 
-from jigsaw_d2.data.template import JigsawTemplate
+from jigsaw_d2.data.template import REGIONS, JigsawTemplate
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.io import ConfigError
-from jigsaw_d2.modeling.erf import (
-    DEFINITION,
-    GRAD_WORDS,
-    measure_erf,
-    outside_shares,
-    region_shares,
-)
-from jigsaw_d2.visualization.inputs import (
-    load_network,
-    normalise,
-    random_images,
-    read_images,
-    rgb_stream,
-)
-
-COLOUR_MAP = "inferno"
+from jigsaw_d2.modeling import erf
+from jigsaw_d2.visualization import inputs
+from jigsaw_d2.visualization.figures import draw_box, save_figure
 
 
 def erf_figure(
@@ -55,32 +43,37 @@ def erf_figure(
         title: a line above, for example the definition.
     """
     density = [_density(each) for each in maps]
-    norm = PowerNorm(0.5, vmin=0, vmax=max(float(each.max()) for each in density))
+    norm = _shared_norm(density)
     figure = Figure(figsize=(13, 2.6 * len(names) + 0.9), layout="constrained")
     axes = figure.subplots(len(names), 5, squeeze=False, width_ratios=[1, 1, 1, 1, 1.5])
     for row, name in enumerate(names):
-        for region in range(4):
-            panel = axes[row, region]
-            image = panel.imshow(density[row][region], cmap=COLOUR_MAP, norm=norm)
-            _outline(panel, template, region)
+        for region, panel in enumerate(axes[row, :4]):
+            image = panel.imshow(density[row][region], cmap="inferno", norm=norm)
+            for other, box in enumerate(template.boxes):
+                style = ("cyan", 2.0, 3) if other == region else ("white", 0.6, 2)
+                draw_box(panel, box, style[0], linewidth=style[1], zorder=style[2])
             outside = 1 - float(shares[row][region, region])
-            panel.set_title(f"cells of R{region + 1}: {outside:.1%} outside", fontsize=9)
+            _finish(panel, f"cells of R{region + 1}: {outside:.1%} outside")
         axes[row, 0].set_ylabel(name, fontsize=10)
         _share_table(axes[row, 4], shares[row].cpu().numpy())
-    bar = figure.colorbar(image, ax=axes[:, :4], location="bottom", fraction=0.05, aspect=60)
-    bar.set_label(
-        "ERF density (1 = spread evenly over the canvas; square-root colours)", fontsize=9
-    )
-    if title:
-        figure.suptitle(title, fontsize=9, wrap=True)
+    _legend(figure, image, axes[:, :4], title)
     return figure
 
 
-def figure_pixels(figure: Figure) -> np.ndarray:
-    """The drawn figure as uint8 (3, height, width) RGB, the layout that TensorBoard takes."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3].transpose(2, 0, 1))
+def _shared_norm(density: Sequence[np.ndarray]) -> PowerNorm:
+    return PowerNorm(0.5, vmin=0, vmax=max(1e-12, *(float(each.max()) for each in density)))
+
+
+def _finish(panel: Axes, title: str) -> None:
+    panel.set_title(title, fontsize=9)
+    panel.set_xticks([])
+    panel.set_yticks([])
+
+
+def _legend(figure: Figure, image: AxesImage, axes: np.ndarray, title: str) -> None:
+    bar = figure.colorbar(image, ax=axes, location="bottom", fraction=0.05, aspect=60)
+    bar.set_label("ERF density (1 = spread evenly; square-root colours)", fontsize=9)
+    figure.suptitle(title, fontsize=9, wrap=True)
 
 
 def _density(maps: Tensor) -> np.ndarray:
@@ -90,32 +83,12 @@ def _density(maps: Tensor) -> np.ndarray:
     return values / np.where(mean > 0, mean, 1)
 
 
-def _outline(panel, template: JigsawTemplate, own: int) -> None:
-    for region, (x0, y0, x1, y1) in enumerate(np.asarray(template.boxes)):
-        style = {"edgecolor": "cyan", "linewidth": 2.0} if region == own else _FAINT
-        order = 3 if region == own else 2
-        corner = (x0 - 0.5, y0 - 0.5)  # imshow centres pixel 0 on 0
-        panel.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, zorder=order, **style))
-    panel.set_xticks([])
-    panel.set_yticks([])
-
-
-_FAINT = {"edgecolor": "white", "linewidth": 0.6}
-
-
-def _share_table(panel, shares: np.ndarray) -> None:
-    """Where the ERF of each region's cells lies, as numbers; the own region in bold."""
+def _share_table(panel: Axes, shares: np.ndarray) -> None:
+    """Where the ERF of each region's cells lies, as numbers."""
+    rows = [[f"cells of {r}", *(f"{v:.1%}" for v in row)] for r, row in zip(REGIONS, shares)]
+    table = tabulate(rows, ["share in", *REGIONS], colalign=["left", *["right"] * 4])
+    panel.text(0.5, 0.5, table, family="monospace", fontsize=8, ha="center", va="center")
     panel.axis("off")
-    names = [f"R{r + 1}" for r in range(4)]
-    cells = [[f"{value:.1%}" for value in row] for row in shares]
-    table = panel.table(
-        cells, rowLabels=[f"cells of {n}" for n in names], colLabels=names, loc="center"
-    )
-    table.auto_set_font_size(False)
-    table.set_fontsize(9)
-    for r in range(4):
-        table[r + 1, r].get_text().set_fontweight("bold")
-    panel.text(0.5, 0.8, "share of ERF in each region", ha="center", fontsize=9)
 
 
 def cell_figure(
@@ -130,26 +103,21 @@ def cell_figure(
         title: a line above.
     """
     density = _density(maps)
-    norm = PowerNorm(0.5, vmin=0, vmax=max(float(density.max()), 1e-12))
+    norm = _shared_norm(density)
     rows = len({row for row, _ in cells})
     columns = -(-len(cells) // rows)
     figure = Figure(figsize=(3.0 * columns + 0.6, 3.0 * rows + 1.0), layout="compressed")
     axes = figure.subplots(rows, columns, squeeze=False)
     for panel, (row, column), values in zip(axes.flat, cells, density):
-        image = panel.imshow(values, cmap=COLOUR_MAP, norm=norm)
-        corner = (column * stride - 0.5, row * stride - 0.5)
-        panel.add_patch(Rectangle(corner, stride, stride, fill=False, edgecolor="cyan"))
-        panel.set_title(f"cell ({row}, {column})", fontsize=9)
-        panel.set_xticks([])
-        panel.set_yticks([])
-    bar = figure.colorbar(image, ax=axes, location="bottom", fraction=0.05, aspect=50)
-    bar.set_label("ERF density (1 = spread evenly over the input; square-root colours)", fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=9, wrap=True)
+        image = panel.imshow(values, cmap="inferno", norm=norm)
+        box = np.array([column, row, column + 1, row + 1]) * stride
+        draw_box(panel, box, "cyan")
+        _finish(panel, f"cell ({row}, {column})")
+    _legend(figure, image, axes, title)
     return figure
 
 
-def map_size(erf: Tensor) -> dict[str, float]:
+def map_size(one_erf: Tensor) -> dict[str, float]:
     """How far one ERF, float (H, W), reaches, in pixels; zeros for a dead one.
 
     Returns:
@@ -157,7 +125,7 @@ def map_size(erf: Tensor) -> dict[str, float]:
         side_luo: square root of the number of pixels above 4.55 % of the peak, the measure of Luo
             et al. 2016.
     """
-    values = erf.detach().cpu().double().numpy()
+    values = one_erf.detach().cpu().double().numpy()
     total = values.sum()
     if total <= 0:
         return {"radius_50": 0.0, "radius_90": 0.0, "side_luo": 0.0}
@@ -165,28 +133,16 @@ def map_size(erf: Tensor) -> dict[str, float]:
     distance = np.hypot(y - (values * y).sum() / total, x - (values * x).sum() / total).ravel()
     order = np.argsort(distance)
     mass = np.cumsum(values.ravel()[order]) / total
-    radii = [
-        float(distance[order[min(np.searchsorted(mass, q), mass.size - 1)]]) for q in (0.5, 0.9)
-    ]
+    half, most = distance[order][np.searchsorted(mass, (0.5, 0.9))].tolist()
     side = float(np.sqrt((values > (1 - 0.9545) * values.max()).sum()))
-    return {"radius_50": radii[0], "radius_90": radii[1], "side_luo": side}
-
-
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as an image file, the format taken from its suffix."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    return {"radius_50": half, "radius_90": most, "side_luo": side}
 
 
 def run(args: argparse.Namespace) -> list[Path]:
     """Measure each network on the same images, normalised as its config says; draw and write."""
     count = len(args.weights)
-    configs, features = (
-        given * count if len(given) == 1 else given for given in (args.config_file, args.feature)
-    )
-    names = args.names or [Path(weights).name for weights in args.weights]
+    given = (args.config_file, args.feature, args.names or [Path(w).name for w in args.weights])
+    configs, features, names = (each * count if len(each) == 1 else each for each in given)
     if {len(configs), len(features), len(names)} != {count}:
         raise ConfigError(
             f"{count} --weights, {len(args.config_file)} --config-file, {len(args.feature)} "
@@ -195,22 +151,21 @@ def run(args: argparse.Namespace) -> list[Path]:
     images, measured, rows = None, [], []
     for config, feature, weights, name in zip(configs, features, args.weights, names):
         feature = feature or load_detection_config(config, args.opts).MODEL.JIGSAW.IN_FEATURE
-        network, cfg = load_network(
-            config, feature, weights, args.opts, seed=args.seed, device=args.device
-        )
+        options = {"seed": args.seed, "device": args.device}
+        network, cfg = inputs.load_network(config, feature, weights, args.opts, **options)
         template = JigsawTemplate(*cfg.INPUT.JIGSAW.TEMPLATE_SIZE, *cfg.INPUT.JIGSAW.TEMPLATE_SPLIT)
         if images is None:
             images = _choose_images(args, cfg, template)
-        inputs = normalise(images, cfg) if images.dtype == torch.uint8 else images
-        found = measure_erf(network, inputs, template, feature, args.grad, with_maps=True)
+        seen = inputs.normalise(images, cfg) if images.dtype == torch.uint8 else images
+        found = erf.measure_erf(network, seen, template, feature, args.grad, with_maps=True)
         regions = template.cell_regions(network.output_shape()[feature].stride)
         regions = regions.to(found.region_sums.device)
-        shares = region_shares(found.region_sums, regions).cpu()
+        shares = erf.region_shares(found.region_sums, regions).cpu()
         measured.append((found.region_maps, shares))
-        outside = outside_shares(found.region_sums, regions).tolist()
+        outside = erf.outside_shares(found.region_sums, regions).tolist()
         rows.append({"name": name, "config": config, "weights": weights, "feature": feature})
         rows[-1] |= {"shares": shares.tolist(), "outside": outside}
-    definition = DEFINITION.format(grad=GRAD_WORDS[args.grad], images=len(images))
+    definition = erf.DEFINITION.format(grad=erf.GRAD_WORDS[args.grad], images=len(images))
     figure = erf_figure(names, *zip(*measured), template, definition)
     numbers = Path(args.output).with_suffix(".json")
     written = [save_figure(figure, args.output), numbers]
@@ -222,7 +177,7 @@ def _choose_images(args: argparse.Namespace, cfg: CfgNode, template: JigsawTempl
     """uint8 RGB images, or noise as float32; (N, 3, H, W) of the template's size."""
     size = (template.height, template.width)
     if args.store:
-        return rgb_stream(cfg, args.store, args.seed)[range(args.num_images)]["image"]
+        return inputs.rgb_stream(cfg, args.store, args.seed)[range(args.num_images)]["image"]
     if args.images:
-        return read_images(args.images, size, args.num_images)
-    return random_images(args.num_images, size, args.seed)
+        return inputs.read_images(args.images, size, args.num_images)
+    return inputs.random_images(args.num_images, size, args.seed)

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import Backbone, build_backbone
 from detectron2.utils.file_io import PathManager
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from jigsaw_d2.checkpoint.convert import read_tensors
@@ -20,7 +20,6 @@ from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.detection.config import apply_metadata, load_detection_config
 from jigsaw_d2.io import ConfigError
 
-RANDOM = "random"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -32,7 +31,7 @@ def default_device() -> str:
 def load_network(
     config_file: str,
     feature: str = "",
-    weights: str = RANDOM,
+    weights: str = "random",
     overrides: Sequence[str] = (),
     *,
     seed: int = 0,
@@ -59,15 +58,14 @@ def load_network(
     cfg = load_detection_config(config_file, overrides, trust)
     cfg.MODEL.DEVICE = device or default_device()
     cfg.MODEL.RESNETS.NORM = resolve_norm(cfg, 1)
-    file = None if weights == RANDOM else PathManager.get_local_path(weights)
+    file = None if weights == "random" else PathManager.get_local_path(weights)
     metadata = None if file is None else read_tensors(file, trust)[1]
     if metadata is not None:
         cfg.MODEL.JIGSAW.ORIGIN = ""
         apply_metadata(cfg, metadata, explicit=frozenset(overrides[::2]))
-    outputs = cfg.MODEL.RESNETS.OUT_FEATURES
-    if feature.startswith("res") and feature not in outputs:
-        if cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
-            cfg.MODEL.RESNETS.OUT_FEATURES = [*outputs, feature]
+    plain = cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone"
+    if plain and feature.startswith("res"):
+        cfg.MODEL.RESNETS.OUT_FEATURES = sorted({*cfg.MODEL.RESNETS.OUT_FEATURES, feature})
     with torch.random.fork_rng(devices=[]):  # it is made on the CPU
         torch.manual_seed(seed)
         backbone = build_backbone(cfg).to(cfg.MODEL.DEVICE).eval()
@@ -119,20 +117,11 @@ def read_images(paths: Sequence[str], size: tuple[int, int], limit: int) -> Tens
         files += [f for f in inside if not path.is_dir() or f.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise ConfigError(f"no images in {', '.join(map(str, paths))}")
-    return torch.stack([_read_cover(file, size) for file in files[:limit]])
-
-
-def _read_cover(file: Path, size: tuple[int, int]) -> Tensor:
-    try:
-        image = np.asarray(read_image(str(file), format="RGB"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"image {file} cannot be read: {error}") from error
-    height, width = size
-    scale = max(height / image.shape[0], width / image.shape[1])
-    shape = (max(width, round(image.shape[1] * scale)), max(height, round(image.shape[0] * scale)))
-    image = cv2.resize(
-        image, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    )
-    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-    crop = image[top : top + height, left : left + width]
-    return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
+    images = []
+    for file in files[:limit]:
+        try:
+            image = Image.fromarray(read_image(str(file), format="RGB"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"image {file} cannot be read: {error}") from error
+        images.append(np.array(ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)))
+    return torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())

@@ -3,14 +3,14 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 from jigsaw_d2.checkpoint.convert import read_weights
@@ -20,7 +20,7 @@ from jigsaw_d2.data.template import REGIONS, JigsawTemplate
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import losses
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
-from jigsaw_d2.visualization.erf import save_figure
+from jigsaw_d2.visualization.figures import draw_box, save_figure
 from jigsaw_d2.visualization.inputs import default_device, normalise, rgb_stream
 
 
@@ -46,45 +46,37 @@ def labels_figure(
     panels = figure.subplots(1, 6)
     panels[0].imshow(image.permute(1, 2, 0).numpy())
     panels[0].set_title("\n".join(f"{r}: {name}" for r, name in zip(REGIONS, names)), fontsize=9)
-    extent = (-0.5, template.width - 0.5, template.height - 0.5, -0.5)
     for r in range(losses.NUM_REGIONS):
-        drawn = panels[1 + r].imshow(
-            weights[r].numpy(), vmin=0, vmax=1, extent=extent, cmap="viridis"
-        )
-        _write_cells(panels[1 + r], weights[r].numpy(), template, limit=0.6)
+        drawn = _draw_cells(panels[1 + r], weights[r].numpy(), template, 1.0, "viridis")
         panels[1 + r].set_title(f"w{r + 1}: weight of {names[r]}", fontsize=9)
-    figure.colorbar(drawn, ax=panels[1:5], location="bottom", fraction=0.05, label="label weight")
+    bar = {"location": "bottom", "fraction": 0.05}
+    figure.colorbar(drawn, ax=panels[1:5], label="label weight", **bar)
     top = max(float(loss_map.max()), 1e-12)
-    drawn = panels[5].imshow(loss_map.numpy(), vmin=0, vmax=top, extent=extent, cmap="magma")
-    _write_cells(panels[5], loss_map.numpy(), template, limit=0.6 * top)
-    figure.colorbar(
-        drawn, ax=panels[5], location="bottom", fraction=0.05, label="cross-entropy, nats"
-    )
+    drawn = _draw_cells(panels[5], loss_map.numpy(), template, top, "magma")
+    figure.colorbar(drawn, ax=panels[5], label="cross-entropy, nats", **bar)
     means = losses.region_means(loss_map, cell_regions)
     per_region = "  ".join(f"{r} {mean:.2f}" for r, mean in zip(REGIONS, means.tolist()))
     panels[5].set_title(f"loss {means.mean():.3f}, mean of\n{per_region}", fontsize=9)
     for panel in panels:
-        _outline(panel, template)
+        for box in template.boxes.tolist():
+            draw_box(panel, box, "red", linewidth=1.5)
+        panel.set_xticks([])
+        panel.set_yticks([])
     return figure
 
 
-def _write_cells(panel: Any, values: np.ndarray, template: JigsawTemplate, limit: float) -> None:
-    """Each cell's number at its centre, dark on bright colours (above ``limit``)."""
+def _draw_cells(
+    panel: Axes, values: np.ndarray, template: JigsawTemplate, top: float, colours: str
+) -> AxesImage:
+    """Cells over the canvas on a scale from 0 to ``top``, each with its number at its centre."""
+    extent = (-0.5, template.width - 0.5, template.height - 0.5, -0.5)
+    drawn = panel.imshow(values, vmin=0, vmax=top, extent=extent, cmap=colours)
     height, width = template.height / values.shape[0], template.width / values.shape[1]
     for (row, column), value in np.ndenumerate(values):
         x, y = (column + 0.5) * width - 0.5, (row + 0.5) * height - 0.5
-        colour = "black" if value > limit else "white"
+        colour = "black" if value > 0.6 * top else "white"
         panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-
-
-def _outline(panel: Any, template: JigsawTemplate) -> None:
-    for x0, y0, x1, y1 in template.boxes.tolist():
-        corner = (x0 - 0.5, y0 - 0.5)  # imshow centres pixel 0 on 0
-        panel.add_patch(
-            Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor="red", linewidth=1.5)
-        )
-    panel.set_xticks([])
-    panel.set_yticks([])
+    return drawn
 
 
 def run(args: argparse.Namespace) -> list[Path]:
@@ -104,14 +96,9 @@ def run(args: argparse.Namespace) -> list[Path]:
             path = path.with_stem(f"{path.stem}-{position}")
         batch = stream[range(position, position + 1)]
         loss_map = cell_losses(model, normalise(batch["image"], cfg), batch["gt_classes"][0])
-        figure = labels_figure(
-            batch["image"][0],
-            [names[c] for c in batch["gt_classes"][0].tolist()],
-            model.erf_weights.cpu(),
-            loss_map.cpu(),
-            model.cell_regions.cpu(),
-            model.template,
-        )
+        shown = [names[c] for c in batch["gt_classes"][0].tolist()]
+        maps = (model.erf_weights.cpu(), loss_map.cpu(), model.cell_regions.cpu())
+        figure = labels_figure(batch["image"][0], shown, *maps, model.template)
         written.append(save_figure(figure, path))
     return written
 
@@ -120,13 +107,11 @@ def run(args: argparse.Namespace) -> list[Path]:
 def cell_losses(model: JigsawPretrainer, image: Tensor, gt_classes: Tensor) -> Tensor:
     """Float32 (h, w): cross-entropy of every cell of one normalised image (1, 3, H, W).
 
-    Args:
-        gt_classes: int64 (S,).
+    ``gt_classes``: int64 (S,).
     """
     logits = model.cell_logits(image.to(model.device)).float()
-    labels = losses.soft_labels(
-        model.erf_weights, gt_classes[None].to(model.device), logits.shape[1]
-    )
+    classes = gt_classes[None].to(model.device)
+    labels = losses.soft_labels(model.erf_weights, classes, logits.shape[1])
     return -(labels * logits.log_softmax(dim=1)).sum(dim=1)[0]
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from jigsaw_d2.data.samples import GROUPS
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.visualization.extraction_report import GROUP_COLORS
+from jigsaw_d2.visualization.figures import draw_box, save_figure
 
 COLUMNS = 8
 
@@ -28,26 +28,15 @@ def samples_figure(store: SampleStore, samples: np.ndarray) -> Figure:
     figure = Figure(figsize=(2 * COLUMNS, 2.3 * rows), layout="constrained")
     grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     names = [*store.categories, "background"]
-    classes, groups, boxes, gt_boxes = store.classes, store.groups, store.boxes, store.gt_boxes
     for axes in grid:
         axes.set_axis_off()
     for axes, i in zip(grid, samples):
-        image = store.decode(i)
-        group, label = GROUPS[groups[i]], classes[i]
+        image, group, label = store.decode(i), GROUPS[store.groups[i]], store.classes[i]
         axes.imshow(image)
         axes.set_title(f"{names[label]}\n{group} {image.shape[1]}x{image.shape[0]}", fontsize=8)
-        corner = gt_boxes[i, :2] - boxes[i, :2] - 0.5  # imshow puts pixel centres on integers
-        width, height = gt_boxes[i, 2:] - gt_boxes[i, :2]
-        axes.add_patch(
-            Rectangle(
-                corner,
-                width,
-                height,
-                fill=False,
-                linestyle="-" if label == len(store.categories) else "--",
-                edgecolor=GROUP_COLORS[group],
-            )
-        )
+        box = store.gt_boxes[i] - np.tile(store.boxes[i, :2], 2)
+        style = "-" if label == len(store.categories) else "--"
+        draw_box(axes, box, GROUP_COLORS[group], linestyle=style)
     return figure
 
 
@@ -55,7 +44,4 @@ def run(args: argparse.Namespace) -> list[Path]:
     """Write the figure; returns its path."""
     store = SampleStore(args.store)
     samples = args.indices or choose_samples(store, args.count, np.random.default_rng(args.seed))
-    path = Path(args.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    samples_figure(store, np.asarray(samples)).savefig(path, dpi=90)
-    return [path]
+    return [save_figure(samples_figure(store, np.asarray(samples)), args.output)]

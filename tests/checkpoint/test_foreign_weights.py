@@ -14,10 +14,9 @@ from helpers_weights import (
     RESNET_18,
     build_detector,
     convert,
+    convert_model,
     pretrain_config,
-    pretrained,
     randomise,
-    save_checkpoint,
     small_detection_config,
 )
 from torch import nn
@@ -26,7 +25,6 @@ from jigsaw_d2.checkpoint.convert import (
     convert_checkpoint,
     from_torchvision,
     name_from_torchvision,
-    name_to_torchvision,
     read_backbone,
     read_converted,
     to_torchvision,
@@ -36,6 +34,7 @@ from jigsaw_d2.checkpoint.metadata import Architecture
 from jigsaw_d2.detection.config import apply_metadata
 from jigsaw_d2.io import WeightsError
 
+IMAGES = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 X101 = ["MODEL.RESNETS.DEPTH", "101", "MODEL.RESNETS.NUM_GROUPS", "32"]
 X101 += ["MODEL.RESNETS.WIDTH_PER_GROUP", "4"]
 
@@ -54,28 +53,28 @@ BUILDERS = {
 }
 
 
-def torchvision_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What the classifier ``fc`` sees."""
+@torch.no_grad()
+def same_features(model: nn.Module, images: torch.Tensor, ours: torch.Tensor) -> bool:
+    """Whether what torchvision's classifier sees are ``ours``, pooled."""
     model.fc = nn.Identity()
-    with torch.no_grad():
-        return model.eval()(images)
+    theirs = model.eval()(images)
+    return torch.allclose(ours.mean((2, 3)), theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext101_32x4d"])
 def test_ours_load_strictly_into_torchvision(name: str, tmp_path: Path) -> None:
     """strict=True, and the pooled features are those of the pre-training."""
     build, overrides = BUILDERS[name]
-    cfg = pretrain_config(*overrides)
-    model = pretrained(cfg)
-    checkpoint = save_checkpoint(tmp_path / "model_final.pth", cfg, model)
-    convert_checkpoint(checkpoint, tmp_path / "tv.pth", format="torchvision")
+    model, weights = convert_model(tmp_path, *overrides)
+    convert_checkpoint(weights, tmp_path / "tv.pth", format="torchvision")
     theirs = build()
     theirs.load_state_dict(torch.load(tmp_path / "tv.pth", weights_only=True), strict=True)
-    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = model.backbone(images)["res5"].mean(dim=(2, 3))
-    features = torchvision_features(theirs, images)
-    assert torch.allclose(features, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        assert same_features(theirs, IMAGES, model.backbone(IMAGES)["res5"])
+    arrays, metadata = read_converted(tmp_path / "tv.pth")  # still ours, not taken for ImageNet's
+    expected, said = read_backbone(weights)
+    assert metadata == said and set(arrays) == set(expected)
+    assert all(np.array_equal(arrays[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -91,17 +90,6 @@ def test_names_and_shapes_of_every_network(name: str) -> None:
     theirs.load_state_dict(to_torchvision(arrays, architecture), strict=True, assign=True)
 
 
-def test_torchvision_format_keeps_the_metadata(tmp_path: Path) -> None:
-    """A file in torchvision's form is still ours when read back: not taken for ImageNet's."""
-    weights = convert(tmp_path)
-    convert_checkpoint(weights, tmp_path / "tv.pth", format="torchvision")
-    arrays, metadata = read_converted(tmp_path / "tv.pth")
-    first, said = read_converted(weights)
-    assert metadata == said and metadata.origin == "jigsaw"
-    assert set(arrays) == set(first)
-    assert all(np.array_equal(arrays[key], first[key]) for key in first)
-
-
 def test_torchvisions_file_gets_its_metadata(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = randomise(torchvision.models.resnet50())
@@ -114,33 +102,23 @@ def test_torchvisions_file_gets_its_metadata(tmp_path: Path) -> None:
     apply_metadata(detection, metadata, match_architecture=True)
     detector = build_detector(detection)
     load_backbone(detector, tmp_path / "w.pkl")
-    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        res5 = detector.roi_heads.res5(detector.backbone(images)["res4"]).mean(dim=(2, 3))
-    expected = torchvision_features(theirs, images)
-    assert torch.allclose(res5, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        res5 = detector.roi_heads.res5(detector.backbone(IMAGES)["res4"])
+    assert same_features(theirs, IMAGES, res5)
+
+
+BRANCHES = {"conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c", "shortcut": "branch1"}
 
 
 def to_msra(name: str, statistics: bool = True) -> str:
     """Our name -> Caffe2's: res2.0.conv1.norm.weight -> res2_0_branch2a_bn_s, as in R-50.pkl."""
     norm = {"weight": "gamma", "bias": "beta"} if statistics else {"weight": "s", "bias": "b"}
-    stem = name.startswith("stem.")
-    name = name.removeprefix("stem.")
-    parts = name.split(".")
-    if "norm" in parts:
-        tail = "bn_" + norm.get(parts[-1], parts[-1])
-        head = ["res", "conv1"] if stem else parts[:-2]
+    *parts, last = name.split(".")
+    if parts[0] == "stem":
+        head = "res_conv1" if "norm" in parts else "conv1"
     else:
-        tail, head = "w", parts[:-1]
-    branches = {
-        "conv1": "branch2a",
-        "conv2": "branch2b",
-        "conv3": "branch2c",
-        "shortcut": "branch1",
-    }
-    if not stem:
-        head = [branches.get(part, part) for part in head]
-    return "_".join([*head, tail])
+        head = "_".join(BRANCHES.get(part, part) for part in parts if part != "norm")
+    return f"{head}_bn_{norm.get(last, last)}" if "norm" in parts else f"{head}_w"
 
 
 @pytest.mark.parametrize("statistics", [True, False])
@@ -174,15 +152,9 @@ def test_msras_file_gets_its_metadata(statistics: bool, tmp_path: Path) -> None:
     assert detection == before
     detector = build_detector(detection)
     load_backbone(detector, tmp_path / "w.pth")
-    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours, theirs = detector.backbone.bottom_up(images)["res5"], backbone(images)["res5"]
+        ours, theirs = detector.backbone.bottom_up(IMAGES)["res5"], backbone(IMAGES)["res5"]
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
-
-
-def test_wrapped_state_dicts_are_found(tmp_path: Path) -> None:
-    torch.save({"state_dict": torchvision.models.resnet18().state_dict()}, tmp_path / "w.pth")
-    assert read_backbone(tmp_path / "w.pth")[1].architecture.depth == 18
 
 
 def test_files_of_detectron2s_own_converter(tmp_path: Path) -> None:
@@ -197,14 +169,6 @@ def test_files_of_detectron2s_own_converter(tmp_path: Path) -> None:
     arrays, metadata = read_backbone(tmp_path / "R-18.pkl")
     assert metadata.architecture.depth == 18 and metadata.input_format == "RGB"
     assert not [name for name in arrays if "fc" in name]
-
-
-def test_names_go_there_and_back() -> None:
-    names = set(build_backbone(pretrain_config()).state_dict())
-    theirs = {name_to_torchvision(name) for name in names}
-    assert {name_from_torchvision(name) for name in theirs} == names
-    expected = set(torchvision.models.resnet50().state_dict()) - {"fc.weight", "fc.bias"}
-    assert theirs == expected
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 from detectron2.config import get_cfg
-from helpers_weights import C4, CATEGORIES, FPN, RESNET_18, SMALL, THIN, convert, make_coco
+from helpers_weights import CATEGORIES, FPN, RESNET_18, SMALL, THIN, convert, make_coco
 
 from jigsaw_d2.detection.config import setup_finetune, write_plain_config
 from jigsaw_d2.io import ConfigError
-from jigsaw_d2.tools.convert import main, nested
+from jigsaw_d2.tools.convert import main
 
 # What tools/train_net.py does with --config-file, in a process that never imports our package.
 TRAIN_NET = """
@@ -39,6 +39,9 @@ def test_detectron2s_trainer_runs_it_without_us(tmp_path: Path) -> None:
     overrides = [*SMALL, *THIN, "DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()"]
     overrides += ["SOLVER.MAX_ITER", "1"]
     cfg = setup_finetune(FPN, weights, overrides, here=False)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3  # the weights', as the set is unknown here
+    chosen = [*overrides, "MODEL.ROI_HEADS.NUM_CLASSES", "7"]
+    assert setup_finetune(FPN, weights, chosen, here=False).MODEL.ROI_HEADS.NUM_CLASSES == 7
     write_plain_config(tmp_path / "plain.yaml", cfg)
     arguments = [str(tmp_path / "plain.yaml"), name, json_file, images, str(tmp_path / "out")]
     done = subprocess.run(
@@ -65,19 +68,6 @@ def test_only_detectron2s_keys_and_only_what_differs(tmp_path: Path) -> None:
     assert "JIGSAW" not in written["MODEL"] and "COCO_FILES" not in written["DATASETS"]
     with pytest.raises(ConfigError, match="--force"):
         write_plain_config(tmp_path / "plain.yaml", cfg)
-
-
-def test_classes_of_the_weights_where_the_set_is_unknown(tmp_path: Path) -> None:
-    weights = convert(tmp_path, *THIN)
-    unknown = [*THIN, "DATASETS.TRAIN", "('not_registered_here',)"]
-    chosen = [*unknown, "MODEL.ROI_HEADS.NUM_CLASSES", "7"]
-    for overrides, classes in ((unknown, len(CATEGORIES)), (chosen, 7)):
-        cfg = setup_finetune(C4, weights, overrides, here=False)
-        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == classes
-
-
-def test_nested() -> None:
-    assert nested({"A.B": 1, "A.C": 2, "D": 3}) == {"A": {"B": 1, "C": 2}, "D": 3}
 
 
 def test_the_command_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -30,12 +30,9 @@ from jigsaw_d2.detection.config import (
 from jigsaw_d2.io import ConfigError
 
 
-def metadata(*overrides: str, **changes: object) -> WeightsMetadata:
-    cfg = pretrain_config(*overrides)
-    made = replace(
-        SCRATCH_METADATA, origin="jigsaw", architecture=Architecture.from_config(cfg.MODEL)
-    )
-    return replace(made, **changes)
+def metadata(*overrides: str) -> WeightsMetadata:
+    architecture = Architecture.from_config(pretrain_config(*overrides).MODEL)
+    return replace(SCRATCH_METADATA, origin="jigsaw", architecture=architecture)
 
 
 def applied(said: WeightsMetadata, *overrides: str, name: str = FPN, **options: bool):
@@ -44,65 +41,52 @@ def applied(said: WeightsMetadata, *overrides: str, name: str = FPN, **options: 
     return cfg
 
 
-def test_the_zoo_config_takes_what_the_metadata_requires() -> None:
+DEFORM = ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, True, True, True]")
+MODULATED = ("MODEL.RESNETS.DEFORM_MODULATED", "True")
+GN = ("MODEL.RESNETS.NORM", "GN")
+
+
+@pytest.mark.parametrize(
+    ("said", "overrides", "both"),
+    [
+        ((), ("MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]"), "103.53, 116.28, 123.675"),
+        ((), ("MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]"), "1.0, 1.0, 1.0"),
+        ((), ("INPUT.FORMAT", "BGR"), "config BGR, weights RGB"),
+        ((), ("MODEL.RESNETS.STRIDE_IN_1X1", "True"), "config True, weights False"),
+        ((), GN, "config GN, weights FrozenBN"),
+        (GN, ("MODEL.RESNETS.NORM", "FrozenBN"), "config FrozenBN, weights GN"),
+        ((), ("MODEL.RESNETS.DEPTH", "101"), "config 101, weights 50"),
+        ((), ("MODEL.RESNETS.NUM_GROUPS", "32"), "config 32, weights 1"),
+        ((), DEFORM, "weights .False, False, False, False."),
+        # new offsets must be a plain convolution at first
+        ((), (*MODULATED, *DEFORM, "MODEL.JIGSAW.NEW_OFFSETS", "True"), "config True, weights Fal"),
+        ((*DEFORM, *MODULATED), ("MODEL.RESNETS.DEFORM_MODULATED", "False", *DEFORM), "weights Tr"),
+        ("scratch", ("MODEL.RESNETS.NORM", "FrozenBN"), "config FrozenBN"),
+        ("scratch", ("MODEL.BACKBONE.FREEZE_AT", "2"), "config 2"),
+    ],
+)
+def test_an_override_against_the_metadata(said: tuple | str, overrides: tuple, both: str) -> None:
+    weights = SCRATCH_METADATA if said == "scratch" else metadata(*said)
+    with pytest.raises(ConfigError, match=f"{overrides[0]}: .*{both}.*--force insists"):
+        applied(weights, *overrides)
+    insisted = applied(weights, *overrides, force=True)
+    given = load_detection_config(FPN, overrides)
+    assert get_key(insisted, overrides[0]) == get_key(given, overrides[0])
+
+
+def test_overrides_that_are_no_contradiction() -> None:
     """Zoo configs are written for MSRA's weights: BGR, std 1, stride in the 1x1."""
     cfg = applied(metadata())
-    assert cfg.INPUT.FORMAT == "RGB"
-    assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
-    assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
-    assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is False
-    assert cfg.MODEL.RESNETS.NORM == "FrozenBN"
+    assert cfg.INPUT.FORMAT == "RGB" and cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
+    assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is False and cfg.MODEL.RESNETS.NORM == "FrozenBN"
     assert cfg.MODEL.BACKBONE.FREEZE_AT == 2  # the zoo's, for every initialisation alike
-
-
-CONTRADICTIONS = {
-    "mean": ("MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]", "103.53, 116.28, 123.675"),
-    "std": ("MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]", "1.0, 1.0, 1.0"),
-    "order": ("INPUT.FORMAT", "BGR", "config BGR, weights RGB"),
-    "stride": ("MODEL.RESNETS.STRIDE_IN_1X1", "True", "config True, weights False"),
-    "norm": ("MODEL.RESNETS.NORM", "GN", "config GN, weights FrozenBN"),
-    "depth": ("MODEL.RESNETS.DEPTH", "101", "config 101, weights 50"),
-    "groups": ("MODEL.RESNETS.NUM_GROUPS", "32", "config 32, weights 1"),
-    "deformable": (
-        "MODEL.RESNETS.DEFORM_ON_PER_STAGE",
-        "[False, True, True, True]",
-        "weights .False, False, False, False.",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_an_override_against_the_metadata(name: str) -> None:
-    key, value, both = CONTRADICTIONS[name]
-    with pytest.raises(ConfigError, match=f"{key}: .*{both}.*--force insists"):
-        applied(metadata(), key, value)
-    insisted = applied(metadata(), key, value, force=True)
-    given = load_detection_config(FPN, [key, value])
-    assert get_key(insisted, key) == get_key(given, key)
-
-
-def test_an_override_that_says_the_same_is_no_contradiction() -> None:
     overrides = ("MODEL.PIXEL_STD", "[58.3950, 57.120, 57.375]", "INPUT.FORMAT", "RGB")
-    assert applied(metadata(), *overrides) == applied(metadata())
-
-
-def test_all_contradictions_are_listed_at_once() -> None:
-    with pytest.raises(ConfigError) as error:
+    assert applied(metadata(), *overrides) == cfg
+    assert applied(metadata(), "MODEL.RESNETS.NORM", "SyncBN").MODEL.RESNETS.NORM == "SyncBN"
+    assert applied(metadata(*GN)).MODEL.RESNETS.NORM == "GN"
+    applied(metadata(), *DEFORM, "MODEL.JIGSAW.NEW_OFFSETS", "True")
+    with pytest.raises(ConfigError, match="MODEL.RESNETS.DEPTH.*INPUT.FORMAT"):  # all at once
         applied(metadata(), "INPUT.FORMAT", "BGR", "MODEL.RESNETS.DEPTH", "101")
-    assert "INPUT.FORMAT" in str(error.value) and "MODEL.RESNETS.DEPTH" in str(error.value)
-
-
-@pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN"])
-def test_any_batch_norm_serves_batch_norm(norm: str) -> None:
-    cfg = applied(metadata(), "MODEL.RESNETS.NORM", norm)
-    assert cfg.MODEL.RESNETS.NORM == norm
-
-
-def test_group_norm_stays_group_norm() -> None:
-    said = metadata("MODEL.RESNETS.NORM", "GN")
-    assert applied(said).MODEL.RESNETS.NORM == "GN"
-    with pytest.raises(ConfigError, match="config FrozenBN, weights GN"):
-        applied(said, "MODEL.RESNETS.NORM", "FrozenBN")
 
 
 def test_another_network_is_refused_or_taken_over() -> None:
@@ -116,38 +100,15 @@ def test_another_network_is_refused_or_taken_over() -> None:
         applied(said, "MODEL.RESNETS.DEPTH", "50", match_architecture=True)
 
 
-def test_new_offsets_must_be_a_plain_convolution_at_first() -> None:
-    deform = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, True, True, True]"]
-    allow = ["MODEL.JIGSAW.NEW_OFFSETS", "True"]
-    applied(metadata(), *deform, *allow)
-    with pytest.raises(ConfigError, match="DEFORM_MODULATED: config True, weights False"):
-        applied(metadata(), *deform, *allow, "MODEL.RESNETS.DEFORM_MODULATED", "True")
-    both = [*deform, "MODEL.RESNETS.DEFORM_MODULATED", "True"]
-    with pytest.raises(ConfigError, match="DEFORM_MODULATED: config False, weights True"):
-        applied(metadata(*both), *deform)
-
-
-class TestScratch:
-    def test_random_weights_get_a_norm_that_trains_and_nothing_frozen(self) -> None:
-        cfg = applied(SCRATCH_METADATA, name=C4)
-        assert (cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT) == ("GN", 0)
-        assert cfg.INPUT.FORMAT == "RGB" and cfg.MODEL.RESNETS.STRIDE_IN_1X1 is False
-
-    @pytest.mark.parametrize(
-        ("key", "value"), [("MODEL.RESNETS.NORM", "FrozenBN"), ("MODEL.BACKBONE.FREEZE_AT", "2")]
-    )
-    def test_what_cannot_train_is_refused(self, key: str, value: str) -> None:
-        with pytest.raises(ConfigError, match=f"{key}: config {value}"):
-            applied(SCRATCH_METADATA, key, value)
-
-    def test_other_norms_that_train_are_the_users_choice(self) -> None:
-        assert applied(SCRATCH_METADATA, "MODEL.RESNETS.NORM", "BN").MODEL.RESNETS.NORM == "BN"
-        zoo = "Misc/scratch_mask_rcnn_R_50_FPN_9x_syncbn.yaml"
-        assert applied(SCRATCH_METADATA, name=zoo).MODEL.RESNETS.NORM == "SyncBN"
-
-    @pytest.mark.parametrize("word", ["none", ""])
-    def test_is_asked_for_by_name(self, word: str) -> None:
-        assert read_metadata(word).origin == "scratch"
+def test_random_weights_get_a_norm_that_trains_and_nothing_frozen() -> None:
+    assert read_metadata("none") == read_metadata("") == SCRATCH_METADATA
+    cfg = applied(SCRATCH_METADATA, name=C4)
+    assert (cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT) == ("GN", 0)
+    assert cfg.INPUT.FORMAT == "RGB" and cfg.MODEL.RESNETS.STRIDE_IN_1X1 is False
+    # other norms that train are the user's choice
+    assert applied(SCRATCH_METADATA, "MODEL.RESNETS.NORM", "BN").MODEL.RESNETS.NORM == "BN"
+    zoo = "Misc/scratch_mask_rcnn_R_50_FPN_9x_syncbn.yaml"
+    assert applied(SCRATCH_METADATA, name=zoo).MODEL.RESNETS.NORM == "SyncBN"
 
 
 def test_setup_joins_weights_data_and_machine(tmp_path: Path) -> None:

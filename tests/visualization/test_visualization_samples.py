@@ -11,10 +11,7 @@ from jigsaw_d2.data.report import summarise
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.visualization.extraction_report import report_figure
-from jigsaw_d2.visualization.samples import (
-    choose_samples,
-    samples_figure,
-)
+from jigsaw_d2.visualization.samples import choose_samples, samples_figure
 
 
 @pytest.fixture(scope="module")
