@@ -8,9 +8,10 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
-from helpers_jobs import FakeRunner, flag, tiny_set
+from helpers_jobs import RUN, FakeRunner, flag, tiny_set
 
 import compare
 from benchmark.plan import (
@@ -46,12 +47,24 @@ def data(tmp_path):
     return tiny_set(tmp_path / "set")
 
 
-def quiet(text):
-    pass
+class Faked(Comparison):
+    """Computes nothing, in jobs of other processes too."""
+
+    def __init__(self, runner, *args, **options):
+        super().__init__(*args, **options)
+        self.runner = runner
+
+    def execute(self, *args, **options):
+        with mock.patch(RUN, self.runner):
+            return super().execute(*args, **options)
+
+    def execute_run(self, run):
+        with mock.patch(RUN, self.runner):
+            return super().execute_run(run)
 
 
 def compare_with(runner, data, tmp_path, plan=PLAN, **options):
-    comparison = Comparison(plan, data, tmp_path / "out", quiet, runner=runner, **options)
+    comparison = Faked(runner, plan, data, tmp_path / "out", **options)
     comparison.execute()
     return comparison
 
@@ -204,7 +217,7 @@ def test_other_settings_are_refused_with_both_shown_and_nothing_changes(data, tm
     changed = dataclasses.replace(plan, detection_iterations=30)
     for pool in (None, jobs):
         runner = FakeRunner(score)
-        comparison = Comparison(changed, data, tmp_path / "out", quiet, runner=runner)
+        comparison = Faked(runner, changed, data, tmp_path / "out")
         with pytest.raises(ConfigError, match="SOLVER.MAX_ITER: 20 -> 30"):
             comparison.execute(lambda: write_report(comparison, "compare"), pool)
         assert runner.calls == []
@@ -253,7 +266,7 @@ def test_curve_begins_behind_the_cost_of_pre_training(data, tmp_path):
 
 
 def test_empty_report_can_be_drawn_and_rendered(data, tmp_path):
-    comparison = Comparison(PLAN, data, tmp_path / "out", quiet)
+    comparison = Comparison(PLAN, data, tmp_path / "out")
     assert "no common seeds finished" in write_report(comparison, "compare").read_text()
 
 
@@ -334,7 +347,7 @@ def test_the_command_line_changes_the_preset():
 
 def test_dry_run_lists_arms_and_runs_nothing(data, tmp_path, monkeypatch, capsys):
     runner = FakeRunner()
-    monkeypatch.setattr("jigsaw_d2.tools.stages.run_subprocess", runner)
+    monkeypatch.setattr(RUN, runner)
     argv = ["--data", str(tmp_path / "set"), "--output", str(tmp_path / "out"), "--dry-run"]
     assert compare.main(argv) == 0
     printed = capsys.readouterr().out
@@ -383,7 +396,7 @@ def test_several_runs_at_once_give_what_one_after_another_gives(data, tmp_path, 
 
     plan = dataclasses.replace(PLAN, arms=(jigsaw_arm(), SCRATCH), seeds=(0, 1))
     alone = compare_with(FakeRunner(score, fail), data, tmp_path, plan)
-    comparison = Comparison(plan, data, tmp_path / "out2", quiet, runner=FakeRunner(score, fail))
+    comparison = Faked(FakeRunner(score, fail), plan, data, tmp_path / "out2")
     seen = []
     comparison.execute(lambda: seen.append(1), jobs)
     assert len(seen) == 4
@@ -408,7 +421,7 @@ class Waiting(FakeRunner):
 
 def test_a_second_sigterm_queues_no_job_twice(data, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    comparison = Comparison(PLAN, data, tmp_path / "out", quiet)
+    comparison = Comparison(PLAN, data, tmp_path / "out")
     try:
         RunJob().checkpoint(comparison, comparison.runs[0])
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
@@ -419,7 +432,7 @@ def test_a_second_sigterm_queues_no_job_twice(data, tmp_path):
 def test_a_pre_empted_job_is_queued_again_and_resumes(data, tmp_path, jobs):
     """SIGTERM, as Slurm sends it: submitit calls ``checkpoint`` and starts the job once more."""
     plan = dataclasses.replace(PLAN, arms=(jigsaw_arm(),), seeds=(0,))
-    comparison = Comparison(plan, data, tmp_path / "out", quiet, runner=Waiting(score))
+    comparison = Faked(Waiting(score), plan, data, tmp_path / "out")
     attempts = comparison.folder(comparison.runs[0]) / "attempts"
     submit = jobs._executor.submit
 
