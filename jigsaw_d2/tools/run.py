@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jigsaw_d2.io import ConfigError, write_text
-from jigsaw_d2.tools.arguments import add_register, add_trust
+from jigsaw_d2.tools.arguments import add_register, add_trust, make_parser
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help shall not
     from jigsaw_d2.tools.job import Job
@@ -40,12 +40,7 @@ def add_training_arguments(parser: argparse._ActionsContainer) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of the command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jigsaw_d2 run",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("python -m jigsaw_d2 run", __doc__, EPILOG)
     add_file_arguments(parser, required=True)
     add = parser.add_argument
     add("--output", required=True, help="folder of everything that is made")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from benchmark.plan import ABLATIONS, BUDGETS, COSTS, PRESETS, Plan, parse_arm
 from jigsaw_d2.tools import run_command
+from jigsaw_d2.tools.arguments import make_parser
 from jigsaw_d2.tools.run import add_file_arguments, add_training_arguments, files_dataset
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help shall not
@@ -31,12 +32,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of the command."""
-    parser = argparse.ArgumentParser(
-        prog="compare.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("compare.py", __doc__, EPILOG)
     presets = "; ".join(f"{name}: {plan.about}" for name, plan in PRESETS.items())
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="smoke", help=presets)

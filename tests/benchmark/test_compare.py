@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -38,6 +37,7 @@ from jigsaw_d2.cost import record_stage
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import losses
+from jigsaw_d2.tools.pipeline import Pipeline
 
 PLAN = dataclasses.replace(PRESETS["smoke"], pretrain_iterations=45, detection_iterations=20)
 
@@ -74,52 +74,53 @@ def score(weights, seed):
     return 10.0 + seed % 1000 + (5.0 if "jigsaw" in weights else 0.0)
 
 
-def test_scratch_gets_the_iterations_that_pre_training_cost(data, tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole comparison, to be read; its runner is ``finished.runner``."""
+    folder = tmp_path_factory.mktemp("finished")
+    return compare_with(FakeRunner(score), tiny_set(folder / "set"), folder)
+
+
+def test_scratch_gets_the_iterations_that_pre_training_cost(finished):
     # 10 s extraction + 45 s pre-training + 5 s ERF = 60 s; a detection step is 2 s: 30 more steps.
-    comparison = compare_with(FakeRunner(score), data, tmp_path)
-    lengths = {run.arm.name: run.iterations["detection"] for run in comparison.runs}
+    lengths = {run.arm.name: run.iterations["detection"] for run in finished.runs}
     assert lengths == {"jigsaw erf_adaptive": 20, "scratch": 50, "scratch again": 50}
-    totals = [
-        run.cost_before_detection("seconds") + run.costs["finetuning"]["seconds"]
-        for run in comparison.runs
-    ]
-    assert set(totals) == {100.0}  # equal total cost
+    for run in finished.runs:  # equal total cost
+        assert run.cost_before_detection("seconds") + run.costs["finetuning"]["seconds"] == 100.0
+    finetunings = [argv for argv in finished.runner.calls if argv[0] == "finetune"]
+    steps = {flag(argv, "SOLVER.MAX_ITER"): flag(argv, "SOLVER.STEPS") for argv in finetunings}
+    # The schedule keeps its shape: the config has steps (640, 750) of 800.
+    assert steps == {"20": "(16, 19)", "50": "(40, 47)"}
+    # The curve of AP over cost begins behind the cost of pre-training.
+    curves = {run.arm.name: run.cost_curve("seconds") for run in finished.runs if run.index == 0}
+    assert curves == {
+        "jigsaw erf_adaptive": [(100.0, 15.0)],
+        "scratch": [(100.0, 10.0)],
+        "scratch again": [(100.0, 10.0)],
+    }
 
 
-def test_equal_detection_cost_gives_nothing_extra(data, tmp_path):
-    plan = dataclasses.replace(PLAN, budget="detection")
-    comparison = compare_with(FakeRunner(score), data, tmp_path, plan)
-    assert {run.iterations["detection"] for run in comparison.runs} == {20}
-
-
-def test_detection_settings_are_identical_but_for_weights_seed_and_length(data, tmp_path):
+def test_equal_detection_cost_and_settings_but_for_weights_and_seed(data, tmp_path):
     runner = FakeRunner(score)
-    compare_with(runner, data, tmp_path, dataclasses.replace(PLAN, budget="detection"))
+    plan = dataclasses.replace(PLAN, budget="detection", evaluations=3)
+    comparison = compare_with(runner, data, tmp_path, plan)
+    assert {run.iterations["detection"] for run in comparison.runs} == {20}
     seen = set()
-    for argv in (argv for argv in runner.calls if argv[0] == "finetune"):
-        argv = list(argv)
+    for argv in (list(argv) for argv in runner.calls if argv[0] == "finetune"):
+        # After 7 and 14 of 20 steps; the third is the one at the end. Every 6 would make a fourth.
+        assert flag(argv, "TEST.EVAL_PERIOD") == "7"
         for name in ("--weights", "SEED", "OUTPUT_DIR"):
             argv[argv.index(name) + 1] = "*"
         seen.add(tuple(argv))
     assert len(seen) == 1
 
 
-def test_steps_of_the_schedule_keep_their_fractions(data, tmp_path):
-    runner = FakeRunner(score)
-    compare_with(runner, data, tmp_path)
-    finetunings = [argv for argv in runner.calls if argv[0] == "finetune"]
-    steps = {flag(argv, "SOLVER.MAX_ITER"): flag(argv, "SOLVER.STEPS") for argv in finetunings}
-    # The config has steps (640, 750) of 800.
-    assert steps == {"20": "(16, 19)", "50": "(40, 47)"}
-
-
-def test_aa_arm_has_other_seeds_and_the_report_tells_chance(data, tmp_path):
-    comparison = compare_with(FakeRunner(score), data, tmp_path)
-    seeds = {run.arm.name: [] for run in comparison.runs}
-    for run in comparison.runs:
+def test_aa_arm_has_other_seeds_and_the_report_tells_chance(finished):
+    seeds = {run.arm.name: [] for run in finished.runs}
+    for run in finished.runs:
         seeds[run.arm.name].append(run.seed)
     assert seeds["scratch"] == [0, 1, 2] and seeds["scratch again"] == [1000, 1001, 1002]
-    report = build_report(comparison, "compare")
+    report = build_report(finished, "compare")
     found = {(d["ours"], d["theirs"]): d["AP"] for d in report["differences"]}
     assert found["scratch again", "scratch"]["covers_zero"]
     jigsaw = found["jigsaw erf_adaptive", "scratch"]
@@ -128,19 +129,9 @@ def test_aa_arm_has_other_seeds_and_the_report_tells_chance(data, tmp_path):
     assert "A/A test" in text and "covers zero" in text and "above zero" in text
 
 
-def test_finished_runs_are_not_run_again(data, tmp_path):
-    compare_with(FakeRunner(score), data, tmp_path)
-    runner = FakeRunner(score)
-    comparison = compare_with(runner, data, tmp_path)
-    assert runner.calls == []
-    assert all(run.status == DONE for run in comparison.runs)
-
-
-def test_more_seeds_run_only_what_is_new(data, tmp_path):
-    compare_with(FakeRunner(score), data, tmp_path, dataclasses.replace(PLAN, seeds=(0, 1)))
-    runner = FakeRunner(score)
-    compare_with(runner, data, tmp_path)
-    assert sorted(argv[0] for argv in runner.calls) == ["convert"] + 3 * ["finetune"] + ["pretrain"]
+def test_finished_runs_are_not_run_again(finished):
+    comparison = compare_with(None, finished.data, finished.output.parent)
+    assert [vars(run) for run in comparison.runs] == [vars(run) for run in finished.runs]
 
 
 def test_pairs_cost_the_same_however_much_the_machine_sways(data, tmp_path):
@@ -163,15 +154,6 @@ def test_pairs_cost_the_same_however_much_the_machine_sways(data, tmp_path):
     assert [flag(argv, "SEED") for argv in runner.calls if argv[0] == "finetune"] == [
         "2", "2", "1002",
     ]  # fmt: skip
-
-
-def test_evaluations_divide_a_run_and_the_last_is_its_end(data, tmp_path):
-    runner = FakeRunner(score)
-    plan = dataclasses.replace(PLAN, evaluations=3, budget="detection")
-    compare_with(runner, data, tmp_path, plan)
-    # After 7 and 14 of 20 steps; the third is the one at the end. Every 6 would make a fourth.
-    periods = {flag(argv, "TEST.EVAL_PERIOD") for argv in runner.calls if argv[0] == "finetune"}
-    assert periods == {"7"}
 
 
 def test_a_failed_run_stays_in_the_report_and_its_pair_waits(data, tmp_path):
@@ -235,34 +217,17 @@ def test_no_time_leaves_runs_pending_and_listed(data, tmp_path):
     assert text.count("not run: its length follows") == 6
 
 
-def test_report_and_figures_are_whole_and_hide_local_paths(data, tmp_path):
-    comparison = compare_with(FakeRunner(score), data, tmp_path)
-    path = write_report(comparison, f"compare --output {tmp_path / 'out'}")
-    report = json.loads(path.with_suffix(".json").read_text())
-    assert str(tmp_path) not in path.read_text() + json.dumps(report)
+def test_report_is_whole_hides_local_paths_and_tells_where_settings_differ(finished):
+    config = finished.folder(finished.runs[0]) / "detector" / "config.yaml"
+    config.write_text("SEED: 1\nSOLVER:\n  LENGTH: 99\n")
+    path = write_report(finished, f"compare --output {finished.output}")
+    text, report = path.read_text(), json.loads(path.with_suffix(".json").read_text())
+    assert str(finished.output.parent) not in text + json.dumps(report)
     assert {arm["name"] for arm in report["arms"]} == {arm.name for arm in PLAN.arms}
-    assert "](figures/ap_over_cost.png)" in path.read_text()
+    assert "](figures/ap_over_cost.png)" in text
     assert (path.parent / "figures/ap_over_cost.png").stat().st_size > 5000
-
-
-def test_report_tells_every_setting_in_which_detectors_differ(data, tmp_path):
-    comparison = compare_with(FakeRunner(score), data, tmp_path)
-    path = comparison.folder(comparison.runs[0]) / "detector" / "config.yaml"
-    path.write_text("SEED: 1\nSOLVER:\n  LENGTH: 99\n")
-    text = write_report(comparison, "compare").read_text()
     assert "differ, beside weights, seed and folder, in:" in text
     assert re.search(r"\| `SOLVER.LENGTH` +\| 99 ", text) and "`SEED`" not in text
-
-
-def test_curve_begins_behind_the_cost_of_pre_training(data, tmp_path):
-    comparison = compare_with(FakeRunner(score), data, tmp_path)
-    report = build_report(comparison)
-    curves = {arm["name"]: arm["runs"][0]["cost_curve"] for arm in report["arms"]}
-    assert curves == {
-        "jigsaw erf_adaptive": [(100.0, 15.0)],
-        "scratch": [(100.0, 10.0)],
-        "scratch again": [(100.0, 10.0)],
-    }
 
 
 def test_empty_report_can_be_drawn_and_rendered(data, tmp_path):
@@ -322,19 +287,13 @@ def test_plans_name_what_there_is():
 
 def test_the_command_line_changes_the_preset():
     argv = ["--output", "x", "--preset", "small", "--seeds", "4", "--budget", "detection"]
-    argv += [
-        "--ablation",
-        "tau",
-        "--pretrain",
-        "SEED",
-        "7",
-        "--cluster",
-        "slurm",
-        "--num-gpus",
-        "2",
-    ]
+    argv += ["--ablation", "tau", "--pretrain", "SEED", "7", "--register", "json"]
+    argv += ["--cluster", "slurm", "--num-gpus", "2"]
     plan = compare.plan_from(compare.build_parser().parse_args(argv))
     assert (plan.seeds, plan.budget, plan.num_gpus) == ((4,), "detection", 2)
+    assert plan.pipeline(None, seed=4) == Pipeline(
+        None, plan.pretrain_config, plan.detector_config, 2, ("json",), False, 4
+    )
     assert (plan.cost, plan.evaluations) == (PRESETS["small"].cost, PRESETS["small"].evaluations)
     assert [arm.name for arm in plan.arms] == [
         *(f"tau {value}" for value in (0.5, 0.6, 0.7, 0.8, 1.0)),
@@ -381,11 +340,10 @@ def test_intervals_equal_the_printed_table_and_the_hand_count():
 
 @pytest.fixture
 def jobs(tmp_path, monkeypatch):
-    """A pool of three local jobs, whose processes find the tests' helpers."""
-    for name in ("PYTHONPATH", "SUBMITIT_PREEMPT_SIGNAL", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # restored behind what Pool sets
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-    monkeypatch.delenv("SUBMITIT_PREEMPT_SIGNAL")
+    """A pool of three local jobs; the environment is restored behind what it sets."""
+    for name in ("PYTHONPATH", "SUBMITIT_PREEMPT_SIGNAL"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return Pool(tmp_path / "jobs", 3)
 

@@ -8,7 +8,7 @@ import pytest
 from jigsaw_d2.cost import read_cost_log
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.tools import run_command
-from jigsaw_d2.tools.extract import build_parser, main, parse_part, parse_size
+from jigsaw_d2.tools.extract import build_parser, main, part, size
 
 REGISTERING = """
 from detectron2.data.datasets import register_coco_instances
@@ -42,8 +42,8 @@ def test_both_stores_report_figure_and_ledger(tiny_coco, tmp_path, capsys) -> No
 
 def test_parts_and_the_ledgers_folder(tiny_coco: Path, tmp_path: Path) -> None:
     cost = ("--cost-dir", str(tmp_path / "cost"))
-    for part in ("1/2", "2/2"):
-        assert main(arguments(tiny_coco, tmp_path / "store", "--part", part, *cost)) == 0
+    for text in ("1/2", "2/2"):
+        assert main(arguments(tiny_coco, tmp_path / "store", "--part", text, *cost)) == 0
     assert len(SampleStore(tmp_path / "store")) == 48
     assert list(read_cost_log(tmp_path / "cost")["stages"]) == ["extraction"]
 
@@ -111,8 +111,8 @@ def test_strict_and_held_out_categories(tmp_path: Path, tiny_coco: Path, capsys)
 
 
 def test_sizes_and_parts_are_parsed() -> None:
-    assert parse_size("2K") == 2048 and parse_size("1.5M") == 1572864 and parse_size("7") == 7
-    assert parse_part("2/4") == (2, 4)
+    assert size("2K") == 2048 and size("1.5M") == 1572864 and size("7") == 7
+    assert part("2/4") == (2, 4)
     for wrong in ("--part=x", "--part=2", "--shard-size=big"):
         with pytest.raises(SystemExit):
             build_parser().parse_args(["--output", "s", wrong])

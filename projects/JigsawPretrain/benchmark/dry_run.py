@@ -131,8 +131,7 @@ def first_images(data: DetectionSet, folder: Path) -> DetectionSet:
         used = {entry["image_id"] for entry in content["annotations"]}
         images = [image for image in content["images"] if image["id"] in used][:TRIAL_IMAGES]
         kept = {image["id"] for image in images}
-        annotations = [a for a in content["annotations"] if a["image_id"] in kept]
-        content |= {"images": images, "annotations": annotations}
-        (folder / f"{name}.json").write_text(json.dumps(content))
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+        (folder / f"{name}.json").write_text(json.dumps({**content, "images": images}))
     files = (folder / "train.json", data.train_images, folder / "val.json", data.val_images)
     return DetectionSet(data.name, *files)

@@ -4,6 +4,7 @@ OUTPUT/samples*/{train,val}             stores, one pair for each way to extract
 OUTPUT/runs/<arm>/<seed>/{pretrain,weights,detector}
 """
 
+import math
 import os
 import signal
 import sys
@@ -57,7 +58,7 @@ class Run:
         """Seconds or FLOPs spent on extraction, pre-training and ERF refreshes."""
         return sum(self.costs[stage][unit] for stage in BEFORE if stage in self.costs)
 
-    def detection_cost_per_iteration(self, unit: str) -> float:
+    def cost_of_an_iteration(self, unit: str) -> float:
         """Seconds or FLOPs of one detection iteration."""
         return self.costs["finetuning"][unit] / self.iterations["detection"]
 
@@ -65,7 +66,7 @@ class Run:
         """(total cost up to then, AP in percent) of each evaluation; none of an unfinished run."""
         if self.status != DONE:
             return []
-        before, step = self.cost_before_detection(unit), self.detection_cost_per_iteration(unit)
+        before, step = self.cost_before_detection(unit), self.cost_of_an_iteration(unit)
         return [(before + step * done, ap) for done, ap in self.curve]
 
 
@@ -75,14 +76,10 @@ class Comparison:
     def __init__(
         self, plan: Plan, data: DetectionSet, output: str | Path, minutes: float | None = None
     ) -> None:
-        """
-        Args:
-            minutes: start no further stage after as many; None = go on to the end.
-        """
+        """``minutes``: start no further stage after as many; None = go on to the end."""
         self.plan, self.data = plan.checked(), data
         self.output = Path(output).resolve()
         self._deadline = None if minutes is None else time.time() + 60 * minutes
-        # Arms with a pre-training before those from scratch, whose length depends on its cost.
         self.runs = [
             Run(arm, index, seed + arm.seed_offset)
             for arm in sorted(plan.arms, key=lambda arm: arm.kind == "scratch")
@@ -105,7 +102,7 @@ class Comparison:
             for arm in (arm for arm in self.plan.arms if arm.kind == "jigsaw"):
                 with suppress(JigsawError, OSError, NotYet):  # the run will say so
                     self._samples(Run(arm, 0, 0))
-        for from_scratch in (False, True):
+        for from_scratch in (False, True):  # whose length depends on what the others cost
             wave = [run for run in self.runs if (run.arm.kind == "scratch") == from_scratch]
             finished = pool.map(self, wave) if pool else map(self.execute_run, wave)
             for run in finished:
@@ -200,16 +197,9 @@ class Comparison:
         for run in paid:
             if run.status != DONE:
                 raise NotYet(f"its length follows from what {run} costs, which is {run.status}")
-        return max(map(self._price_in_iterations, paid), default=0)
-
-    def _price_in_iterations(self, run: Run) -> int:
-        """Detection iterations that cost what a run spent before detection, rounded up."""
-        step = run.detection_cost_per_iteration(self.plan.cost)
-        if step <= 0:
-            raise ConfigError(
-                f"the ledger counts no {self.plan.cost} for detection; choose another --cost"
-            )
-        return -int(-run.cost_before_detection(self.plan.cost) // step)
+        unit = self.plan.cost
+        extra = (r.cost_before_detection(unit) / r.cost_of_an_iteration(unit) for r in paid)
+        return math.ceil(max(extra, default=0))
 
 
 class RunJob:
@@ -233,13 +223,9 @@ class Pool:
     def __init__(self, folder: Path, jobs: int, gpus: int = 0, slurm: dict | None = None) -> None:
         """
         Args:
-            folder: of the jobs' logs.
-            jobs: at once; local ones share this machine's GPUs out.
+            jobs: at once, their logs in ``folder``; local ones share this machine's GPUs out.
             gpus: of each job.
             slurm: parameters of ``submitit.AutoExecutor``; None = local processes.
-
-        Raises:
-            RunError: submitit is not installed.
         """
         # What Slurm sends to a job that it pre-empts; submitit reads it while it is imported.
         os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "TERM")
@@ -282,8 +268,7 @@ class Pool:
     def _visible(self, slot: int) -> list[int]:
         """The GPUs of a job: neighbouring slots get neighbouring ones."""
         known = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        ids = [int(name) for name in known if name.isdigit()]
-        ids = ids or list(range(torch.cuda.device_count()))
+        ids = [int(name) for name in known if name.isdigit()] or range(torch.cuda.device_count())
         return [ids[(slot * self._gpus + i) % len(ids)] for i in range(self._gpus)]
 
 
