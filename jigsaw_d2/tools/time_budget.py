@@ -77,8 +77,10 @@ def plan_lengths(
         f"({pretrain / sample_pass:.1f} passes over the samples, at most {MAX_SAMPLE_PASSES}), "
         f"ERF refreshed every {period} steps; fine-tuning: {detection} steps at "
         f"{trial.detection_step:.3f} s ({detection / epoch:.1f} epochs, at most "
-        f"{MAX_DETECTION_EPOCHS})" + (f", for each of {detectors} detectors" * (detectors > 1))
+        f"{MAX_DETECTION_EPOCHS})"
     )
+    if detectors > 1:
+        explanation += f", for each of {detectors} detectors"
     return Lengths(pretrain, detection, period, explanation)
 
 

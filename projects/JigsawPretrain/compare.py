@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from benchmark.plan import ABLATIONS, BUDGETS, COSTS, PRESETS, Plan, parse_arm
 from jigsaw_d2.tools import run_command
-from jigsaw_d2.tools.arguments import make_parser
+from jigsaw_d2.tools.arguments import import_registered, make_parser
 from jigsaw_d2.tools.run import add_file_arguments, add_training_arguments, files_dataset
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help shall not
@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     from benchmark.runner import DONE, Comparison
     from jigsaw_d2.tools.stages import exit_on_sigterm
 
+    import_registered(args.register)  # an objective of one's own, too
     plan = plan_from(args)
     output = Path(args.output).resolve()
     data = data_from(args, output)
@@ -100,11 +101,7 @@ def uses_gpu(args: argparse.Namespace) -> bool:
 
 
 def plan_from(args: argparse.Namespace) -> Plan:
-    """The preset's plan with what the command line says otherwise.
-
-    Raises:
-        ConfigError: see ``Plan.checked``.
-    """
+    """The preset's plan with what the command line says otherwise; checked."""
     plan = PRESETS[args.preset]
     arms, device = plan.arms, ("MODEL.DEVICE", "cuda") if uses_gpu(args) else ()
     if args.ablation:
@@ -124,11 +121,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
 
 
 def data_from(args: argparse.Namespace, output: Path) -> "DetectionSet":
-    """The dataset that the command line names, or the demo's, drawn into ``output``.
-
-    Raises:
-        DataError: files that do not exist.
-    """
+    """The dataset that the command line names, or the demo's, drawn into ``output``."""
     from benchmark.demo_data import make_demo_set
     from jigsaw_d2.tools.pipeline import DetectionSet
 

@@ -42,17 +42,14 @@ def test_equal_total_cost_in_flops(cost, trial):
     assert ours.flops == pytest.approx(paid + 10 * step)
 
 
-def test_equal_detection_cost():
-    plan = dataclasses.replace(PLAN, budget="detection")
-    assert estimate(plan, SCRATCH, TRIAL).detection_iterations == 10
-
-
 def test_a_longer_arm_costs_more_and_counts_for_scratch():
     twice = dataclasses.replace(jigsaw_arm(), name="twice", length=2.0)
     plan = dataclasses.replace(PLAN, arms=(jigsaw_arm(), twice, SCRATCH))
     assert estimate(plan, twice, TRIAL).pretrain_iterations == 82
     # 82 * 0.5 + 2 * 3 = 47 s, 23.5 detection steps.
     assert estimate(plan, SCRATCH, TRIAL).detection_iterations == 10 + 24
+    plan = dataclasses.replace(plan, budget="detection")
+    assert estimate(plan, SCRATCH, TRIAL).detection_iterations == 10
 
 
 def test_size_of_a_detection_image():

@@ -50,22 +50,6 @@ def test_stages_in_order_and_both_detectors_alike(job):
     assert "python -m jigsaw_d2 pretrain" in report and "](figures/erf.png)" in report
 
 
-def test_failed_stage_stops_and_the_same_call_goes_on_from_there(job):
-    with pytest.raises(RunError, match="convert broke"):
-        do(job, FakeRunner(fail=lambda argv: argv[0] == "convert"))
-    runner = FakeRunner()
-    assert len(do(job, runner).stages) == 6
-    assert [argv[0] for argv in runner.calls] == ["convert", "finetune", "finetune"]
-
-
-def test_other_pre_training_is_refused_and_keeps_what_is_there(job):
-    do(job, FakeRunner())
-    before = (job.output / "pretrain" / "model_final.pth").read_bytes()
-    with pytest.raises(ConfigError, match="SOLVER.MAX_ITER: 30 -> 40"):
-        do(replace(job, pretrain=("SOLVER.MAX_ITER", "40")), None)
-    assert (job.output / "pretrain" / "model_final.pth").read_bytes() == before
-
-
 def test_fewer_gpus_on_resume_go_on_with_what_is_there(job):
     with pytest.raises(RunError):
         do(job, FakeRunner(fail=lambda argv: argv[0] == "pretrain"), num_gpus=8)
