@@ -10,6 +10,9 @@ from jigsaw_d2.cost import record_stage
 from jigsaw_d2.io import RunError
 from jigsaw_d2.tools.pipeline import DetectionSet
 
+# What ``stages`` calls to run a command; tests put a FakeRunner in its place.
+RUN = "jigsaw_d2.tools.stages.run_subprocess"
+
 
 def tiny_set(folder: Path, train_images: int = 4, val_images: int = 2) -> DetectionSet:
     """A demo set of a few images."""
@@ -31,48 +34,40 @@ class FakeRunner:
     def __init__(self, score=lambda weights, seed: 10.0, fail=lambda argv: False):
         self.calls, self._score, self._fail = [], score, fail
 
-    def __call__(self, stage, argv, say):
+    def __call__(self, stage, argv):
         self.calls.append(argv)
-        (stage.folder / "config.yaml").write_text(
-            f"OUTPUT_DIR: {stage.folder}\nSOLVER:\n  LENGTH: {len(argv)}\n"
-        )
+        config = f"OUTPUT_DIR: {stage.folder}\nSOLVER:\n  LENGTH: {len(argv)}\n"
+        (stage.folder / "config.yaml").write_text(config)
         if self._fail(argv):
             raise RunError(f"{argv[0]} broke\nwith details")
         getattr(self, f"_{argv[0]}")(stage, stage.folder, argv)
 
     def _extract(self, stage, folder, argv):
-        make_store(Path(flag(argv, "--output")))
-        record_stage(flag(argv, "--output"), "extraction", images=4, seconds=10.0)
+        make_store(stage.output)
+        record_stage(stage.output, "extraction", images=4, seconds=10.0)
 
     def _pretrain(self, stage, folder, argv):
         (folder / "model_final.pth").write_text(" ".join(argv))
-        steps = stage.iterations
-        gpus = int(flag(argv, "--num-gpus"))
+        steps, gpus = stage.iterations, int(flag(argv, "--num-gpus"))
         record_stage(folder, "pretraining", images=16 * steps, flops=100, seconds=gpus * steps)
         record_stage(folder, "erf_refresh", seconds=5.0 * gpus)
-        line = {"iteration": steps - 1, "time": 1.0}
-        (folder / "metrics.json").write_text(json.dumps(line) + "\n")
+        _write_metrics(folder, {"iteration": steps - 1, "time": 1.0})
 
     def _convert(self, stage, folder, argv):
-        Path(flag(argv, "--output")).write_text(Path(flag(argv, "--input")).read_text())
+        stage.output.write_text(Path(flag(argv, "--input")).read_text())
 
     def _finetune(self, stage, folder, argv):
-        steps, seed = stage.iterations, int(flag(argv, "SEED"))
-        score = self._score(flag(argv, "--weights"), seed)
-        seconds = 2.0 * int(flag(argv, "--num-gpus"))
-        record_stage(
-            folder, "finetuning", images=8 * steps, flops=10 * steps, seconds=seconds * steps
-        )
+        steps, seconds = stage.iterations, 2.0 * int(flag(argv, "--num-gpus"))
+        score = self._score(flag(argv, "--weights"), int(flag(argv, "SEED")))
+        cost = {"images": 8 * steps, "flops": 10 * steps, "seconds": seconds * steps}
+        record_stage(folder, "finetuning", **cost)
         record_stage(folder, "evaluation", images=2, seconds=1.5 * seconds)
-        metrics = {
-            "AP": score,
-            "AP50": 2 * score,
-            "AP75": score,
-            "APs": score,
-            "APm": score,
-            "APl": None,
-        }
+        metrics = dict.fromkeys(("AP", "AP75", "APs", "APm"), score)
+        metrics |= {"AP50": 2 * score, "APl": None}
         (folder / "results.json").write_text(json.dumps({"bbox": metrics}))
-        lines = [{"iteration": 0, "total_loss": 1.0, "time": 2.0}]
-        lines += [{"iteration": steps - 1, "bbox/AP": score}]
-        (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        last = {"iteration": steps - 1, "bbox/AP": score}
+        _write_metrics(folder, {"iteration": 0, "total_loss": 1.0, "time": 2.0}, last)
+
+
+def _write_metrics(folder: Path, *lines: dict) -> None:
+    (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))

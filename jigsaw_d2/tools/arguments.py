@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from jigsaw_d2.io import ConfigError
 
 
-def add_register(parser: argparse.ArgumentParser) -> None:
+def make_parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser whose help keeps the lines of its texts."""
+    texts = {"prog": prog, "description": description, "epilog": epilog}
+    return argparse.ArgumentParser(**texts, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_register(parser: argparse._ActionsContainer) -> None:
     """--register MODULE, as often as wanted."""
-    parser.add_argument(
-        "--register",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="Python module to import first, which registers backbones or datasets of your own",
-    )
+    text = "Python module to import first, which registers backbones or datasets of your own"
+    parser.add_argument("--register", action="append", default=[], metavar="MODULE", help=text)
 
 
 def import_registered(modules: Sequence[str]) -> None:
@@ -39,17 +40,20 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dist-url", default="auto", help="meeting point, tcp://HOST:PORT")
 
 
-def add_trust(parser: argparse.ArgumentParser) -> None:
+def add_trust(parser: argparse._ActionsContainer) -> None:
     """--trust."""
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="read weights and configs that could run code while they are read; for your own alone",
-    )
+    text = "read weights and configs that could run code while they are read; for your own alone"
+    parser.add_argument("--trust", action="store_true", help=text)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """KEY VALUE pairs, as Detectron2's own commands take them."""
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config"
-    )
+    text = "overrides of the config"
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help=text)
+
+
+def add_opts(parser: argparse.ArgumentParser) -> None:
+    """--opts, as in Detectron2's demo: after a list of files, bare words would join the list."""
+    text = "overrides of the config"
+    add = parser.add_argument
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help=text)

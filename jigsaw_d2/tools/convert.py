@@ -5,7 +5,7 @@ import sys
 from functools import reduce
 from typing import Any
 
-from jigsaw_d2.tools.arguments import add_overrides, add_register, add_trust, import_registered
+from jigsaw_d2.tools import arguments
 
 EPILOG = """\
 examples:
@@ -19,17 +19,10 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of the command."""
-    parser = argparse.ArgumentParser(
-        prog="convert_weights.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.make_parser("convert_weights.py", __doc__, EPILOG)
     add = parser.add_argument
-    text = (
-        "checkpoint of Jigsaw pre-training or its run's folder; a converted file; ImageNet weights"
-    )
-    add("--input", required=True, help=f"{text} of torchvision or MSRA")
+    text = "checkpoint of Jigsaw pre-training or its run's folder; a converted file; ImageNet "
+    add("--input", required=True, help=text + "weights of torchvision or MSRA")
     text = ".pkl (numpy arrays) or .pth (tensors); YAML goes beside it"
     add("--output", required=True, help=text)
     formats = ("detectron2", "torchvision")
@@ -41,9 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config-file", default="", help=text)
     text = "for --write-config: take depth, groups, widths, deformable stages from the weights"
     add("--match-architecture", action="store_true", help=text)
-    add_trust(parser)
-    add_register(parser)
-    add_overrides(parser)
+    arguments.add_trust(parser)
+    arguments.add_register(parser)
+    arguments.add_overrides(parser)
     return parser
 
 
@@ -60,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     from jigsaw_d2.checkpoint.convert import convert_checkpoint
     from jigsaw_d2.detection import config
 
-    import_registered(args.register)
+    arguments.import_registered(args.register)
     metadata = convert_checkpoint(
         args.input, args.output, format=args.format, force=args.force, trust=args.trust
     )

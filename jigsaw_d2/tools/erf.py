@@ -12,7 +12,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from jigsaw_d2.io import ConfigError, write_text
-from jigsaw_d2.tools.arguments import add_register, add_trust, import_registered
+from jigsaw_d2.tools.arguments import add_opts, add_register, add_trust, import_registered
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,9 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-maps", action="store_true", help="write the maps too, as erf.npz")
     add_trust(parser)
     add_register(parser)
-    # An option, as in Detectron2's demo: after a list of files, bare words would join the list.
-    text = "config overrides"
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help=text)
+    add_opts(parser)
     return parser
 
 

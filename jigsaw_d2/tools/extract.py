@@ -20,22 +20,16 @@ from jigsaw_d2.io import ConfigError
 from jigsaw_d2.tools import arguments
 
 
-def parse_part(text: str) -> tuple[int, int]:
+def part(text: str) -> tuple[int, int]:
     """ "2/4" -> (2, 4)."""
-    try:
-        number, parts = map(int, text.split("/"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n, e.g. 2/4") from None
+    number, parts = map(int, text.split("/"))
     return number, parts
 
 
-def parse_size(text: str) -> int:
+def size(text: str) -> int:
     """Bytes of "64M", "1G" or a plain number."""
-    factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:].upper(), 1)
-    try:
-        return int(float(text[:-1] if factor > 1 else text) * factor)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, e.g. 256M") from None
+    power = "KMG".find(text[-1:].upper()) + 1
+    return int(float(text[:-1] if power else text) * 1024**power)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,14 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--encoding", choices=CHOICES, help=text)
     text = "a .cls beside each sample: 1 KiB more of each"
     add("--class-files", action="store_true", help=text)
-    add("--shard-size", type=parse_size, help="at most, e.g. 1G")
+    add("--shard-size", type=size, help="at most, e.g. 1G")
     text = "canvas and split that samples will be shown in, pixels"
     add("--template", type=int, nargs=4, metavar=("H", "W", "Y", "X"), help=text)
     text = "ratios that samples will be resized by (Sec. 4.1)"
     add("--scale-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
     add = parser.add_argument_group("run").add_argument
     add("--workers", type=int, help="processes; 0 = this one")
-    add("--part", type=parse_part, metavar="i/n", help="write one of n parts: one machine each")
+    add("--part", type=part, metavar="i/n", help="write one of n parts: one machine each")
     add("--strict", action="store_true", help="stop at the first fault in the input")
     add("--overwrite", action="store_true", help="replace an existing store")
     add("--cost-dir", help="folder of the cost log (default: the store)")

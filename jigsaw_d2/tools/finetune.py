@@ -19,12 +19,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of the command."""
-    parser = argparse.ArgumentParser(
-        prog="finetune_net.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.make_parser("finetune_net.py", __doc__, EPILOG)
     add = parser.add_argument
     text = "detection config: name in Detectron2's zoo, one of ours (finetune/...), or a path"
     add("--config-file", required=True, help=text)

@@ -18,6 +18,7 @@ from jigsaw_d2.cost import read_cost_log
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.detection.config import SCRATCH, config_changes, load_detection_config
 from jigsaw_d2.io import ConfigError, DataError, RunError
+from jigsaw_d2.tools.arguments import import_registered
 from jigsaw_d2.tools.stages import Stage, read_metrics
 
 WARMUP_SHARE = 0.1  # of a shortened training, at most
@@ -31,7 +32,11 @@ NOT_IN_RESULT = (
 
 @dataclass(frozen=True)
 class DetectionSet:
-    """A COCO-format dataset: two annotation files with their image folders."""
+    """A COCO-format dataset: two annotation files with their image folders.
+
+    Raises:
+        DataError: one of them does not exist.
+    """
 
     name: str
     train_json: Path
@@ -39,126 +44,135 @@ class DetectionSet:
     val_json: Path
     val_images: Path
 
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "DetectionSet":
-        """``folder`` with images/, train.json and val.json.
-
-        Raises:
-            DataError: one of them is missing.
-        """
-        folder = Path(folder).resolve()
-        images = folder / "images"
-        return cls(
-            folder.name, folder / "train.json", images, folder / "val.json", images
-        ).checked()
-
-    def checked(self) -> "DetectionSet":
-        """Itself, if every file is there.
-
-        Raises:
-            DataError: naming the first that is not.
-        """
+    def __post_init__(self) -> None:
         for path in (self.train_json, self.train_images, self.val_json, self.val_images):
             if not path.exists():
                 raise DataError(
                     f"{path} does not exist; a dataset is images/, train.json and val.json (COCO)"
                 )
-        return self
 
-    def catalog_names(self) -> tuple[str, str]:
-        """Names for Detectron2's catalog, different for equally named sets at different places."""
-        digest = hashlib.sha1(f"{self.train_json} {self.val_json}".encode()).hexdigest()[:6]
-        return f"{self.name}-{digest}-train", f"{self.name}-{digest}-val"
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "DetectionSet":
+        """``folder`` with images/, train.json and val.json."""
+        folder = Path(folder).resolve()
+        images = folder / "images"
+        return cls(folder.name, folder / "train.json", images, folder / "val.json", images)
 
     def overrides(self) -> list[str]:
-        """KEY VALUE pairs that make a detection config train and test on this set."""
-        train, val = self.catalog_names()
-        entries = [
-            [train, str(self.train_json), str(self.train_images)],
-            [val, str(self.val_json), str(self.val_images)],
-        ]
-        return [
-            *("DATASETS.COCO_FILES", repr(entries)),
-            *("DATASETS.TRAIN", repr((train,)), "DATASETS.TEST", repr((val,))),
-        ]
+        """KEY VALUE pairs that make a detection config train and test on this set.
+
+        Its names in Detectron2's catalog differ from those of an equally named set elsewhere.
+        """
+        digest = hashlib.sha1(f"{self.train_json} {self.val_json}".encode()).hexdigest()[:6]
+        train, val = f"{self.name}-{digest}-train", f"{self.name}-{digest}-val"
+        entries = [[train, str(self.train_json), str(self.train_images)]]
+        entries += [[val, str(self.val_json), str(self.val_images)]]
+        names = ["DATASETS.TRAIN", repr((train,)), "DATASETS.TEST", repr((val,))]
+        return ["DATASETS.COCO_FILES", repr(entries), *names]
 
 
-def extraction_stage(
-    data: DetectionSet, split: str, folder: Path, *, seed: int = 0, options: Sequence[str] = ()
-) -> Stage:
-    """Cut the samples of ``split`` ("train" or "val") into the store ``folder``/store.
+@dataclass(frozen=True)
+class Pipeline:
+    """Makes the stages of a dataset; what all of them share, they have from here.
 
-    Args:
-        options: further arguments of ``extract``.
+    Attributes:
+        pretrain_config, detector_config: as the commands take them.
+        register: modules for the stages to import first (--register).
+        trust: let configs and weights run code (--trust).
     """
-    annotations, images = (
-        (data.train_json, data.train_images)
-        if split == "train"
-        else (data.val_json, data.val_images)
-    )
-    store = folder / "store"
-    argv = ("--json", str(annotations), "--images", str(images), "--output", str(store))
-    argv = ("extract", *argv, "--seed", str(seed), *options)
-    settings = {"annotations": file_digest(annotations), "seed": seed, "options": list(options)}
-    return Stage(f"extract {split}", argv, folder, store, settings, ("--overwrite",))
 
+    data: DetectionSet
+    pretrain_config: str
+    detector_config: str
+    num_gpus: int = 1
+    register: tuple[str, ...] = ()
+    trust: bool = False
+    seed: int = 0
 
-def pretraining_stage(
-    stores: tuple[Path, Path | None],
-    folder: Path,
-    config: str,
-    overrides: Sequence[str] = (),
-    *,
-    seed: int = 0,
-    num_gpus: int = 1,
-    title: str = "pre-train",
-) -> Stage:
-    """Train a backbone on Jigsaw images of ``stores`` (training, held out or None)."""
-    train, held_out = stores
-    pairs = [
-        *overrides,
-        *("DATASETS.TRAIN", repr((str(train),))),
-        *("DATASETS.TEST", repr((str(held_out),) if held_out else ())),
-        *("SEED", str(seed), "OUTPUT_DIR", str(folder)),
-    ]
-    cfg = get_jigsaw_cfg(config, pairs)
-    argv = ("pretrain", "--config-file", config, "--num-gpus", str(num_gpus), *pairs)
-    settings = {"store": SampleStore(train).fingerprint, **config_settings(cfg)}
-    steps = scale_to_batch(cfg).SOLVER.MAX_ITER
-    return Stage(title, argv, folder, folder / "model_final.pth", settings, ("--resume",), steps)
+    def __post_init__(self) -> None:
+        import_registered(self.register)
 
+    def pretrain_cfg(self, overrides: Sequence[str]) -> CfgNode:
+        """The config of pre-training, not yet scaled to its batch size."""
+        return get_jigsaw_cfg(self.pretrain_config, [*overrides], self.trust)
 
-def conversion_stage(checkpoint: Path, folder: Path) -> Stage:
-    """Turn a checkpoint of pre-training into ``folder``/backbone.pkl."""
-    output = folder / "backbone.pkl"
-    argv = ("convert", "--input", str(checkpoint), "--output", str(output))
-    settings = {"checkpoint": file_digest(checkpoint)}
-    return Stage("convert", argv, folder, output, settings, ("--force",))
+    def detector_cfg(self, overrides: Sequence[str]) -> CfgNode:
+        """The config of the detector."""
+        return load_detection_config(self.detector_config, overrides, self.trust)
 
+    def extraction(self, samples: Path, options: Sequence[str] = ()) -> list[Stage]:
+        """Cut the samples into ``samples``/{train,val}/store; ``options`` of ``extract``."""
+        data, stages = self.data, []
+        for split, annotations, images in (
+            ("train", data.train_json, data.train_images),
+            ("val", data.val_json, data.val_images),
+        ):
+            folder = samples / split
+            argv = ["extract", "--json", str(annotations), "--images", str(images), "--output"]
+            argv += [str(folder / "store"), "--seed", str(self.seed), *self.register_flags]
+            settings = {"annotations": file_digest(annotations), "seed": self.seed}
+            settings |= {"options": [*options], **self._registered}
+            stage = (f"extract {split}", (*argv, *options), folder, folder / "store", settings)
+            stages.append(Stage(*stage, "--overwrite"))
+        return stages
 
-def finetuning_stage(
-    data: DetectionSet,
-    weights: Path | None,
-    folder: Path,
-    config: str,
-    overrides: Sequence[str] = (),
-    *,
-    seed: int = 0,
-    num_gpus: int = 1,
-    title: str = "fine-tune",
-) -> Stage:
-    """Train and evaluate a detector from converted weights; None = from random weights."""
-    pairs = [*overrides, *data.overrides(), "SEED", str(seed), "OUTPUT_DIR", str(folder)]
-    cfg = load_detection_config(config, pairs)
-    chosen = SCRATCH if weights is None else str(weights)
-    argv = ("finetune", "--config-file", config, "--weights", chosen, "--num-gpus", str(num_gpus))
-    settings = {
-        "weights": SCRATCH if weights is None else file_digest(weights),
-        "annotations": [file_digest(data.train_json), file_digest(data.val_json)],
-        **config_settings(cfg),
-    }
-    output, steps = folder / "results.json", cfg.SOLVER.MAX_ITER
-    return Stage(title, (*argv, *pairs), folder, output, settings, ("--resume",), steps)
+    def pretraining(
+        self, samples: Path, folder: Path, overrides: Sequence[str], title: str = "pre-train"
+    ) -> Stage:
+        """Train a backbone on Jigsaw images of both stores of ``samples``."""
+        train, held_out = (str(samples / split / "store") for split in ("train", "val"))
+        datasets = ("DATASETS.TRAIN", repr((train,)), "DATASETS.TEST", repr((held_out,)))
+        pairs = (*overrides, *datasets, "SEED", str(self.seed), "OUTPUT_DIR", str(folder))
+        cfg = self.pretrain_cfg(pairs)
+        argv = ("pretrain", "--config-file", self.pretrain_config, "--num-gpus")
+        argv += (str(self.num_gpus), *self._flags, *pairs)
+        store = {"store": SampleStore(train).fingerprint}
+        settings = {**store, **config_settings(cfg), **self._registered}
+        steps = scale_to_batch(cfg).SOLVER.MAX_ITER
+        return Stage(title, argv, folder, folder / "model_final.pth", settings, "--resume", steps)
+
+    def conversion(self, checkpoint: Path, folder: Path) -> Stage:
+        """Turn a checkpoint of pre-training into ``folder``/backbone.pkl."""
+        output = folder / "backbone.pkl"
+        argv = ("convert", "--input", str(checkpoint), "--output", str(output))
+        argv += tuple(self._flags)
+        settings = {"checkpoint": file_digest(checkpoint), **self._registered}
+        return Stage("convert", argv, folder, output, settings, "--force")
+
+    def finetuning(
+        self,
+        weights: Path | None,
+        folder: Path,
+        overrides: Sequence[str] = (),
+        title: str = "fine-tune",
+    ) -> Stage:
+        """Train and evaluate a detector from converted weights; None = from random weights."""
+        data = self.data
+        pairs = (*overrides, *data.overrides(), "SEED", str(self.seed), "OUTPUT_DIR", str(folder))
+        cfg = self.detector_cfg(pairs)
+        argv = ("finetune", "--config-file", self.detector_config, "--num-gpus", str(self.num_gpus))
+        argv += ("--weights", str(weights or SCRATCH), *self._flags, *pairs)
+        settings = {
+            "weights": file_digest(weights) if weights else SCRATCH,
+            "annotations": [file_digest(data.train_json), file_digest(data.val_json)],
+            **config_settings(cfg),
+            **self._registered,
+        }
+        steps = cfg.SOLVER.MAX_ITER
+        return Stage(title, argv, folder, folder / "results.json", settings, "--resume", steps)
+
+    @property
+    def register_flags(self) -> list[str]:
+        """--register MODULE of each module, which every command takes."""
+        return [word for module in self.register for word in ("--register", module)]
+
+    @property
+    def _flags(self) -> list[str]:
+        return [*self.register_flags, *(["--trust"] if self.trust else [])]
+
+    @property
+    def _registered(self) -> dict[str, list[str]]:
+        return {"register": [*self.register]} if self.register else {}
 
 
 def config_settings(cfg: CfgNode) -> dict[str, Any]:
@@ -200,10 +214,8 @@ def length_overrides(cfg: CfgNode, iterations: int) -> list[str]:
     scaled = (max(1, round(step * ratio)) for step in solver.STEPS)
     steps = tuple(dict.fromkeys(step for step in scaled if step < length))
     warmup = min(solver.WARMUP_ITERS, int(length * WARMUP_SHARE))
-    return [
-        *("SOLVER.MAX_ITER", str(length), "SOLVER.STEPS", repr(steps)),
-        *("SOLVER.WARMUP_ITERS", str(warmup)),
-    ]
+    pairs = ["SOLVER.MAX_ITER", str(length), "SOLVER.STEPS", repr(steps)]
+    return [*pairs, "SOLVER.WARMUP_ITERS", str(warmup)]
 
 
 def read_results(folder: Path) -> dict[str, float | None]:
@@ -237,15 +249,8 @@ def read_curve(folder: Path, iterations: int) -> list[tuple[int, float]]:
 
 
 def step_seconds(folder: Path) -> float:
-    """Wall-clock seconds of a training's step: the median of the last 20, never of its first two.
-
-    Raises:
-        RunError: the training was too short to tell.
-    """
-    times = [line["time"] for line in read_metrics(folder) if "time" in line]
-    if not times:
-        raise RunError(f"{folder}/metrics.json tells no time of a step: train for more than two")
-    return times[-1]
+    """Wall-clock seconds of a step: the median of the last 20, never of the first two."""
+    return [line["time"] for line in read_metrics(folder) if "time" in line][-1]
 
 
 def stage_cost(folder: Path, stage: str) -> dict[str, float]:

@@ -12,27 +12,17 @@ from jigsaw_d2.tools import arguments
 
 def build_parser() -> argparse.ArgumentParser:
     """Detectron2's standard arguments, and what this project adds."""
-    parser = argparse.ArgumentParser(
-        prog="train_net.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.make_parser("train_net.py", __doc__)
     add = parser.add_argument
     add("--config-file", default="", help="of the pre-training: a path, or a name among ours")
     add("--resume", action="store_true", help="go on with the run in OUTPUT_DIR")
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, or with --resume the run")
-    add(
-        "--replay",
-        metavar="FILE",
-        help="repeat the step that a run stopped at for a loss that was not finite, and say where "
-        "the first value went wrong; KEY VALUE pairs change its config",
-    )
-    add(
-        "--deterministic",
-        action="store_true",
-        help="SOLVER.DETERMINISTIC True: a resumed run repeats the unbroken one bit for bit on "
-        "GPUs too, at some cost in speed (on CPUs it does anyway)",
-    )
+    text = "repeat the step that a run stopped at for a loss that was not finite, and say where "
+    text += "the first value went wrong; KEY VALUE pairs change its config"
+    add("--replay", metavar="FILE", help=text)
+    text = "SOLVER.DETERMINISTIC True: a resumed run repeats the unbroken one bit for bit on GPUs "
+    text += "too, at some cost in speed (on CPUs it does anyway)"
+    add("--deterministic", action="store_true", help=text)
     arguments.add_launch(parser)
     arguments.add_register(parser)
     arguments.add_trust(parser)

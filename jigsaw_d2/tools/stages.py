@@ -8,25 +8,23 @@ shown, and nothing that a stage has made is ever deleted.
 import contextlib
 import fcntl
 import json
-import os
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from jigsaw_d2.io import ConfigError, RunError, write_text
 
-STAGE_FILE = "stage.json"
-LOG = "stage.log"
 PROGRESS_SECONDS = 15.0
 
-Say = Callable[[str], None]
-Runner = Callable[["Stage", list[str], Say], None]
+
+def say(text: str) -> None:
+    """A line of progress, at once."""
+    print(text, flush=True)
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Stage:
         folder: written by this stage alone.
         output: file or folder in it that exists when the stage has succeeded.
         settings: {name: JSON-able value}: what the result depends on, inputs by their digests.
-        resume: flags with which the command goes on in a folder that it left half done.
+        resume: flag with which the command goes on in a folder that it left half done.
         iterations: of training, to tell progress by; 0 where there is none.
     """
 
@@ -48,7 +46,7 @@ class Stage:
     folder: Path
     output: Path
     settings: Mapping[str, object]
-    resume: tuple[str, ...]
+    resume: str
     iterations: int = 0
 
     @property
@@ -58,15 +56,11 @@ class Stage:
 
     def is_done(self) -> bool:
         """Whether this stage has finished, with whichever settings."""
-        known = _read_stage(self.folder)
+        known = self._read()
         return known is not None and known["done"] and self.output.exists()
 
-    def run(self, say: Say, runner: Runner | None = None) -> float:
+    def run(self) -> float:
         """Run the command, or go on with it, or find it done.
-
-        Args:
-            say: receives lines of progress.
-            runner: how to run a command line; by default in a process of its own.
 
         Returns:
             Wall-clock seconds over all attempts.
@@ -75,7 +69,7 @@ class Stage:
             ConfigError: what the folder holds was made with other settings, or is something else.
             RunError: the command failed, or did not write its output.
         """
-        known = _read_stage(self.folder)
+        known = self._read()
         if known is None and self.folder.exists() and any(self.folder.iterdir()):
             raise ConfigError(f"{self.folder} holds files of something else: choose another folder")
         if known is not None and (self.output.exists() or any(self.folder.glob("*.pth"))):
@@ -85,35 +79,34 @@ class Stage:
             say(f"{self.title}: done before, in {before:.0f} s")
             return before
         say(f"{self.title}: {'resumed' if known else 'started'}")
-        argv = [self.argv[0], *(self.resume if known else ()), *self.argv[1:]]
+        argv = [self.argv[0], *([self.resume] if known else []), *self.argv[1:]]
         self.folder.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
-        self._write(before, done=False)
+        started, done = time.monotonic(), False
+        self._write(before, done)
         try:
-            (runner or run_subprocess)(self, argv, say)
+            run_subprocess(self, argv)
+            done = self.output.exists()
         finally:
             seconds = before + time.monotonic() - started
-            self._write(seconds, done=False)
-        if not self.output.exists():
+            self._write(seconds, done)
+        if not done:
             raise RunError(f"{self.title} ended well but did not write {self.output}")
-        self._write(seconds, done=True)
         say(f"{self.title}: finished in {seconds:.0f} s")
         return seconds
 
+    def _read(self) -> dict | None:
+        path = self.folder / "stage.json"
+        if not path.is_file():
+            return None
+        try:
+            known = json.loads(path.read_text())
+            return {key: known[key] for key in ("settings", "seconds", "done")}
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path} is not of this version: choose another folder") from None
+
     def _write(self, seconds: float, done: bool) -> None:
         content = {"settings": self.settings, "seconds": seconds, "done": done}
-        write_text(self.folder / STAGE_FILE, json.dumps(content, indent=1) + "\n")
-
-
-def _read_stage(folder: Path) -> dict | None:
-    path = folder / STAGE_FILE
-    if not path.is_file():
-        return None
-    try:
-        known = json.loads(path.read_text())
-        return {key: known[key] for key in ("settings", "seconds", "done")}
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path} is not of this version: choose another folder") from None
+        write_text(self.folder / "stage.json", json.dumps(content, indent=1) + "\n")
 
 
 def check_same(old: Mapping[str, object], new: Mapping[str, object], place: Path) -> None:
@@ -132,7 +125,7 @@ def check_same(old: Mapping[str, object], new: Mapping[str, object], place: Path
         )
 
 
-def run_subprocess(stage: Stage, argv: list[str], say: Say) -> None:
+def run_subprocess(stage: Stage, argv: list[str]) -> None:
     """Run ``python -m jigsaw_d2`` in a process of its own, its output going to ``stage.log``.
 
     The process holds the log locked, so that no second one works in the same folder, not even
@@ -141,26 +134,23 @@ def run_subprocess(stage: Stage, argv: list[str], say: Say) -> None:
     Raises:
         RunError: it ended with another status than 0, or another one is at work there.
     """
-    log = stage.folder / LOG
-    package_root = str(Path(__file__).resolve().parents[2])
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "jigsaw_d2", *argv]
+    log = stage.folder / "stage.log"
     with log.open("ab") as sink:
         try:
             fcntl.flock(sink, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"another process is at work in {stage.folder}: wait for it") from None
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=environment
-        )
+        command = [sys.executable, "-u", "-m", "jigsaw_d2", *argv]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
         try:
-            with exit_on_sigterm():
-                status = _watch(process, stage, say)
-        except BaseException:  # Ctrl-C and SIGTERM too: no orphan may go on writing into the folder
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(PROGRESS_SECONDS)
+                    break
+                say(f"{stage.title}: {progress_text(stage)}")
+        finally:  # Ctrl-C and SIGTERM too: no orphan may go on writing into the folder
             process.terminate()
-            process.wait()
-            raise
+            status = process.wait()
     if status != 0:
         end = log.read_text(errors="replace").strip().splitlines()[-15:] or ["no words"]
         raise RunError(
@@ -169,47 +159,18 @@ def run_subprocess(stage: Stage, argv: list[str], say: Say) -> None:
         )
 
 
-@contextlib.contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit, so that what runs below can be stopped first."""
-    default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not default or threading.current_thread() is not threading.main_thread():
-        yield  # a cluster's job has a handler of its own; only the main thread may set one
-        return
-
-    def leave(number: int, frame: object) -> None:
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _watch(process: subprocess.Popen, stage: Stage, say: Say) -> int:
-    """Wait for a process and tell its progress meanwhile; its exit status."""
-    told = time.monotonic()
-    while True:
-        try:
-            return process.wait(timeout=0.2)
-        except subprocess.TimeoutExpired:
-            pass
-        if time.monotonic() - told >= PROGRESS_SECONDS:
-            told = time.monotonic()
-            say(f"{stage.title}: {progress_text(stage)}")
+def exit_on_sigterm() -> None:
+    """Let SIGTERM raise SystemExit from here on, so that what runs below can be stopped first."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def progress_text(stage: Stage) -> str:
     """How far a training is, from Detectron2's ``metrics.json`` in its folder."""
-    latest = (read_metrics(stage.folder) or [None])[-1]
-    if not stage.iterations or latest is None:
+    lines = [line for line in read_metrics(stage.folder) if "total_loss" in line]
+    if not lines:
         return "at work"
-    done = min(latest["iteration"] + 1, stage.iterations)
-    loss = latest.get("total_loss")
-    return f"iteration {done} of {stage.iterations}" + (
-        "" if loss is None else f", loss {loss:.3f}"
-    )
+    done, loss = lines[-1]["iteration"] + 1, lines[-1]["total_loss"]
+    return f"iteration {done} of {stage.iterations}, loss {loss:.3f}"
 
 
 def read_metrics(folder: Path) -> list[dict]:

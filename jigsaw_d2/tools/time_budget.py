@@ -34,16 +34,6 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class DataSize:
-    """Samples in the store, images in the detection set, and the batch sizes of both trainings."""
-
-    samples: int
-    images: int
-    pretrain_batch: int
-    detection_batch: int
-
-
-@dataclass(frozen=True)
 class Lengths:
     """Optimiser steps of both trainings and between two ERF refreshes, and how they came about."""
 
@@ -54,55 +44,49 @@ class Lengths:
 
 
 def plan_lengths(
-    seconds: float, spent: float, trial: Trial, data: DataSize, detectors: int = 1
+    seconds: float, spent: float, trial: Trial, sample_pass: float, epoch: float, detectors: int = 1
 ) -> Lengths:
     """Lengths that fill ``seconds`` of wall-clock time, of which ``spent`` are gone.
 
     Args:
+        sample_pass, epoch: steps in a pass over the samples, and over the detection set.
         detectors: how many are fine-tuned, one after another, each for the length returned.
 
     Raises:
         ConfigError: nothing is left, or not enough for one step of each training.
     """
     fixed = detectors * trial.evaluation + (1 + detectors) * START_UP_SECONDS + RESERVE * seconds
-    detection_step = detectors * trial.detection_step
     left = seconds - spent - fixed
-    pretrain_cap = max(1, math.ceil(MAX_SAMPLE_PASSES * data.samples / (4 * data.pretrain_batch)))
-    detection_cap = max(1, math.ceil(MAX_DETECTION_EPOCHS * data.images / data.detection_batch))
-    refreshes = _refreshes(left / 2, trial.erf_refresh)
-    pretrain = _steps(left / 2 - refreshes * trial.erf_refresh, trial.pretrain_step, pretrain_cap)
-    pretrain_seconds = pretrain * trial.pretrain_step + refreshes * trial.erf_refresh
-    detection = _steps(left - pretrain_seconds, detection_step, detection_cap)
+    detection_step = detectors * trial.detection_step
+    detection_cap = math.ceil(MAX_DETECTION_EPOCHS * epoch)
+    pretrain, refreshes = _pretrain_steps(left / 2, trial, sample_pass)
+    paid = pretrain * trial.pretrain_step + refreshes * trial.erf_refresh
+    detection = min(detection_cap, int((left - paid) / detection_step))
     if detection == detection_cap:
-        rest = left - detection * detection_step
-        refreshes = _refreshes(rest, trial.erf_refresh)
-        pretrain = _steps(rest - refreshes * trial.erf_refresh, trial.pretrain_step, pretrain_cap)
+        pretrain, refreshes = _pretrain_steps(left - detection * detection_step, trial, sample_pass)
     if pretrain < 1 or detection < 1:
         raise ConfigError(
             f"{seconds / 3600:.2f} hours leave {left:.0f} s for training, where one step takes "
             f"{trial.pretrain_step:.2f} and {detection_step:.2f} s; allow more --hours"
         )
     period = math.ceil(pretrain / refreshes)
-    passes = pretrain * data.pretrain_batch * 4 / max(1, data.samples)
-    epochs = detection * data.detection_batch / max(1, data.images)
     explanation = (
         f"budget {seconds:.0f} s: {spent:.0f} s spent on extraction and trial steps, {fixed:.0f} s "
         f"kept for evaluation, start-up and reserve, {left:.0f} s to train, half for each; "
-        f"pre-training: {pretrain} steps at {trial.pretrain_step:.3f} s ({passes:.1f} passes over "
-        f"the samples, at most {MAX_SAMPLE_PASSES}), ERF refreshed every {period} steps; "
-        f"fine-tuning: {detection} steps at {trial.detection_step:.3f} s ({epochs:.1f} epochs, at "
-        f"most {MAX_DETECTION_EPOCHS})"
+        f"pre-training: {pretrain} steps at {trial.pretrain_step:.3f} s "
+        f"({pretrain / sample_pass:.1f} passes over the samples, at most {MAX_SAMPLE_PASSES}), "
+        f"ERF refreshed every {period} steps; fine-tuning: {detection} steps at "
+        f"{trial.detection_step:.3f} s ({detection / epoch:.1f} epochs, at most "
+        f"{MAX_DETECTION_EPOCHS})"
     )
     if detectors > 1:
         explanation += f", for each of {detectors} detectors"
     return Lengths(pretrain, detection, period, explanation)
 
 
-def _steps(seconds: float, step: float, cap: int) -> int:
-    return min(cap, math.floor(seconds / step)) if seconds > 0 else 0
-
-
-def _refreshes(pretrain_seconds: float, refresh: float) -> int:
-    if refresh <= 0:
-        return ERF_REFRESHES
-    return max(1, min(ERF_REFRESHES, int(ERF_SHARE * pretrain_seconds / refresh)))
+def _pretrain_steps(seconds: float, trial: Trial, sample_pass: float) -> tuple[int, int]:
+    """Steps of pre-training, and ERF refreshes, that fit."""
+    affordable = ERF_SHARE * seconds / trial.erf_refresh if trial.erf_refresh else ERF_REFRESHES
+    refreshes = max(1, min(ERF_REFRESHES, int(affordable)))
+    steps = int((seconds - refreshes * trial.erf_refresh) / trial.pretrain_step)
+    return min(steps, math.ceil(MAX_SAMPLE_PASSES * sample_pass)), refreshes

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from benchmark.plan import ABLATIONS, BUDGETS, COSTS, PRESETS, Plan, parse_arm
 from jigsaw_d2.tools import run_command
-from jigsaw_d2.tools.run import add_file_arguments, files_dataset, say
+from jigsaw_d2.tools.arguments import import_registered, make_parser
+from jigsaw_d2.tools.run import add_file_arguments, add_training_arguments, files_dataset
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help shall not
     from benchmark.runner import Pool
@@ -31,53 +32,37 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of the command."""
-    parser = argparse.ArgumentParser(
-        prog="compare.py",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("compare.py", __doc__, EPILOG)
     presets = "; ".join(f"{name}: {plan.about}" for name, plan in PRESETS.items())
-    parser.add_argument("--preset", choices=PRESETS, default="smoke", help=presets)
-    parser.add_argument(
-        "--output", required=True, help="folder of runs and report; call again to go on"
-    )
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="smoke", help=presets)
+    add("--output", required=True, help="folder of runs and report; call again to go on")
+    add("--minutes", type=float, help="start no further stage after as many minutes")
+    add("--dry-run", action="store_true", help="list the arms and what they would cost")
     data = parser.add_argument_group("dataset (default: the demo's, drawn from a seed)")
     data.add_argument("--data", help="folder with images/, train.json and val.json")
     add_file_arguments(data, required=False)
     plan = parser.add_argument_group("what to compare (defaults come from the preset)")
-    plan.add_argument(
-        "--arms",
-        nargs="+",
-        metavar="ARM",
-        help="scratch, scratch-again, jigsaw[:OBJECTIVE], NAME=FILE.pkl",
-    )
-    plan.add_argument(
-        "--ablation", choices=ABLATIONS, help="the arms of one of the paper's ablations"
-    )
-    plan.add_argument("--seeds", nargs="+", type=int, help="one run of every arm each")
-    plan.add_argument("--budget", choices=BUDGETS, help="equal total cost, or equal detection cost")
-    plan.add_argument("--cost", choices=COSTS, help="what of the ledger counts as cost")
-    plan.add_argument("--pretrain-config", help="config of the pre-training")
-    plan.add_argument("--detector-config", help="config of the detector")
-    plan.add_argument("--pretrain-iterations", type=int, help="optimiser steps of pre-training")
-    plan.add_argument("--detection-iterations", type=int, help="optimiser steps of the detector")
-    plan.add_argument("--evaluations", type=int, help="of the detector, for the curves")
-    plan.add_argument("--pretrain", nargs="+", default=[], metavar="X", help="KEY VALUE pairs")
-    plan.add_argument("--detector", nargs="+", default=[], metavar="X", help="KEY VALUE pairs")
-    plan.add_argument("--num-gpus", type=int, help="GPUs of each training")
-    parser.add_argument(
-        "--minutes", type=float, help="start no further stage after as many minutes"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="list the arms and what they would cost"
-    )
-    jobs = parser.add_argument_group("several runs at once (by submitit)")
-    jobs.add_argument("--jobs", type=int, default=1, help="at most as many; default: %(default)s")
-    jobs.add_argument("--cluster", choices=("local", "slurm"), default="local", help="where")
-    jobs.add_argument("--partition", help="of Slurm")
-    jobs.add_argument("--job-hours", type=float, default=24, help="of Slurm; jobs queue up again")
-    jobs.add_argument("--job-cpus", type=int, default=8, help="of Slurm, for each job")
+    add = plan.add_argument
+    text = "scratch, scratch-again, jigsaw[:OBJECTIVE], NAME=FILE.pkl"
+    add("--arms", nargs="+", metavar="ARM", help=text)
+    add("--ablation", choices=ABLATIONS, help="the arms of one of the paper's ablations")
+    add("--seeds", nargs="+", type=int, help="one run of every arm each")
+    add("--budget", choices=BUDGETS, help="equal total cost, or equal detection cost")
+    add("--cost", choices=COSTS, help="what of the ledger counts as cost")
+    add("--pretrain-config", help="config of the pre-training")
+    add("--detector-config", help="config of the detector")
+    add("--pretrain-iterations", type=int, help="optimiser steps of pre-training")
+    add("--detection-iterations", type=int, help="optimiser steps of the detector")
+    add("--evaluations", type=int, help="of the detector, for the curves")
+    add("--num-gpus", type=int, help="GPUs of each training")
+    add_training_arguments(plan)
+    add = parser.add_argument_group("several runs at once (by submitit)").add_argument
+    add("--jobs", type=int, default=1, help="at most as many; default: %(default)s")
+    add("--cluster", choices=("local", "slurm"), default="local", help="where")
+    add("--partition", help="of Slurm")
+    add("--job-hours", type=float, default=24, help="of Slurm; jobs queue up again")
+    add("--job-cpus", type=int, default=8, help="of Slurm, for each job")
     return parser
 
 
@@ -88,22 +73,23 @@ def main(argv: list[str] | None = None) -> int:
     from benchmark.runner import DONE, Comparison
     from jigsaw_d2.tools.stages import exit_on_sigterm
 
+    import_registered(args.register)  # an objective of one's own, too
     plan = plan_from(args)
     output = Path(args.output).resolve()
     data = data_from(args, output)
     if args.dry_run:
         from benchmark.dry_run import dry_run_table, measure
 
-        sys.stdout.write(dry_run_table(plan, data.name, measure(plan, data, say)) + "\n")
+        print(dry_run_table(plan, data.name, measure(plan, data)))
         return 0
     from benchmark.report import write_report
 
-    comparison = Comparison(plan, data, output, say, minutes=args.minutes)
+    exit_on_sigterm()
+    comparison = Comparison(plan, data, output, args.minutes)
     command = shlex.join(["python", "compare.py", *argv])
-    with exit_on_sigterm():
-        comparison.execute(lambda: write_report(comparison, command), pool_from(args, output))
+    comparison.execute(lambda: write_report(comparison, command), pool_from(args, output))
     report = write_report(comparison, command)
-    sys.stdout.write(f"\n{report.read_text()}\nreport: {report}, {report.with_suffix('.json')}\n")
+    print(f"\n{report.read_text()}\nreport: {report}, {report.with_suffix('.json')}")
     return 0 if all(run.status == DONE for run in comparison.runs) else 1
 
 
@@ -115,11 +101,7 @@ def uses_gpu(args: argparse.Namespace) -> bool:
 
 
 def plan_from(args: argparse.Namespace) -> Plan:
-    """The preset's plan with what the command line says otherwise.
-
-    Raises:
-        ConfigError: see ``Plan.checked``.
-    """
+    """The preset's plan with what the command line says otherwise; checked."""
     plan = PRESETS[args.preset]
     arms, device = plan.arms, ("MODEL.DEVICE", "cuda") if uses_gpu(args) else ()
     if args.ablation:
@@ -139,11 +121,7 @@ def plan_from(args: argparse.Namespace) -> Plan:
 
 
 def data_from(args: argparse.Namespace, output: Path) -> "DetectionSet":
-    """The dataset that the command line names, or the demo's, drawn into ``output``.
-
-    Raises:
-        DataError: files that do not exist.
-    """
+    """The dataset that the command line names, or the demo's, drawn into ``output``."""
     from benchmark.demo_data import make_demo_set
     from jigsaw_d2.tools.pipeline import DetectionSet
 

@@ -1,8 +1,5 @@
 #!/usr/bin/env python
-"""Turn a pre-training checkpoint into Detectron2 or torchvision backbone weights.
-
-The command is ``jigsaw_d2.tools.convert``; ``python -m jigsaw_d2 convert`` runs it too.
-"""
+"""Jigsaw checkpoint to Detectron2 or torchvision weights: ``python -m jigsaw_d2 convert``."""
 
 import sys
 

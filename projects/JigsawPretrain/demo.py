@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmark.plan import SMALL_IMAGES
 from jigsaw_d2.tools import run_command
-from jigsaw_d2.tools.run import finish, say
+from jigsaw_d2.tools.run import add_training_arguments, finish
 
 # Shorter than the configs' own, so that both trainings and evaluations fit into minutes of a slow
 # machine; few ERF images for the same reason: their mean is noisier, the labels hardly differ.
@@ -24,14 +24,11 @@ DETECTOR = (
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of the command."""
     parser = argparse.ArgumentParser(prog="demo.py", description=__doc__)
-    parser.add_argument(
-        "--data",
-        help="folder with images/, train.json and val.json (COCO) instead of the set drawn",
-    )
+    text = "folder with images/, train.json and val.json (COCO) instead of the set drawn"
+    parser.add_argument("--data", help=text)
     parser.add_argument("--output", default="output/demo", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of every stage but the set's drawing")
-    parser.add_argument("--pretrain", nargs="+", default=[], metavar="X", help="KEY VALUE pairs")
-    parser.add_argument("--detector", nargs="+", default=[], metavar="X", help="KEY VALUE pairs")
+    add_training_arguments(parser)
     return parser
 
 
@@ -40,19 +37,15 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from benchmark.demo_data import make_demo_set
     from jigsaw_d2.tools.job import Job, default_configs
-    from jigsaw_d2.tools.pipeline import DetectionSet
+    from jigsaw_d2.tools.pipeline import DetectionSet, Pipeline
 
     output = Path(args.output).resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    if args.data:
-        data = DetectionSet.from_folder(args.data)
-    else:
-        say("draw the detection set")
-        data = make_demo_set(output / "data")
+    data = DetectionSet.from_folder(args.data) if args.data else make_demo_set(output / "data")
     # The CPU's configs on every machine: the demo is a first look, and the same one everywhere.
     configs = default_configs(on_gpu=False)
+    pipeline = Pipeline(data, *configs, 1, tuple(args.register), args.trust, args.seed)
     overrides = ((*PRETRAIN, *args.pretrain), (*DETECTOR, *args.detector))
-    finish(Job(data, output, *configs, *overrides, seed=args.seed, with_scratch=True))
+    finish(Job(pipeline, output, *overrides, with_scratch=True))
     return 0
 
 

@@ -1,8 +1,5 @@
 #!/usr/bin/env python
-"""Cut positive and negative samples out of a detection set (Sec. 3.1).
-
-The command is ``jigsaw_d2.tools.extract``; ``python -m jigsaw_d2 extract`` runs it too.
-"""
+"""Samples out of a detection set (Sec. 3.1): ``python -m jigsaw_d2 extract``."""
 
 import sys
 

@@ -1,8 +1,5 @@
 #!/usr/bin/env python
-"""Train a model-zoo detector from converted weights (Sec. 4.1).
-
-The command is ``jigsaw_d2.tools.finetune``; ``python -m jigsaw_d2 finetune`` runs it too.
-"""
+"""A detector from converted weights (Sec. 4.1): ``python -m jigsaw_d2 finetune``."""
 
 import sys
 

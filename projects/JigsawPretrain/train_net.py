@@ -1,8 +1,5 @@
 #!/usr/bin/env python
-"""Pre-train a backbone on Jigsaw images (Sec. 3.2-3.3, 4.1).
-
-The command is ``jigsaw_d2.tools.pretrain``; ``python -m jigsaw_d2 pretrain`` runs it too.
-"""
+"""Pre-training on Jigsaw images (Sec. 3.2-3.3, 4.1): ``python -m jigsaw_d2 pretrain``."""
 
 import sys
 

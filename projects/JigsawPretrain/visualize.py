@@ -1,8 +1,5 @@
 #!/usr/bin/env python
-"""Draw the figures: samples, jigsaw, erf, labels.
-
-The command is ``jigsaw_d2.tools.visualize``; ``python -m jigsaw_d2 visualize`` runs it too.
-"""
+"""The figures samples, jigsaw, erf and labels: ``python -m jigsaw_d2 visualize``."""
 
 import sys
 

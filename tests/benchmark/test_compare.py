@@ -5,12 +5,13 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 from pathlib import Path
+from unittest import mock
+from unittest.mock import ANY
 
 import pytest
-from helpers_jobs import FakeRunner, flag, tiny_set
+from helpers_jobs import RUN, FakeRunner, flag, tiny_set
 
 import compare
 from benchmark.plan import (
@@ -24,19 +25,19 @@ from benchmark.plan import (
     parse_arm,
 )
 from benchmark.report import (
-    budget_text,
     build_report,
     interval,
     render,
     verdict,
     write_report,
 )
-from benchmark.runner import DONE, FAILED, PENDING, Comparison, Pool, RunJob
+from benchmark.runner import DONE, FAILED, PENDING, Comparison, Pool
 from jigsaw_d2 import config
 from jigsaw_d2.cost import record_stage
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import losses
+from jigsaw_d2.tools.pipeline import Pipeline
 
 PLAN = dataclasses.replace(PRESETS["smoke"], pretrain_iterations=45, detection_iterations=20)
 
@@ -46,12 +47,24 @@ def data(tmp_path):
     return tiny_set(tmp_path / "set")
 
 
-def quiet(text):
-    pass
+class Faked(Comparison):
+    """Computes nothing, in jobs of other processes too."""
+
+    def __init__(self, runner, *args, **options):
+        super().__init__(*args, **options)
+        self.runner = runner
+
+    def execute(self, *args, **options):
+        with mock.patch(RUN, self.runner):
+            return super().execute(*args, **options)
+
+    def execute_run(self, run):
+        with mock.patch(RUN, self.runner):
+            return super().execute_run(run)
 
 
 def compare_with(runner, data, tmp_path, plan=PLAN, **options):
-    comparison = Comparison(plan, data, tmp_path / "out", quiet, runner=runner, **options)
+    comparison = Faked(runner, plan, data, tmp_path / "out", **options)
     comparison.execute()
     return comparison
 
@@ -61,52 +74,53 @@ def score(weights, seed):
     return 10.0 + seed % 1000 + (5.0 if "jigsaw" in weights else 0.0)
 
 
-def test_scratch_gets_the_iterations_that_pre_training_cost(data, tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole comparison, to be read; its runner is ``finished.runner``."""
+    folder = tmp_path_factory.mktemp("finished")
+    return compare_with(FakeRunner(score), tiny_set(folder / "set"), folder)
+
+
+def test_scratch_gets_the_iterations_that_pre_training_cost(finished):
     # 10 s extraction + 45 s pre-training + 5 s ERF = 60 s; a detection step is 2 s: 30 more steps.
-    comparison = compare_with(FakeRunner(score), data, tmp_path)
-    lengths = {run.arm.name: run.iterations["detection"] for run in comparison.runs}
+    lengths = {run.arm.name: run.iterations["detection"] for run in finished.runs}
     assert lengths == {"jigsaw erf_adaptive": 20, "scratch": 50, "scratch again": 50}
-    totals = [
-        run.cost_before_detection("seconds") + run.costs["finetuning"]["seconds"]
-        for run in comparison.runs
-    ]
-    assert set(totals) == {100.0}  # equal total cost
+    for run in finished.runs:  # equal total cost
+        assert run.cost_before_detection("seconds") + run.costs["finetuning"]["seconds"] == 100.0
+    finetunings = [argv for argv in finished.runner.calls if argv[0] == "finetune"]
+    steps = {flag(argv, "SOLVER.MAX_ITER"): flag(argv, "SOLVER.STEPS") for argv in finetunings}
+    # The schedule keeps its shape: the config has steps (640, 750) of 800.
+    assert steps == {"20": "(16, 19)", "50": "(40, 47)"}
+    # The curve of AP over cost begins behind the cost of pre-training.
+    curves = {run.arm.name: run.cost_curve("seconds") for run in finished.runs if run.index == 0}
+    assert curves == {
+        "jigsaw erf_adaptive": [(100.0, 15.0)],
+        "scratch": [(100.0, 10.0)],
+        "scratch again": [(100.0, 10.0)],
+    }
 
 
-def test_equal_detection_cost_gives_nothing_extra(data, tmp_path):
-    plan = dataclasses.replace(PLAN, budget="detection")
-    comparison = compare_with(FakeRunner(score), data, tmp_path, plan)
-    assert {run.iterations["detection"] for run in comparison.runs} == {20}
-
-
-def test_detection_settings_are_identical_but_for_weights_seed_and_length(data, tmp_path):
+def test_equal_detection_cost_and_settings_but_for_weights_and_seed(data, tmp_path):
     runner = FakeRunner(score)
-    compare_with(runner, data, tmp_path, dataclasses.replace(PLAN, budget="detection"))
+    plan = dataclasses.replace(PLAN, budget="detection", evaluations=3)
+    comparison = compare_with(runner, data, tmp_path, plan)
+    assert {run.iterations["detection"] for run in comparison.runs} == {20}
     seen = set()
-    for argv in (argv for argv in runner.calls if argv[0] == "finetune"):
-        argv = list(argv)
+    for argv in (list(argv) for argv in runner.calls if argv[0] == "finetune"):
+        # After 7 and 14 of 20 steps; the third is the one at the end. Every 6 would make a fourth.
+        assert flag(argv, "TEST.EVAL_PERIOD") == "7"
         for name in ("--weights", "SEED", "OUTPUT_DIR"):
             argv[argv.index(name) + 1] = "*"
         seen.add(tuple(argv))
     assert len(seen) == 1
 
 
-def test_steps_of_the_schedule_keep_their_fractions(data, tmp_path):
-    runner = FakeRunner(score)
-    compare_with(runner, data, tmp_path)
-    finetunings = [argv for argv in runner.calls if argv[0] == "finetune"]
-    steps = {flag(argv, "SOLVER.MAX_ITER"): flag(argv, "SOLVER.STEPS") for argv in finetunings}
-    # The config has steps (640, 750) of 800.
-    assert steps == {"20": "(16, 19)", "50": "(40, 47)"}
-
-
-def test_aa_arm_has_other_seeds_and_the_report_tells_chance(data, tmp_path):
-    comparison = compare_with(FakeRunner(score), data, tmp_path)
-    seeds = {run.arm.name: [] for run in comparison.runs}
-    for run in comparison.runs:
+def test_aa_arm_has_other_seeds_and_the_report_tells_chance(finished):
+    seeds = {run.arm.name: [] for run in finished.runs}
+    for run in finished.runs:
         seeds[run.arm.name].append(run.seed)
     assert seeds["scratch"] == [0, 1, 2] and seeds["scratch again"] == [1000, 1001, 1002]
-    report = build_report(comparison, "compare")
+    report = build_report(finished, "compare")
     found = {(d["ours"], d["theirs"]): d["AP"] for d in report["differences"]}
     assert found["scratch again", "scratch"]["covers_zero"]
     jigsaw = found["jigsaw erf_adaptive", "scratch"]
@@ -115,19 +129,9 @@ def test_aa_arm_has_other_seeds_and_the_report_tells_chance(data, tmp_path):
     assert "A/A test" in text and "covers zero" in text and "above zero" in text
 
 
-def test_finished_runs_are_not_run_again(data, tmp_path):
-    compare_with(FakeRunner(score), data, tmp_path)
-    runner = FakeRunner(score)
-    comparison = compare_with(runner, data, tmp_path)
-    assert runner.calls == []
-    assert all(run.status == DONE for run in comparison.runs)
-
-
-def test_more_seeds_run_only_what_is_new(data, tmp_path):
-    compare_with(FakeRunner(score), data, tmp_path, dataclasses.replace(PLAN, seeds=(0, 1)))
-    runner = FakeRunner(score)
-    compare_with(runner, data, tmp_path)
-    assert sorted(argv[0] for argv in runner.calls) == ["convert"] + 3 * ["finetune"] + ["pretrain"]
+def test_finished_runs_are_not_run_again(finished):
+    comparison = compare_with(None, finished.data, finished.output.parent)
+    assert [vars(run) for run in comparison.runs] == [vars(run) for run in finished.runs]
 
 
 def test_pairs_cost_the_same_however_much_the_machine_sways(data, tmp_path):
@@ -150,15 +154,6 @@ def test_pairs_cost_the_same_however_much_the_machine_sways(data, tmp_path):
     assert [flag(argv, "SEED") for argv in runner.calls if argv[0] == "finetune"] == [
         "2", "2", "1002",
     ]  # fmt: skip
-
-
-def test_evaluations_divide_a_run_and_the_last_is_its_end(data, tmp_path):
-    runner = FakeRunner(score)
-    plan = dataclasses.replace(PLAN, evaluations=3, budget="detection")
-    compare_with(runner, data, tmp_path, plan)
-    # After 7 and 14 of 20 steps; the third is the one at the end. Every 6 would make a fourth.
-    periods = {flag(argv, "TEST.EVAL_PERIOD") for argv in runner.calls if argv[0] == "finetune"}
-    assert periods == {"7"}
 
 
 def test_a_failed_run_stays_in_the_report_and_its_pair_waits(data, tmp_path):
@@ -187,13 +182,18 @@ def test_a_failed_run_stays_in_the_report_and_its_pair_waits(data, tmp_path):
 def test_without_a_jigsaw_run_nothing_is_called_equal(data, tmp_path):
     comparison = compare_with(FakeRunner(score, lambda argv: argv[0] == "pretrain"), data, tmp_path)
     assert {run.status for run in comparison.runs} == {FAILED, PENDING}
-    report = build_report(comparison)
-    assert "no Jigsaw run has finished, so nothing here is at equal total cost" in render(report)
-    assert "Table 5" not in budget_text(report)
-    scratch = dataclasses.replace(PLAN, arms=(SCRATCH,), seeds=(0,))
-    comparison = compare_with(FakeRunner(score), data, tmp_path / "2", scratch)
-    assert "no arm pre-trains here" in budget_text(build_report(comparison))
-    assert [run.iterations["detection"] for run in comparison.runs] == [20]
+    text = render(build_report(comparison))
+    assert "no Jigsaw run has finished, so nothing here is at equal total cost" in text
+    assert "Table 5" not in text and "no common seeds finished" in text
+    # Weights from elsewhere need no pre-training.
+    weights = tmp_path / "imagenet.pkl"
+    weights.write_text("weights")
+    plan = dataclasses.replace(PLAN, arms=(parse_arm(f"imagenet={weights}"), SCRATCH), seeds=(0,))
+    comparison = compare_with(FakeRunner(score), data, tmp_path / "2", plan)
+    assert {argv[0] for argv in comparison.runner.calls} == {"finetune"}
+    assert {run.iterations["detection"] for run in comparison.runs} == {20}
+    text = render(build_report(comparison))
+    assert "no arm pre-trains here" in text and "one seed: no interval" in text
 
 
 def test_other_settings_are_refused_with_both_shown_and_nothing_changes(data, tmp_path, jobs):
@@ -204,7 +204,7 @@ def test_other_settings_are_refused_with_both_shown_and_nothing_changes(data, tm
     changed = dataclasses.replace(plan, detection_iterations=30)
     for pool in (None, jobs):
         runner = FakeRunner(score)
-        comparison = Comparison(changed, data, tmp_path / "out", quiet, runner=runner)
+        comparison = Faked(runner, changed, data, tmp_path / "out")
         with pytest.raises(ConfigError, match="SOLVER.MAX_ITER: 20 -> 30"):
             comparison.execute(lambda: write_report(comparison, "compare"), pool)
         assert runner.calls == []
@@ -222,46 +222,17 @@ def test_no_time_leaves_runs_pending_and_listed(data, tmp_path):
     assert text.count("not run: its length follows") == 6
 
 
-def test_report_and_figures_are_whole_and_hide_local_paths(data, tmp_path):
-    comparison = compare_with(FakeRunner(score), data, tmp_path)
-    path = write_report(comparison, f"compare --output {tmp_path / 'out'}")
-    report = json.loads(path.with_suffix(".json").read_text())
-    assert str(tmp_path) not in path.read_text() + json.dumps(report)
+def test_report_is_whole_hides_local_paths_and_tells_where_settings_differ(finished):
+    config = finished.folder(finished.runs[0]) / "detector" / "config.yaml"
+    config.write_text("SEED: 1\nSOLVER:\n  LENGTH: 99\n")
+    path = write_report(finished, f"compare --output {finished.output}")
+    text, report = path.read_text(), json.loads(path.with_suffix(".json").read_text())
+    assert str(finished.output.parent) not in text + json.dumps(report)
     assert {arm["name"] for arm in report["arms"]} == {arm.name for arm in PLAN.arms}
-    assert "](figures/ap_over_cost.png)" in path.read_text()
+    assert "](figures/ap_over_cost.png)" in text
     assert (path.parent / "figures/ap_over_cost.png").stat().st_size > 5000
-
-
-def test_report_tells_every_setting_in_which_detectors_differ(data, tmp_path):
-    comparison = compare_with(FakeRunner(score), data, tmp_path)
-    path = comparison.folder(comparison.runs[0]) / "detector" / "config.yaml"
-    path.write_text("SEED: 1\nSOLVER:\n  LENGTH: 99\n")
-    text = write_report(comparison, "compare").read_text()
     assert "differ, beside weights, seed and folder, in:" in text
     assert re.search(r"\| `SOLVER.LENGTH` +\| 99 ", text) and "`SEED`" not in text
-
-
-def test_curve_begins_behind_the_cost_of_pre_training(data, tmp_path):
-    comparison = compare_with(FakeRunner(score), data, tmp_path)
-    report = build_report(comparison)
-    curves = {arm["name"]: arm["runs"][0]["cost_curve"] for arm in report["arms"]}
-    assert curves == {
-        "jigsaw erf_adaptive": [(100.0, 15.0)],
-        "scratch": [(100.0, 10.0)],
-        "scratch again": [(100.0, 10.0)],
-    }
-
-
-def test_empty_report_can_be_drawn_and_rendered(data, tmp_path):
-    comparison = Comparison(PLAN, data, tmp_path / "out", quiet)
-    assert "no common seeds finished" in write_report(comparison, "compare").read_text()
-
-
-def test_verdicts():
-    wide = {"mean": -1.0, "half_width": 2.0, "covers_zero": True}
-    assert "covers zero" in verdict(wide)
-    assert verdict({"mean": -1.0, "half_width": 0.5, "covers_zero": False}) == "below zero"
-    assert "no interval" in verdict({"mean": 1.0, "half_width": None, "covers_zero": None})
 
 
 def test_arms_from_the_command_line(tmp_path):
@@ -289,7 +260,6 @@ def test_ablations_differ_in_one_thing_and_have_names_of_their_own(name):
     [
         ({"arms": ()}, "names of their own"),
         ({"arms": (Arm("a b", "scratch"), Arm("a-b", "scratch"))}, "names of their own"),
-        ({"seeds": ()}, "seeds"),
         ({"seeds": (1, 1)}, "seeds"),
         ({"seeds": (0, 1000)}, "within"),  # would meet the A/A arm's
     ],
@@ -309,19 +279,13 @@ def test_plans_name_what_there_is():
 
 def test_the_command_line_changes_the_preset():
     argv = ["--output", "x", "--preset", "small", "--seeds", "4", "--budget", "detection"]
-    argv += [
-        "--ablation",
-        "tau",
-        "--pretrain",
-        "SEED",
-        "7",
-        "--cluster",
-        "slurm",
-        "--num-gpus",
-        "2",
-    ]
+    argv += ["--ablation", "tau", "--pretrain", "SEED", "7", "--register", "json"]
+    argv += ["--cluster", "slurm", "--num-gpus", "2"]
     plan = compare.plan_from(compare.build_parser().parse_args(argv))
     assert (plan.seeds, plan.budget, plan.num_gpus) == ((4,), "detection", 2)
+    assert plan.pipeline(None, seed=4) == Pipeline(
+        None, plan.pretrain_config, plan.detector_config, 2, ("json",), False, 4
+    )
     assert (plan.cost, plan.evaluations) == (PRESETS["small"].cost, PRESETS["small"].evaluations)
     assert [arm.name for arm in plan.arms] == [
         *(f"tau {value}" for value in (0.5, 0.6, 0.7, 0.8, 1.0)),
@@ -334,7 +298,7 @@ def test_the_command_line_changes_the_preset():
 
 def test_dry_run_lists_arms_and_runs_nothing(data, tmp_path, monkeypatch, capsys):
     runner = FakeRunner()
-    monkeypatch.setattr("jigsaw_d2.tools.stages.run_subprocess", runner)
+    monkeypatch.setattr(RUN, runner)
     argv = ["--data", str(tmp_path / "set"), "--output", str(tmp_path / "out"), "--dry-run"]
     assert compare.main(argv) == 0
     printed = capsys.readouterr().out
@@ -344,35 +308,25 @@ def test_dry_run_lists_arms_and_runs_nothing(data, tmp_path, monkeypatch, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_arm_needs_no_pre_training(data, tmp_path):
-    weights = tmp_path / "imagenet.pkl"
-    weights.write_text("weights")
-    plan = dataclasses.replace(PLAN, arms=(parse_arm(f"imagenet={weights}"), SCRATCH))
-    runner = FakeRunner(score)
-    comparison = compare_with(runner, data, tmp_path, plan)
-    assert {argv[0] for argv in runner.calls} == {"finetune"}
-    assert {run.iterations["detection"] for run in comparison.runs} == {20}
-
-
 def test_intervals_equal_the_printed_table_and_the_hand_count():
     # 1, 2, 3: mean 2, s = 1, half width = 4.3027 * 1 / sqrt(3) = 2.4841.
     found = interval([1, 2, 3])
-    assert found["mean"] == 2 and found["count"] == 3 and found["covers_zero"]
+    assert found == {"mean": 2, "half_width": ANY, "count": 3, "covers_zero": True}
     assert found["half_width"] == pytest.approx(2.4841, abs=1e-4)
     # 0, 2: s = sqrt(2), half width = 12.706 * sqrt(2) / sqrt(2).
     assert interval([0, 2])["half_width"] == pytest.approx(12.706, abs=1e-3)
-    assert interval([2.0, 2.0])["half_width"] == 0 and not interval([2.0, 2.0])["covers_zero"]
+    assert verdict(interval([-1, 0])) == "interval covers zero: not told apart from chance"
+    assert verdict(interval([-2.0, -2.0])) == "below zero"
     one = {"mean": 7.0, "half_width": None, "count": 1, "covers_zero": None}
     assert interval([7.0]) == one and interval([]) is None
 
 
 @pytest.fixture
 def jobs(tmp_path, monkeypatch):
-    """A pool of three local jobs, whose processes find the tests' helpers."""
-    for name in ("PYTHONPATH", "SUBMITIT_PREEMPT_SIGNAL", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # restored behind what Pool sets
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-    monkeypatch.delenv("SUBMITIT_PREEMPT_SIGNAL")
+    """A pool of three local jobs; the environment is restored behind what it sets."""
+    for name in ("PYTHONPATH", "SUBMITIT_PREEMPT_SIGNAL"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return Pool(tmp_path / "jobs", 3)
 
@@ -383,7 +337,7 @@ def test_several_runs_at_once_give_what_one_after_another_gives(data, tmp_path, 
 
     plan = dataclasses.replace(PLAN, arms=(jigsaw_arm(), SCRATCH), seeds=(0, 1))
     alone = compare_with(FakeRunner(score, fail), data, tmp_path, plan)
-    comparison = Comparison(plan, data, tmp_path / "out2", quiet, runner=FakeRunner(score, fail))
+    comparison = Faked(FakeRunner(score, fail), plan, data, tmp_path / "out2")
     seen = []
     comparison.execute(lambda: seen.append(1), jobs)
     assert len(seen) == 4
@@ -406,20 +360,10 @@ class Waiting(FakeRunner):
             time.sleep(0.1)
 
 
-def test_a_second_sigterm_queues_no_job_twice(data, tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    comparison = Comparison(PLAN, data, tmp_path / "out", quiet)
-    try:
-        RunJob().checkpoint(comparison, comparison.runs[0])
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def test_a_pre_empted_job_is_queued_again_and_resumes(data, tmp_path, jobs):
     """SIGTERM, as Slurm sends it: submitit calls ``checkpoint`` and starts the job once more."""
     plan = dataclasses.replace(PLAN, arms=(jigsaw_arm(),), seeds=(0,))
-    comparison = Comparison(plan, data, tmp_path / "out", quiet, runner=Waiting(score))
+    comparison = Faked(Waiting(score), plan, data, tmp_path / "out")
     attempts = comparison.folder(comparison.runs[0]) / "attempts"
     submit = jobs._executor.submit
 

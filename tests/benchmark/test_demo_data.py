@@ -51,10 +51,8 @@ def test_boxes_lie_inside_and_bound_their_masks(demo_set):
 def test_objects_overlap(demo_set):
     coco = COCO(str(demo_set / "train.json"))
     overlapping = 0
-    for image_id in coco.getImgIds():
-        boxes = [a["bbox"] for a in coco.imgToAnns[image_id] if not a["iscrowd"]]
-        if len(boxes) < 2:
-            continue
+    for found in coco.imgToAnns.values():
+        boxes = [entry["bbox"] for entry in found if not entry["iscrowd"]]
         ious = coco_mask.iou(boxes, boxes, [0] * len(boxes))
         overlapping += int((np.triu(ious, 1) > 0.05).sum())
     assert overlapping >= 5
@@ -68,13 +66,6 @@ def test_an_image_depends_on_seed_split_and_number_alone():
     assert image.dtype == np.uint8 and image.shape[2] == 3
     for other in ((4, 0, 5), (3, 1, 5), (3, 0, 6)):
         assert not np.array_equal(image, draw_demo_image(*other)[0])
-
-
-def test_longer_set_begins_with_the_shorter(demo_set, tmp_path):
-    other = tmp_path / "set"
-    make_demo_set(other, DemoOptions(seed=3, train_images=2, val_images=1))
-    name = "images/train_00001.jpg"
-    assert (other / name).read_bytes() == (demo_set / name).read_bytes()
 
 
 def test_pixels_are_those_of_every_version(demo_set):
@@ -92,9 +83,6 @@ def test_second_call_keeps_the_set_and_other_options_are_refused(tmp_path):
         make_demo_set(folder, DemoOptions(train_images=3, val_images=1))
     assert (folder / "train.json").stat().st_mtime_ns == before
     assert not (tmp_path / "set.part").exists()
-
-
-def test_refuses_a_folder_that_is_something_else(tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(DataError, match="no demo set"):
         make_demo_set(tmp_path / "mine")

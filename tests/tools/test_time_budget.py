@@ -1,17 +1,17 @@
 import pytest
 
 from jigsaw_d2.io import ConfigError
-from jigsaw_d2.tools.time_budget import DataSize, Trial, plan_lengths
+from jigsaw_d2.tools.time_budget import Trial, plan_lengths
 
 TRIAL = Trial(pretrain_step=0.5, erf_refresh=2.0, detection_step=1.0, evaluation=10.0)
-LARGE = DataSize(samples=10**6, images=10**5, pretrain_batch=16, detection_batch=8)
+LARGE = (10**6 / 64, 10**5 / 8)  # steps in a pass over the samples, and in an epoch
 
 
 def test_halves_what_is_left():
     # 1000 s - 110 spent - 10 evaluation - 40 start-up - 80 reserve = 760 s; 380 s each.
     # ERF: a tenth of 380 s pays 19 refreshes of 2 s, so 12; (380 - 24) / 0.5 = 712 steps.
     # 712 steps leave 760 - 380 = 380 s, 380 detection steps.
-    lengths = plan_lengths(1000, 110, TRIAL, LARGE)
+    lengths = plan_lengths(1000, 110, TRIAL, *LARGE)
     assert lengths.pretrain_iterations == 712
     assert lengths.detection_iterations == 380
     assert lengths.erf_period == 60  # ceil(712 / 12)
@@ -21,37 +21,34 @@ def test_halves_what_is_left():
 def test_two_detectors_share_their_half():
     # 1000 s - 110 spent - 2 evaluations, 20 - three start-ups, 60 - 80 reserve = 730 s; 365 s each.
     # (365 - 24) / 0.5 = 682 steps of pre-training; 365 s / (2 detectors * 1 s) = 182.
-    lengths = plan_lengths(1000, 110, TRIAL, LARGE, detectors=2)
+    lengths = plan_lengths(1000, 110, TRIAL, *LARGE, detectors=2)
     assert (lengths.pretrain_iterations, lengths.detection_iterations) == (682, 182)
     assert "for each of 2 detectors" in lengths.explanation
 
 
 def test_capped_pre_training_leaves_its_time_to_detection():
     # 139 passes over 46 samples at 64 a step: ceil(6394 / 64) = 100 steps, 50 s + 24 s of ERF.
-    data = DataSize(samples=46, images=10**5, pretrain_batch=16, detection_batch=8)
-    lengths = plan_lengths(1000, 110, TRIAL, data)
+    lengths = plan_lengths(1000, 110, TRIAL, 46 / 64, 10**5 / 8)
     assert lengths.pretrain_iterations == 100
     assert lengths.detection_iterations == 760 - 74
 
 
 def test_capped_detection_leaves_its_time_to_pre_training():
     # 72 epochs of 11 images at 8 a step: 99 steps; (760 - 99 - 24) / 0.5 = 1274 steps.
-    data = DataSize(samples=10**6, images=11, pretrain_batch=16, detection_batch=8)
-    lengths = plan_lengths(1000, 110, TRIAL, data)
+    lengths = plan_lengths(1000, 110, TRIAL, 10**6 / 64, 11 / 8)
     assert (lengths.pretrain_iterations, lengths.detection_iterations) == (1274, 99)
 
 
 def test_both_capped_leaves_time_unused():
-    data = DataSize(samples=46, images=11, pretrain_batch=16, detection_batch=8)
-    lengths = plan_lengths(10**5, 0, TRIAL, data)
+    lengths = plan_lengths(10**5, 0, TRIAL, 46 / 64, 11 / 8)
     assert (lengths.pretrain_iterations, lengths.detection_iterations) == (100, 99)
 
 
 def test_dear_erf_is_refreshed_once_at_least():
-    lengths = plan_lengths(1000, 110, Trial(0.5, 100.0, 1.0, 10.0), LARGE)
+    lengths = plan_lengths(1000, 110, Trial(0.5, 100.0, 1.0, 10.0), *LARGE)
     assert lengths.erf_period == lengths.pretrain_iterations == 560  # (380 - 100) / 0.5
 
 
 def test_too_little_time_is_refused_with_the_numbers():
     with pytest.raises(ConfigError, match="allow more --hours"):
-        plan_lengths(60, 30, TRIAL, LARGE)
+        plan_lengths(60, 30, TRIAL, *LARGE)

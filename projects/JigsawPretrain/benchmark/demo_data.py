@@ -6,6 +6,7 @@ texture, and colours are drawn without regard to the class, so that neither the 
 colour tells what an object is.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -311,7 +312,6 @@ def _polygons(mask: Array) -> list[list[float]]:
 
 def _rle(mask: Array) -> dict:
     """Uncompressed run lengths, column by column, zeros first: COCO's form for crowds."""
-    flat = np.concatenate([[False], mask.T.reshape(-1), [False]])
-    edges = np.flatnonzero(flat[1:] != flat[:-1])
-    counts = np.diff(np.concatenate([[0], edges, [mask.size]]))
-    return {"size": list(mask.shape), "counts": counts[: len(edges) + 1].tolist()}
+    runs = [(value, len([*pixels])) for value, pixels in itertools.groupby(mask.T.reshape(-1))]
+    counts = [length for _, length in runs]
+    return {"size": list(mask.shape), "counts": [0, *counts] if runs[0][0] else counts}

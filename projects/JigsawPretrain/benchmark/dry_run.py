@@ -14,9 +14,8 @@ from benchmark.plan import Arm, Plan
 from jigsaw_d2.config import get_jigsaw_cfg, scale_to_batch
 from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops
 from jigsaw_d2.detection.config import load_detection_config
-from jigsaw_d2.tools.job import Job, JobRunner
+from jigsaw_d2.tools.job import Job
 from jigsaw_d2.tools.pipeline import DetectionSet
-from jigsaw_d2.tools.stages import Runner, Say
 from jigsaw_d2.tools.time_budget import Trial
 
 TRIAL_IMAGES = 64  # of each split: enough to learn the speed of a step, cut within seconds
@@ -48,14 +47,8 @@ def dry_run_table(plan: Plan, name: str, trial: Trial | None) -> str:
         minutes = f"{cost.seconds / 60:.1f}" if trial else "-"
         steps = (cost.pretrain_iterations or "-", cost.detection_iterations)
         rows.append([arm.name, seeds, *steps, f"{cost.flops / 1e15:.3f}", minutes])
-    head = [
-        "arm",
-        "seeds",
-        "pre-training steps",
-        "detection steps",
-        "PFLOPs a run",
-        "minutes a run",
-    ]
+    head = ["arm", "seeds", "pre-training steps", "detection steps", "PFLOPs a run"]
+    head += ["minutes a run"]
     speed = "No GPU here, which this plan trains on: its time is not estimated. "
     if trial:
         speed = (
@@ -73,16 +66,15 @@ def dry_run_table(plan: Plan, name: str, trial: Trial | None) -> str:
 
 def estimate(plan: Plan, arm: Arm, trial: Trial | None) -> Estimate:
     """What one run of ``arm`` takes; the ledger will set the true length of those from scratch."""
-    detector = load_detection_config(plan.detector_config, plan.detector)
+    detector = load_detection_config(plan.detector_config, plan.detector, plan.trust)
     detection = plan.detection_iterations or detector.SOLVER.MAX_ITER
     step_flops, step = detection_step_flops(detector), trial.detection_step if trial else 0.0
-    steps, flops, seconds = (
-        pretraining_cost(plan, arm, trial) if arm.kind == "jigsaw" else (0, 0, 0)
-    )
+    steps, flops, seconds = 0, 0.0, 0.0
+    if arm.kind == "jigsaw":
+        steps, flops, seconds = pretraining_cost(plan, arm, trial)
     if arm.kind == "scratch" and plan.budget == "total":
-        paid = [
-            pretraining_cost(plan, other, trial) for other in plan.arms if other.kind == "jigsaw"
-        ]
+        jigsaw = (other for other in plan.arms if other.kind == "jigsaw")
+        paid = [pretraining_cost(plan, other, trial) for other in jigsaw]
         in_flops = plan.cost == "flops" or trial is None
         extra = [cost[1] / step_flops if in_flops else cost[2] / step for cost in paid]
         detection += math.ceil(max(extra, default=0))
@@ -91,7 +83,8 @@ def estimate(plan: Plan, arm: Arm, trial: Trial | None) -> Estimate:
 
 def pretraining_cost(plan: Plan, arm: Arm, trial: Trial | None) -> tuple[int, float, float]:
     """Optimiser steps of an arm's pre-training, the backbone's FLOPs; seconds, ERF included."""
-    cfg = scale_to_batch(get_jigsaw_cfg(plan.pretrain_config, [*plan.pretrain, *arm.pretrain]))
+    overrides = [*plan.pretrain, *arm.pretrain]
+    cfg = scale_to_batch(get_jigsaw_cfg(plan.pretrain_config, overrides, plan.trust))
     steps = max(1, round((plan.pretrain_iterations or cfg.SOLVER.MAX_ITER) * arm.length))
     image = backbone_flops(cfg, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE) * TRAIN_FORWARDS
     seconds = 0.0
@@ -113,7 +106,7 @@ def detection_size(cfg: CfgNode) -> tuple[int, int]:
     return tuple(max(32, math.ceil(side / 32) * 32) for side in (short, short * 4 / 3))
 
 
-def measure(plan: Plan, data: DetectionSet, say: Say, runner: Runner | None = None) -> Trial | None:
+def measure(plan: Plan, data: DetectionSet) -> Trial | None:
     """Speeds of both trainings as ``run --hours`` measures them: the commands, a few steps long.
 
     They train on this machine's GPUs, in the real batch, on the first images of ``data``.
@@ -121,13 +114,12 @@ def measure(plan: Plan, data: DetectionSet, say: Say, runner: Runner | None = No
     Returns:
         None where the plan trains on GPUs and this machine has none.
     """
-    cfg = get_jigsaw_cfg(plan.pretrain_config, list(plan.pretrain))
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        return None
     with TemporaryDirectory() as folder:
-        configs = (plan.pretrain_config, plan.detector_config, plan.pretrain, plan.detector)
-        part = first_images(data, Path(folder))
-        job = JobRunner(Job(part, Path(folder), *configs, num_gpus=plan.num_gpus), say, runner)
+        pipeline = plan.pipeline(first_images(data, Path(folder)))
+        device = pipeline.pretrain_cfg(plan.pretrain).MODEL.DEVICE
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            return None
+        job = Job(pipeline, Path(folder), plan.pretrain, plan.detector)
         job.extract()
         return job.trial()
 
@@ -139,8 +131,7 @@ def first_images(data: DetectionSet, folder: Path) -> DetectionSet:
         used = {entry["image_id"] for entry in content["annotations"]}
         images = [image for image in content["images"] if image["id"] in used][:TRIAL_IMAGES]
         kept = {image["id"] for image in images}
-        annotations = [a for a in content["annotations"] if a["image_id"] in kept]
-        content |= {"images": images, "annotations": annotations}
-        (folder / f"{name}.json").write_text(json.dumps(content))
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+        (folder / f"{name}.json").write_text(json.dumps({**content, "images": images}))
     files = (folder / "train.json", data.train_images, folder / "val.json", data.val_images)
     return DetectionSet(data.name, *files)

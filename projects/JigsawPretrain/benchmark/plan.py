@@ -9,8 +9,12 @@ only its length may differ, and that by the budget rule alone:
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jigsaw_d2.io import ConfigError
+
+if TYPE_CHECKING:
+    from jigsaw_d2.tools.pipeline import DetectionSet, Pipeline
 
 # Rows of Tables 1 and 2; other objectives go by their name alone.
 OBJECTIVES = ("erf_adaptive", "block_wise", "global")
@@ -56,6 +60,15 @@ class Plan:
     cost: str = "seconds"
     evaluations: int = 1  # of the detector, the last one included, spread evenly
     num_gpus: int = 1
+    register: tuple[str, ...] = ()  # as the commands' flags say
+    trust: bool = False
+
+    def pipeline(self, data: "DetectionSet", seed: int = 0) -> "Pipeline":
+        """The maker of the stages on ``data``."""
+        from jigsaw_d2.tools.pipeline import Pipeline  # not for --help: it brings torch in
+
+        configs = (self.pretrain_config, self.detector_config, self.num_gpus)
+        return Pipeline(data, *configs, tuple(self.register), self.trust, seed)
 
     def checked(self) -> "Plan":
         """Itself, if it can be run.

@@ -7,6 +7,7 @@ factor before the standard error is 4.3, with two it is 12.7.
 import json
 import platform
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
@@ -71,16 +72,11 @@ def build_report(comparison: Comparison, command: str = "") -> dict:
 def _shortener(data: DetectionSet, output: Path) -> Callable[[str], str]:
     """Replaces the paths of this machine: of two that begin alike, the longer one first."""
     root = data.train_json.parent
-    names = {str(root): "DATA", str(output): "OUTPUT"}
+    names = [(str(root), "DATA"), (str(output), "OUTPUT")]
     if root not in data.train_images.parents:
-        names[str(data.train_images)] = "IMAGES"
-
-    def short(text: str) -> str:
-        for path in sorted(names, key=len, reverse=True):
-            text = text.replace(path, names[path])
-        return text
-
-    return short
+        names.append((str(data.train_images), "IMAGES"))
+    names.sort(key=lambda pair: -len(pair[0]))
+    return lambda text: reduce(lambda short, pair: short.replace(*pair), names, text)
 
 
 def _run(run: Run, short: Callable[[str], str], unit: str) -> dict:

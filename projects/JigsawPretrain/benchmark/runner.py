@@ -4,8 +4,10 @@ OUTPUT/samples*/{train,val}             stores, one pair for each way to extract
 OUTPUT/runs/<arm>/<seed>/{pretrain,weights,detector}
 """
 
+import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -15,21 +17,16 @@ from pathlib import Path
 import torch
 
 from benchmark.plan import Arm, Plan
-from jigsaw_d2.config import get_jigsaw_cfg, scale_to_batch
-from jigsaw_d2.detection.config import load_detection_config
+from jigsaw_d2.config import scale_to_batch
 from jigsaw_d2.io import ConfigError, JigsawError, RunError
 from jigsaw_d2.tools.pipeline import (
     DetectionSet,
-    conversion_stage,
-    extraction_stage,
-    finetuning_stage,
     length_overrides,
-    pretraining_stage,
     read_curve,
     read_results,
     stage_cost,
 )
-from jigsaw_d2.tools.stages import Runner, Say, Stage
+from jigsaw_d2.tools.stages import Stage, say
 
 DONE, FAILED, PENDING, REFUSED = "done", "failed", "not run", "refused"
 BEFORE = ("extraction", "pretraining", "erf_refresh")  # what is paid before detection
@@ -61,7 +58,7 @@ class Run:
         """Seconds or FLOPs spent on extraction, pre-training and ERF refreshes."""
         return sum(self.costs[stage][unit] for stage in BEFORE if stage in self.costs)
 
-    def detection_cost_per_iteration(self, unit: str) -> float:
+    def cost_of_an_iteration(self, unit: str) -> float:
         """Seconds or FLOPs of one detection iteration."""
         return self.costs["finetuning"][unit] / self.iterations["detection"]
 
@@ -69,7 +66,7 @@ class Run:
         """(total cost up to then, AP in percent) of each evaluation; none of an unfinished run."""
         if self.status != DONE:
             return []
-        before, step = self.cost_before_detection(unit), self.detection_cost_per_iteration(unit)
+        before, step = self.cost_before_detection(unit), self.cost_of_an_iteration(unit)
         return [(before + step * done, ap) for done, ap in self.curve]
 
 
@@ -77,26 +74,12 @@ class Comparison:
     """A plan, a dataset and a folder; ``execute`` goes on wherever it was left."""
 
     def __init__(
-        self,
-        plan: Plan,
-        data: DetectionSet,
-        output: str | Path,
-        say: Say,
-        *,
-        minutes: float | None = None,
-        runner: Runner | None = None,
+        self, plan: Plan, data: DetectionSet, output: str | Path, minutes: float | None = None
     ) -> None:
-        """
-        Args:
-            say: receives lines of progress.
-            minutes: start no further stage after as many; None = go on to the end.
-            runner: as for ``Stage.run``.
-        """
-        self.plan, self.data, self.say = plan.checked(), data, say
+        """``minutes``: start no further stage after as many; None = go on to the end."""
+        self.plan, self.data = plan.checked(), data
         self.output = Path(output).resolve()
-        self._runner = runner
         self._deadline = None if minutes is None else time.time() + 60 * minutes
-        # Arms with a pre-training before those from scratch, whose length depends on its cost.
         self.runs = [
             Run(arm, index, seed + arm.seed_offset)
             for arm in sorted(plan.arms, key=lambda arm: arm.kind == "scratch")
@@ -118,22 +101,22 @@ class Comparison:
         if pool:  # two runs must not cut the same store
             for arm in (arm for arm in self.plan.arms if arm.kind == "jigsaw"):
                 with suppress(JigsawError, OSError, NotYet):  # the run will say so
-                    self._stores(Run(arm, 0, 0))
-        for from_scratch in (False, True):
+                    self._samples(Run(arm, 0, 0))
+        for from_scratch in (False, True):  # whose length depends on what the others cost
             wave = [run for run in self.runs if (run.arm.kind == "scratch") == from_scratch]
             finished = pool.map(self, wave) if pool else map(self.execute_run, wave)
             for run in finished:
                 if run.status == REFUSED:
                     raise ConfigError(run.error)
                 self.runs = [run if str(run) == str(other) else other for other in self.runs]
-                self.say(f"{run}: {run.status}" + (f" ({run.error})" if run.error else ""))
+                say(f"{run}: {run.status}" + (f" ({run.error})" if run.error else ""))
                 after_run()
         return self.runs
 
     def execute_run(self, run: Run) -> Run:
         """``run`` with all its stages done, or with the reason why not."""
         run = Run(run.arm, run.index, run.seed, FAILED)
-        self.say(f"{run}: begun")
+        say(f"{run}: begun")
         try:
             self._execute(run)
             run.status = DONE
@@ -143,25 +126,23 @@ class Comparison:
             run.status, run.error = REFUSED, str(error)
         except (JigsawError, OSError) as error:
             run.error = str(error).strip().splitlines()[0]
-            self.say(f"{run}: {error}")
+            say(f"{run}: {error}")
         return run
 
     def _execute(self, run: Run) -> None:
         weights = self._pretrain(run) if run.arm.kind == "jigsaw" else run.arm.weights
-        cfg = load_detection_config(self.plan.detector_config, self.plan.detector)
+        pipeline, overrides = self.plan.pipeline(self.data, run.seed), [*self.plan.detector]
+        cfg = pipeline.detector_cfg(overrides)
         extra = self.extra_iterations(run.index) if run.arm.kind == "scratch" else 0
         iterations = (self.plan.detection_iterations or cfg.SOLVER.MAX_ITER) + extra
         run.iterations["detection"] = iterations
-        overrides = list(self.plan.detector)
         if iterations != cfg.SOLVER.MAX_ITER:
             overrides += length_overrides(cfg, iterations)
         if self.plan.evaluations > 1:
             # Rounded up: the last one is the end itself, not one step before it.
             overrides += ["TEST.EVAL_PERIOD", str(-(-iterations // self.plan.evaluations))]
-        folder, shared = self.folder(run) / "detector", self._shared(run)
-        config = self.plan.detector_config
-        stage = finetuning_stage(self.data, weights, folder, config, overrides, **shared)
-        self._do(run, stage, "finetuning", "evaluation")
+        folder = self.folder(run) / "detector"
+        self._do(run, pipeline.finetuning(weights, folder, overrides), "finetuning", "evaluation")
         run.metrics, run.curve = read_results(folder), read_curve(folder, iterations)
 
     def folder(self, run: Run) -> Path:
@@ -170,42 +151,34 @@ class Comparison:
 
     def _pretrain(self, run: Run) -> Path:
         """Converted weights of a Jigsaw arm."""
-        stores = self._stores(run)
-        run.costs["extraction"] = stage_cost(stores[0], "extraction")
+        samples, pipeline = self._samples(run), self.plan.pipeline(self.data, run.seed)
+        run.costs["extraction"] = stage_cost(samples / "train" / "store", "extraction")
         overrides = [*self.plan.pretrain, *run.arm.pretrain]
-        cfg = get_jigsaw_cfg(self.plan.pretrain_config, overrides)
+        cfg = pipeline.pretrain_cfg(overrides)
         length = scale_to_batch(cfg).SOLVER.MAX_ITER
         iterations = max(1, round((self.plan.pretrain_iterations or length) * run.arm.length))
         run.iterations["pretraining"] = iterations
         if iterations != length:
             overrides += length_overrides(cfg, iterations)
-        config, folder = self.plan.pretrain_config, self.folder(run) / "pretrain"
-        stage = pretraining_stage(stores, folder, config, overrides, **self._shared(run))
+        stage = pipeline.pretraining(samples, self.folder(run) / "pretrain", overrides)
         self._do(run, stage, "pretraining", "erf_refresh")
-        converted = conversion_stage(stage.output, self.folder(run) / "weights")
+        converted = pipeline.conversion(stage.output, self.folder(run) / "weights")
         self._do(run, converted)
         return converted.output
 
-    def _shared(self, run: Run) -> dict[str, int]:
-        return {"seed": run.seed, "num_gpus": self.plan.num_gpus}
-
-    def _stores(self, run: Run) -> tuple[Path, Path]:
-        """The training and held-out samples, extracted as the run's arm wants them."""
+    def _samples(self, run: Run) -> Path:
+        """Folder of the samples, extracted as the run's arm wants them."""
         way = "".join(char if char.isalnum() else "-" for char in "".join(run.arm.extract))
         folder = self.output / f"samples{way}"
-        stages = [
-            extraction_stage(self.data, split, folder / split, options=run.arm.extract)
-            for split in ("train", "val")
-        ]
-        for stage in stages:
+        for stage in self.plan.pipeline(self.data).extraction(folder, run.arm.extract):
             self._do(run, stage)
-        return stages[0].output, stages[1].output
+        return folder
 
     def _do(self, run: Run, stage: Stage, *costs: str) -> None:
         """Run a stage, note its command and those of its costs that are named."""
         if self._deadline is not None and time.time() > self._deadline and not stage.is_done():
             raise NotYet("the time allowed was over")
-        stage.run(lambda text: self.say(f"  {run}: {text}"), self._runner)
+        stage.run()
         run.commands.append(stage.command)
         run.costs |= {name: stage_cost(stage.folder, name) for name in costs}
 
@@ -224,16 +197,9 @@ class Comparison:
         for run in paid:
             if run.status != DONE:
                 raise NotYet(f"its length follows from what {run} costs, which is {run.status}")
-        return max(map(self._price_in_iterations, paid), default=0)
-
-    def _price_in_iterations(self, run: Run) -> int:
-        """Detection iterations that cost what a run spent before detection, rounded up."""
-        step = run.detection_cost_per_iteration(self.plan.cost)
-        if step <= 0:
-            raise ConfigError(
-                f"the ledger counts no {self.plan.cost} for detection; choose another --cost"
-            )
-        return -int(-run.cost_before_detection(self.plan.cost) // step)
+        unit = self.plan.cost
+        extra = (r.cost_before_detection(unit) / r.cost_of_an_iteration(unit) for r in paid)
+        return math.ceil(max(extra, default=0))
 
 
 class RunJob:
@@ -257,19 +223,14 @@ class Pool:
     def __init__(self, folder: Path, jobs: int, gpus: int = 0, slurm: dict | None = None) -> None:
         """
         Args:
-            folder: of the jobs' logs.
-            jobs: at once; local ones share this machine's GPUs out.
+            jobs: at once, their logs in ``folder``; local ones share this machine's GPUs out.
             gpus: of each job.
             slurm: parameters of ``submitit.AutoExecutor``; None = local processes.
-
-        Raises:
-            RunError: submitit is not installed.
         """
         # What Slurm sends to a job that it pre-empts; submitit reads it while it is imported.
         os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "TERM")
-        project = Path(__file__).resolve().parents[1]  # a job must find what it unpickles
-        paths = [str(project), str(project.parents[1]), os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        # A job must find what it unpickles.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         try:
             import submitit
         except ImportError:
@@ -293,7 +254,7 @@ class Pool:
                     if self._local and self._gpus:
                         self._executor.update_parameters(visible_gpus=self._visible(slot))
                     active[slot] = run, self._executor.submit(RunJob(), comparison, run)
-                    comparison.say(f"{run}: job {active[slot][1].job_id}")
+                    say(f"{run}: job {active[slot][1].job_id}")
                 for slot, (run, job) in [*active.items()]:
                     if job.done():
                         del active[slot]
@@ -307,8 +268,7 @@ class Pool:
     def _visible(self, slot: int) -> list[int]:
         """The GPUs of a job: neighbouring slots get neighbouring ones."""
         known = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        ids = [int(name) for name in known if name.isdigit()]
-        ids = ids or list(range(torch.cuda.device_count()))
+        ids = [int(name) for name in known if name.isdigit()] or range(torch.cuda.device_count())
         return [ids[(slot * self._gpus + i) % len(ids)] for i in range(self._gpus)]
 
 
