@@ -32,7 +32,7 @@ from jigsaw_d2.data.plan import ImagePlan, add_negatives, plan_positives, take_p
 from jigsaw_d2.data.report import ExtractionLog, summarise
 from jigsaw_d2.data.samples import GROUPS, group_codes
 from jigsaw_d2.data.sources import Source, SourceData, SourceImage
-from jigsaw_d2.data.store_writer import DEFAULT_SHARD_SIZE, Chunk, Sample, StoreWriter, make_chunk
+from jigsaw_d2.data.store_writer import DEFAULT_SHARD_SIZE, Sample, StoreWriter, make_chunk
 from jigsaw_d2.data.template import REGION_GROUPS, JigsawTemplate
 from jigsaw_d2.io import ConfigError, DataError, PeerLostError
 
@@ -258,7 +258,7 @@ def chunk_plans(plans: list[ImagePlan]) -> list[list[ImagePlan]]:
 
 def cut_images(
     plans: list[ImagePlan], options: ExtractionOptions
-) -> tuple[Chunk, ExtractionLog, int, int]:
+) -> tuple[tuple[bytes, np.ndarray], ExtractionLog, int, int]:
     """Read, cut and encode the samples of some images; (samples, log, images read, pixels read)."""
     log, samples, images, pixels = ExtractionLog(options.strict), [], 0, 0
     shown = shown_sizes(options.template, options.scale_range[0])
@@ -312,7 +312,7 @@ def _cut_all(
         bar.update(sum(map(len, chunks[:done])))
         for number, (chunk, chunk_log, read, area) in enumerate(results, done):
             log.merge(chunk_log.to_dict())
-            writer.append(chunk, {"chunks": number + 1, "log": log.to_dict()})
+            writer.append(*chunk, {"chunks": number + 1, "log": log.to_dict()})
             images, pixels = images + read, pixels + area
             bar.update(len(chunks[number]))
     return log, images, pixels

@@ -98,10 +98,10 @@ def test_parts_open_as_one(tmp_path: Path) -> None:
 
 def test_missing_and_foreign_parts_are_named(tmp_path: Path) -> None:
     make_store(tmp_path / "store" / "part-1-of-3", n_per_group=1)
-    with pytest.raises(DataError, match="missing: part-2-of-3, part-3-of-3"):
+    with pytest.raises(DataError, match="3 parts are missing: part-2-of-3, part-3-of-3"):
         SampleStore(tmp_path / "store")
     make_store(tmp_path / "store" / "part-2-of-2", n_per_group=1)
-    with pytest.raises(DataError, match="several splits"):
+    with pytest.raises(DataError, match="holds part-1-of-3, part-2-of-2; of 3 parts are missing"):
         SampleStore(tmp_path / "store")
     other = make_store(tmp_path / "other", n_per_group=1, classes=4)
     with pytest.raises(DataError, match="other categories"):
@@ -118,12 +118,10 @@ def test_no_store_and_other_versions_are_named(tmp_path: Path) -> None:
     (path / "header.json").write_text(json.dumps({**header, "version": 7}))
     with pytest.raises(DataError, match="version 7, this program reads version 1"):
         SampleStore(path)
-    (path / "header.json").write_text(json.dumps({"something": "else"}))
-    with pytest.raises(DataError, match="not the header"):
-        SampleStore(path)
-    (path / "header.json").write_text("{")
-    with pytest.raises(DataError, match="cannot be read as a store header"):
-        SampleStore(path)
+    for content in ("{", "[]", json.dumps({"something": "else"})):
+        (path / "header.json").write_text(content)
+        with pytest.raises(DataError, match="not the header"):
+            SampleStore(path)
     (path / "header.json").write_text(json.dumps({**header, "samples": 99}))
     with pytest.raises(DataError, match="does not belong to the header"):
         SampleStore(path)
@@ -185,37 +183,18 @@ def picture(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (31, 17), (200, 5)])
-def test_colour_and_grey_come_back_here_and_in_pillow(size: tuple[int, int]) -> None:
-    whole = (0, 0, size[1], size[0])
+def test_uncompressed_samples_come_back_here_and_in_pillow(size: tuple[int, int]) -> None:
     for image, rgb in (
         (picture(*size, 3), picture(*size, 3)[..., ::-1]),
-        (picture(*size), np.dstack([picture(*size)] * 3)),
+        (picture(*size), picture(*size)),
     ):
         data = encode_sample(image, encoding="ppm")[0]
-        assert np.array_equal(decode_netpbm(data, whole), rgb)
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), rgb)
-
-
-def test_window_of_a_view_is_not_copied() -> None:
-    image = picture(40, 50, 3)
-    data = memoryview(b"before" + encode_sample(image, encoding="ppm")[0] + b"after")[6:-5]
-    shown = decode_netpbm(data, (10, 5, 30, 25))
-    assert np.array_equal(shown, image[5:25, 10:30, ::-1])
-    assert np.shares_memory(shown, np.frombuffer(data, np.uint8)) and not shown.flags.writeable
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda data: data[:-1], "not the pixels of 7 x 4"),
-        (lambda data: data + b"\0", "not the pixels of 7 x 4"),
-        (lambda data: b"P3" + data[2:], "not a binary PPM"),
-        (lambda data: b"", "not a binary PPM"),
-    ],
-)
-def test_other_data_are_refused(change, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        decode_netpbm(change(encode_sample(picture(4, 7, 3), encoding="ppm")[0]), (0, 0, 1, 1))
+        pixels = decode_netpbm(data, image.ndim == 2, *size)
+        assert np.array_equal(pixels, rgb) and np.array_equal(Image.open(io.BytesIO(data)), rgb)
+        assert np.shares_memory(pixels, np.frombuffer(data, np.uint8))
+        for wrong in (data[:-1], data + b"\0", b"P3" + data[2:], b""):
+            with pytest.raises(ValueError, match="does not decode to the size"):
+                decode_netpbm(wrong, image.ndim == 2, *size)
 
 
 @pytest.fixture
