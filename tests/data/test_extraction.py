@@ -330,15 +330,10 @@ def test_quality_is_refused_where_there_are_no_jpegs(encoding: str) -> None:
         ExtractionOptions(encoding=encoding, quality=90)
 
 
-def boxes_of(*sizes: tuple[int, int]) -> np.ndarray:
-    """XYXY (n, 4) of (width, height)."""
-    return np.array([[3, 5, 3 + w, 5 + h] for w, h in sizes], np.float32).reshape(-1, 4)
-
-
 @pytest.mark.parametrize(
     "given, limit, encoding, quality",
     [
-        # 3 bytes a pixel: 3 x (10 x 20 + 30 x 5 + 7 x 2) = 1092.
+        # 3 bytes a pixel: 3 x 364 = 1092.
         ({}, 1092, "ppm", None),
         ({}, 1091, "jpeg", 95),
         ({"quality": 80}, 1092, "jpeg", 80),
@@ -349,8 +344,7 @@ def boxes_of(*sizes: tuple[int, int]) -> np.ndarray:
 )
 def test_small_sets_are_left_uncompressed(monkeypatch, given, limit, encoding, quality) -> None:
     monkeypatch.setattr(extraction, "UNCOMPRESSED_UP_TO", limit)
-    boxes = [boxes_of((10, 20), (30, 5)), boxes_of(), boxes_of((7, 2))]
-    settled = ExtractionOptions(**given).settle_encoding(boxes)
+    settled = ExtractionOptions(**given).settle_encoding(364)
     assert (settled.encoding, settled.quality) == (encoding, quality)
 
 

@@ -70,7 +70,7 @@ def test_crowds_and_unknown_classes_are_no_positives_but_forbid_negatives(tmp_pa
         classes=[0, UNKNOWN_CLASS, 1, 0],
     )
     log = ExtractionLog()
-    plan = plan_positives(image, seed=0, max_scale=2.0, min_side=2, log=log)
+    plan = plan_positives(image, 0, 2.0, 2, log)
     assert plan.classes.tolist() == [1] and plan.gt_boxes.tolist() == [[60, 0, 80, 20]]
     assert log.counts == {"crowd": 1, "annotation_of_unknown_category": 1, "box_too_small": 1}
     # The enlarged positive, then every annotation.
@@ -102,7 +102,7 @@ def test_image_faults_leave_the_other_images(tmp_path: Path) -> None:
         source(tmp_path / "grey.png", [], size=None),
     ]
     log = ExtractionLog()
-    plans = [plan_positives(i, seed=0, max_scale=2.0, min_side=2, log=log) for i in images]
+    plans = [plan_positives(i, 0, 2.0, 2, log) for i in images]
     plans = [plan for plan in plans if plan is not None]
     assert [Path(plan.path).name for plan in plans] == ["good.png", "grey.png"]
     assert [len(plan.boxes) for plan in plans] == [1, 0]
