@@ -195,11 +195,11 @@ def make_plan(
     """(plans of all usable images, negatives wanted); the same in every part and process."""
     chunks = [data.images[n : n + PLAN_CHUNK] for n in range(0, len(data.images), PLAN_CHUNK)]
     plans: list[ImagePlan] = []
-    with tqdm(total=len(data.images), desc="plan", disable=not options.progress) as bar:
-        for done, chunk_log in run(_plan_chunk, ((chunk, options) for chunk in chunks)):
-            plans += done
-            log.merge(chunk_log.to_dict())
-            bar.update(min(PLAN_CHUNK, bar.total - bar.n))
+    results = run(_plan_chunk, ((chunk, options) for chunk in chunks))
+    bar = {"unit": f" x {PLAN_CHUNK} images", "disable": not options.progress}
+    for done, chunk_log in tqdm(results, "plan", len(chunks), **bar):
+        plans += done
+        log.merge(chunk_log.to_dict())
     classes = np.concatenate([np.zeros(0, np.int64), *(plan.classes for plan in plans)])
     if len(classes) == 0:
         raise DataError(
@@ -296,13 +296,13 @@ def _cut_all(
         log.merge(writer.mark["log"])
         logger.info("%d finished shards of an interrupted run are kept", len(writer.shards))
     results = run(cut_images, ((chunk, options) for chunk in chunks[done:]))
-    with tqdm(total=sum(map(len, chunks)), desc="cut", disable=not options.progress) as bar:
-        bar.update(sum(map(len, chunks[:done])))
-        for number, (chunk, chunk_log, read, area) in enumerate(results, done):
-            log.merge(chunk_log.to_dict())
-            writer.append(*chunk, {"chunks": number + 1, "log": log.to_dict()})
-            images, pixels = images + read, pixels + area
-            bar.update(len(chunks[number]))
+    bar = {"unit": f" x {CUT_CHUNK} images", "disable": not options.progress, "initial": done}
+    for number, (chunk, chunk_log, read, area) in enumerate(
+        tqdm(results, "cut", len(chunks), **bar), done + 1
+    ):
+        log.merge(chunk_log.to_dict())
+        writer.append(*chunk, {"chunks": number, "log": log.to_dict()})
+        images, pixels = images + read, pixels + area
     return log, images, pixels
 
 

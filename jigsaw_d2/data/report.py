@@ -1,6 +1,6 @@
 """What extraction skipped and noticed, what a store holds, and how it suits the template."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,10 +43,7 @@ REASONS = {
     "image_alpha": (NOTE, "alpha channel dropped"),
     "image_rotated": (NOTE, "turned upright by its EXIF orientation"),
     "image_without_positives": (NOTE, "no usable object on it: negatives only"),
-    "image_without_room": (
-        NOTE,
-        "no free place for a negative of the sizes drawn; other images took it",
-    ),
+    "image_without_room": (NOTE, "no free place for a negative of the sizes drawn: others took it"),
     "category_ids_with_gaps": (NOTE, "category ids are not consecutive: numbered in their order"),
     "category_without_samples": (NOTE, "category without a sample"),
 }
@@ -72,7 +69,7 @@ class ExtractionLog:
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
         self.counts: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
+        self.examples: defaultdict[str, list[str]] = defaultdict(list)
 
     def add(self, reason: str, where: str) -> None:
         """Count ``reason`` once; ``where`` names the file, image or annotation."""
@@ -88,20 +85,14 @@ class ExtractionLog:
 
     def _count(self, reason: str, count: int, examples: list[str]) -> None:
         self.counts[reason] += count
-        mine = self.examples.setdefault(reason, [])
-        mine += examples[: EXAMPLES - len(mine)]
+        self.examples[reason] = (self.examples[reason] + examples)[:EXAMPLES]
 
     def to_dict(self) -> dict:
         """{reason: {"count", "kind", "text", "examples"}} in the order of ``REASONS``."""
         return {
-            reason: {
-                "count": self.counts[reason],
-                "kind": kind,
-                "text": text,
-                "examples": list(self.examples[reason]),
-            }
+            reason: dict(count=count, kind=kind, text=text, examples=list(self.examples[reason]))
             for reason, (kind, text) in REASONS.items()
-            if self.counts[reason]
+            if (count := self.counts[reason])
         }
 
 

@@ -178,7 +178,7 @@ def test_damaged_sample_is_replaced_and_reported(tmp_path):
     record = {"position": 0, "sample_ids": np.array([0, 3, 1, 2])}
     with pytest.raises(DamagedSampleError, match=r"shard-00000\.tar.*CRC"):
         mapper(record)
-    made = mapper({**record, "replacements": lambda slot: iter({2: [4, 7]}[slot])})
+    made = mapper({**record, "replacements": lambda slot: {2: [4, 7]}.get(slot, [])})
     assert made["sample_ids"].tolist()[2] == 4
     assert made["gt_classes"].tolist()[2] == store.classes[4]
     ((number, reason),) = made["damaged"]
