@@ -155,7 +155,11 @@ def registered() -> str:
     name = "test_extraction_sources_dicts"
     box = {"bbox": [10, 20, 30, 40], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}
     dicts = [
-        {"file_name": "a.jpg", "image_id": "img_b", "annotations": [box]},
+        {
+            "file_name": "a.jpg",
+            "image_id": "img_b",
+            "annotations": [box, {**box, "category_id": 2}],
+        },
         {"file_name": "b.jpg", "image_id": "img_a"},
     ]
     DatasetCatalog.register(name, lambda: dicts)
@@ -169,7 +173,8 @@ def test_registered_dicts(registered: str) -> None:
     data = RegisteredSource(registered).load(ExtractionLog())
     assert data.categories == ["one", "two"] and data.category_ids == [0, 1]
     by_name = {image.path: image for image in data.images}
-    assert by_name["a.jpg"].annotations == [((10, 20, 40, 60), 1, False)]
+    found = [((10, 20, 40, 60), label, False) for label in (1, UNKNOWN_CLASS)]
+    assert by_name["a.jpg"].annotations == found
     assert by_name["a.jpg"].size is None and by_name["b.jpg"].annotations == []
 
 
@@ -179,10 +184,14 @@ def test_unknown_and_incomplete_registered_datasets() -> None:
     name = "test_extraction_sources_broken"
     DatasetCatalog.register(name, lambda: [{"file_name": "a", "annotations": [{"bbox": [0] * 4}]}])
     try:
+        with pytest.raises(DataError, match="names no classes: set its thing_classes"):
+            RegisteredSource(name).load(ExtractionLog())
+        MetadataCatalog.get(name).set(thing_classes=["one"])
         with pytest.raises(DataError, match='dict 0 lacks "bbox_mode"'):
             RegisteredSource(name).load(ExtractionLog())
     finally:
         DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 IMAGE = {"id": 1, "file_name": "a.jpg", "height": 5, "width": 6}
