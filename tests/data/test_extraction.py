@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from detectron2.data.detection_utils import read_image
 from helpers_coco import CATEGORY_IDS, annotation, make_bad_coco, write_json
+from PIL import Image
 
 from jigsaw_d2.data import extraction, image_reading
 from jigsaw_d2.data.extraction import (
@@ -62,13 +63,6 @@ def test_samples_are_the_pixels_of_their_boxes(tiny_coco, tmp_path, encoding) ->
         assert np.array_equal(store.decode(i), image[y0:y1, x0:x1])
 
 
-def test_jpeg_samples_are_close_to_the_source(tiny_coco: Path, store: SampleStore) -> None:
-    image = read_image(str(tiny_coco / "images" / "train_000.jpg"), "RGB").astype(int)
-    for i in np.flatnonzero(store.image_ids == 5):
-        x0, y0, x1, y1 = store.boxes[i].astype(int)
-        assert abs(store.decode(i) - image[y0:y1, x0:x1]).mean() < 6
-
-
 def test_counts_ratio_and_boxes(tiny_coco: Path, store: SampleStore) -> None:
     """11 images with 4 objects, one without; a crowd on the first."""
     positive = store.classes < 3
@@ -117,10 +111,6 @@ def test_chunks_hold_few_images_and_fewer_large_ones() -> None:
     chunks = extraction.chunk_plans(plans)
     assert [plan for chunk in chunks for plan in chunk] == plans
     assert [len(chunk) for chunk in chunks] == [1, 4, 1, 1, 8, 8, 4]
-
-
-def test_another_seed_is_another_store(tiny_coco: Path, store: SampleStore, tmp_path: Path) -> None:
-    assert extract(tiny_coco, tmp_path / "s", seed=1).fingerprint != store.fingerprint
 
 
 def test_parts_together_are_the_whole(tiny_coco: Path, store: SampleStore, tmp_path: Path) -> None:
@@ -219,13 +209,11 @@ def test_each_image_is_decoded_once(tiny_coco, tmp_path, monkeypatch) -> None:
     assert len(decoded) == len(set(decoded)) == report["images_read"] > 10
 
 
-def test_held_out_set_must_have_the_same_categories(tiny_coco: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="val has other categories.*'kind2'"):
-        extract_samples(source(tiny_coco, "val"), tmp_path / "s", ALONE, ["kind0", "kind1"])
-    with pytest.raises(DataError, match="their order"):
-        extract_samples(
-            source(tiny_coco, "val"), tmp_path / "s", ALONE, ["kind1", "kind0", "kind2"]
-        )
+@pytest.mark.parametrize("categories, differing", [([0, 1], "'kind2'"), ([1, 0, 2], "their order")])
+def test_held_out_set_must_have_the_same_categories(tiny_coco, tmp_path, categories, differing):
+    names = [f"kind{n}" for n in categories]
+    with pytest.raises(DataError, match=f"val has other categories.*{differing}"):
+        extract_samples(source(tiny_coco, "val"), tmp_path / "s", ALONE, names)
     assert not (tmp_path / "s").exists()
 
 
@@ -250,17 +238,10 @@ def test_every_fault_is_named_and_counted_and_none_stops_the_run(tmp_path: Path)
 
 
 def test_strict_stops_at_the_first_fault(tmp_path: Path) -> None:
+    bad, strict = make_bad_coco(tmp_path / "set"), dataclasses.replace(ALONE, strict=True)
     with pytest.raises(DataError, match="stopped because of --strict"):
-        extract_samples(
-            CocoSource(*make_bad_coco(tmp_path / "set")),
-            tmp_path / "s",
-            dataclasses.replace(ALONE, strict=True),
-        )
+        extract_samples(CocoSource(*bad), tmp_path / "s", strict)
     assert not (tmp_path / "s").exists()
-
-
-def test_strict_lets_a_sound_set_pass(tiny_coco: Path, tmp_path: Path) -> None:
-    assert len(extract(tiny_coco, tmp_path / "s", strict=True)) == 48
 
 
 def test_image_that_breaks_while_extraction_runs(tiny_coco, tmp_path, monkeypatch) -> None:
@@ -291,14 +272,15 @@ def test_existing_store_is_found_before_any_work(tiny_coco: Path, store: SampleS
         extract_samples(CocoSource("no.json", tiny_coco), store.paths[0], ALONE)
 
 
-WRONG = {"max_scale": 0.9, "negative_ratio": -1, "quality": 0, "seed": -1, "part": (3, 2)}
-WRONG |= {"workers": -2, "shard_size": 0, "scale_range": (1.5, 0.8), "encoding": "gif"}
-
-
-@pytest.mark.parametrize("field, value", WRONG.items())
-def test_impossible_options_are_named(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"{field} is .*must be"):
-        ExtractionOptions(**{field: value})
+@pytest.mark.parametrize(
+    "options",
+    [{"max_scale": 0.9}, {"negative_ratio": -1}, {"quality": 0}, {"seed": -1}, {"part": (3, 2)}]
+    + [{"workers": -2}, {"shard_size": 0}, {"scale_range": (1.5, 0.8)}, {"encoding": "gif"}]
+    + [{"quality": 90, "encoding": encoding} for encoding in ("png", "ppm")],
+)
+def test_impossible_options_are_named(options: dict) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(options))} is "):
+        ExtractionOptions(**options)
 
 
 def test_windows_are_for_samples_larger_than_some_region_shows() -> None:
@@ -311,23 +293,13 @@ def test_windows_are_for_samples_larger_than_some_region_shows() -> None:
 
 
 def test_large_samples_are_written_for_window_decoding(tmp_path: Path) -> None:
-    image = cv2.resize(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8), (600, 400))
-    cv2.imwrite(str(tmp_path / "a.jpg"), image)
+    Image.new("RGB", (600, 400)).save(tmp_path / "a.jpg")
     entry = {"id": 1, "file_name": "a.jpg", "height": 400, "width": 600}
     boxes = [[0, 0, 300, 300], [400, 0, 50, 50]]
     write_json(tmp_path / "set.json", [entry], [annotation(1, box) for box in boxes])
     extract_samples(CocoSource(tmp_path / "set.json", tmp_path), tmp_path / "s", ALONE)
-    store = SampleStore(tmp_path / "s")
-    intervals = store.index["interval"]
+    intervals = SampleStore(tmp_path / "s").index["interval"]
     assert intervals[0] > 0 and intervals[1] == 0
-    assert store.decode(0).shape[:2] == tuple(store.sizes[0])
-    assert np.array_equal(store.decode(0, (30, 40, 130, 110)), store.decode(0)[40:110, 30:130])
-
-
-@pytest.mark.parametrize("encoding", ["png", "ppm"])
-def test_quality_is_refused_where_there_are_no_jpegs(encoding: str) -> None:
-    with pytest.raises(ConfigError, match=f"quality is 90.*encoding is {encoding}"):
-        ExtractionOptions(encoding=encoding, quality=90)
 
 
 @pytest.mark.parametrize(
@@ -364,24 +336,18 @@ def test_every_part_takes_the_encoding_of_the_whole(tiny_coco, tmp_path, monkeyp
 
 
 def square(n: int) -> int:
-    if n == 99:
-        raise KeyError("ninety-nine")
     if n == -1:
         os._exit(9)
     return n * n
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_results_come_in_order(count: int) -> None:
+def test_results_come_in_order_and_errors_through(count: int) -> None:
     with start_workers(count) as run:
         assert list(run(square, ((n,) for n in range(50)))) == [n * n for n in range(50)]
         assert list(run(square, [])) == []
-
-
-@pytest.mark.parametrize("count", [0, 2])
-def test_errors_come_through(count: int) -> None:
-    with start_workers(count) as run, pytest.raises(KeyError, match="ninety-nine"):
-        list(run(square, ((n,) for n in (1, 99, 2))))
+        with pytest.raises(TypeError):
+            list(run(square, [(1,), ("text",)]))
 
 
 def shrink(size: int) -> int:
