@@ -99,31 +99,12 @@ def test_cut_is_smaller_and_an_ordinary_jpeg() -> None:
     data, interval = encode_jpeg(image, 95, windows=True)
     assert interval == 1
     cut, x, y = cut_window(data, (300, 280, 420, 400))
+    assert np.array_equal(Image.open(io.BytesIO(data)), full_decode(data))
     # Pieces are 16 x 16 pixels: with a margin of one pixel they begin at column 288 and row 272.
     # The image ends one pixel behind the window, at row 401 and column 421.
     assert (x, y) == (12, 8)
     assert Image.open(io.BytesIO(cut)).size == (133, 129)
     assert len(cut) < len(data) * 0.07
-
-
-def test_cut_ends_one_pixel_behind_the_window() -> None:
-    data, _ = encode_jpeg(draw_image(60, 330, 1, np.random.default_rng(0)), 95, windows=True)
-    widths = {}
-    for end in (20, 21, 319, 320, 329, 330):
-        cut, x, _ = cut_window(data, (10, 5, end, 50))
-        widths[end] = x + Image.open(io.BytesIO(cut)).width - 10
-    # 5 pixels into a piece at least; pieces end at 320 and 336, the image at 330.
-    assert widths == {20: 21, 21: 22, 319: 320, 320: 325, 329: 330, 330: 330}
-
-
-def test_whole_file_is_an_ordinary_jpeg() -> None:
-    image = draw_image(250, 333, 2, np.random.default_rng(0))
-    data, _ = encode_jpeg(image, 95, windows=True)
-    other = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    assert np.array_equal(other, full_decode(data))
-    plain, interval = encode_jpeg(image, 95)
-    assert interval == 0
-    assert np.array_equal(other[:, :320], full_decode(plain)[:, :320])
 
 
 def test_interval_divides_the_row() -> None:
@@ -179,10 +160,7 @@ def test_grey_jpegs_come_as_grey_and_as_colour() -> None:
     assert np.array_equal(decode_jpeg(memoryview(data.tobytes())), np.dstack([grey] * 3))
 
 
-@pytest.mark.parametrize("cut", [300, 1500, -3])
-def test_damaged_data_are_refused(cut: int) -> None:
-    data = plain_jpeg(90, 120)
+@pytest.mark.parametrize("kept", [0, 300, 1500, -3])
+def test_damaged_data_are_refused(kept: int) -> None:
     with pytest.raises(ValueError):
-        decode_jpeg(data[:cut])
-    with pytest.raises(ValueError):
-        decode_jpeg(b"")
+        decode_jpeg(plain_jpeg(90, 120)[:kept])
