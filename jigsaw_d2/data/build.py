@@ -154,8 +154,7 @@ def build_jigsaw_train_loader(
 
     Args:
         rank, world_size: this process among those that share each step's images.
-        start_iter: iteration whose batch comes first; what follows is exactly what a loader
-            started at 0 yields from there on.
+        start_iter: iteration whose batch comes first, as if the loader had run until there.
         store: opened ``DATASETS.TRAIN``; opened here when None.
 
     Returns:
@@ -204,11 +203,8 @@ def _build_loader(
 def check_shared_memory(cfg: CfgNode, world_size: int, local_size: int) -> None:
     """Refuse workers whose batches do not fit /dev/shm, where they are made; a write there kills.
 
-    Args:
-        world_size, local_size: number of processes of the job, and of those on this machine.
-
-    Raises:
-        ConfigError: with what is needed, what is free, and what helps.
+    Raises ConfigError with what is needed for the ``local_size`` processes of this machine, of
+    ``world_size`` in the job, what is free, and what helps.
     """
     workers, folder = cfg.DATALOADER.NUM_WORKERS, Path("/dev/shm")
     if not workers or not folder.is_dir():

@@ -21,12 +21,10 @@ class JigsawDatasetMapper:
     """Makes a Jigsaw image from its number and four sample ids, in these steps:
 
     1. draw scale, flip and crop position of each sample from (seed, position) alone;
-    2. the S sample of smaller area goes to R1, the larger to R4, W to R2, T to R3 (Sec. 3.2);
+    2. the S sample of smaller area, as stored, goes to R1, the larger to R4, W to R2, T to R3
+       (Sec. 3.2);
     3. lay each sample into its region, and decode only the window that will be seen;
     4. resize what is seen, flip it and draw it into the canvas, zeros around it.
-
-    "Area" is that of the stored sample before it is resized: which region a sample goes to does
-    not depend on the draw.
     """
 
     @configurable

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import signal
 import time
@@ -133,8 +134,7 @@ def extract_samples(
         "pixels_read" and "seconds" of this run.
 
     Raises:
-        DataError: input without any usable object, or of other categories; under ``strict``, the
-            first fault; ``output`` exists.
+        DataError: no usable object, other categories, ``output`` exists; if strict, any fault.
         RunError: ``output`` is being written by another process, or cannot be written.
         PeerLostError: a worker process died.
     """
@@ -199,7 +199,7 @@ def make_plan(
     bar = {"unit": f" x {PLAN_CHUNK} images", "disable": not options.progress}
     for done, chunk_log in tqdm(results, "plan", len(chunks), **bar):
         plans += done
-        log.merge(chunk_log.to_dict())
+        log.merge(chunk_log)
     classes = np.concatenate([np.zeros(0, np.int64), *(plan.classes for plan in plans)])
     if len(classes) == 0:
         raise DataError(
@@ -215,13 +215,11 @@ def make_plan(
 
 def _plan_chunk(
     images: list[SourceImage], options: ExtractionOptions
-) -> tuple[list[ImagePlan], ExtractionLog]:
+) -> tuple[list[ImagePlan], dict]:
     log = ExtractionLog(options.strict)
-    plans = [
-        plan_positives(image, options.seed, options.max_scale, options.min_side, log)
-        for image in images
-    ]
-    return [plan for plan in plans if plan is not None], log
+    how = (options.seed, options.max_scale, options.min_side, log)
+    plans = [plan_positives(image, *how) for image in images]
+    return [plan for plan in plans if plan is not None], log.to_dict()
 
 
 def chunk_plans(plans: list[ImagePlan]) -> list[list[ImagePlan]]:
@@ -243,10 +241,11 @@ def chunk_plans(plans: list[ImagePlan]) -> list[list[ImagePlan]]:
 
 def cut_images(
     plans: list[ImagePlan], options: ExtractionOptions
-) -> tuple[tuple[bytes, np.ndarray], ExtractionLog, int, int]:
-    """Read, cut and encode the samples of some images; (samples, log, images read, pixels read)."""
-    log, samples, images, pixels = ExtractionLog(options.strict), [], 0, 0
+) -> tuple[bytes, np.ndarray, dict]:
+    """Read, cut and encode the samples of some images; (*``make_chunk``, what was skipped)."""
+    log, samples = ExtractionLog(options.strict), []
     shown = shown_sizes(options.template, options.scale_range[0])
+    how = {"quality": options.quality, "encoding": options.encoding}
     for plan in plans:
         try:
             image = read_pixels(plan.path)
@@ -256,19 +255,13 @@ def cut_images(
         if image.shape[:2] != plan.size:
             log.add("image_size_differs", f"{plan.path}: changed while the samples were extracted")
             continue
-        images, pixels = images + 1, pixels + image.shape[0] * image.shape[1]
         rows = zip(plan.boxes, plan.gt_boxes, plan.classes, needs_windows(plan.boxes, shown))
         for serial, (box, gt_box, label, windows) in enumerate(rows):
             x0, y0, x1, y1 = map(int, box)
-            encoded = store.encode_sample(
-                image[y0:y1, x0:x1],
-                quality=options.quality,
-                encoding=options.encoding,
-                windows=bool(windows),
-            )
+            encoded = store.encode_sample(image[y0:y1, x0:x1], **how, windows=bool(windows))
             where = (y1 - y0, x1 - x0), plan.image_id, serial
             samples.append(Sample(*encoded, int(label), *where, box, gt_box))
-    return make_chunk(samples, options.class_files), log, images, pixels
+    return *make_chunk(samples, options.class_files), log.to_dict()
 
 
 def shown_sizes(template: JigsawTemplate, min_scale: float) -> np.ndarray:
@@ -297,12 +290,12 @@ def _cut_all(
         logger.info("%d finished shards of an interrupted run are kept", len(writer.shards))
     results = run(cut_images, ((chunk, options) for chunk in chunks[done:]))
     bar = {"unit": f" x {CUT_CHUNK} images", "disable": not options.progress, "initial": done}
-    for number, (chunk, chunk_log, read, area) in enumerate(
-        tqdm(results, "cut", len(chunks), **bar), done + 1
-    ):
-        log.merge(chunk_log.to_dict())
-        writer.append(*chunk, {"chunks": number, "log": log.to_dict()})
-        images, pixels = images + read, pixels + area
+    for members, records, chunk_log in tqdm(results, "cut", len(chunks), **bar):
+        log.merge(chunk_log)
+        sizes = [p.size for p in chunks[done] if p.image_id in records["image_id"]]
+        images, pixels = images + len(sizes), pixels + sum(map(math.prod, sizes))
+        done += 1
+        writer.append(members, records, {"chunks": done, "log": log.to_dict()})
     return log, images, pixels
 
 

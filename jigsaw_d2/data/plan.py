@@ -156,9 +156,8 @@ def choose_sizes(plans: list[ImagePlan], seed: int) -> np.ndarray:
 
 def split_negatives(count: int, images: int, seed: int | list[int]) -> np.ndarray:
     """int64 (images,): negatives that each image is asked for; even shares, the rest at random."""
-    quotas = np.full(images, count // max(images, 1), np.int64)
-    extra = np.random.default_rng(seed).permutation(images)[: count - quotas.sum()]
-    quotas[extra] += 1
+    quotas = np.full(images, count // images, np.int64)
+    quotas[np.random.default_rng(seed).permutation(images)[: count % images]] += 1
     return quotas
 
 

@@ -146,9 +146,7 @@ def template_fill(
     pixels that find no place. Of two S samples the smaller goes to R1: a sample's chance to be the
     larger is its rank by area. None for a region whose group is empty.
 
-    Args:
-        sizes: (n, 2) (height, width), pixels.
-        groups: (n,) index into ``samples.GROUPS``.
+    ``sizes``: (n, 2) (height, width), pixels; ``groups``: (n,) index into ``samples.GROUPS``.
     """
     low, high = scale_range
     fill: dict[str, dict | None] = dict.fromkeys(REGIONS)

@@ -76,8 +76,7 @@ def check_free(path: str | os.PathLike, overwrite: bool) -> None:
 def sample_key(class_index: int, image_id: int, serial: int) -> str:
     """Name of a sample within the shards, without suffix; unique in a store and its parts.
 
-    The class is the folder, so that an unpacked shard is an ImageFolder tree whose sorted folder
-    names are in class order.
+    The class is the folder: an unpacked shard is an ImageFolder tree, its folders in class order.
     """
     return f"{class_index:04d}/{image_id}_{serial:03d}"
 
@@ -280,9 +279,8 @@ class SampleStore:
     def decode(self, i: int, window: Window | None = None) -> np.ndarray:
         """uint8 RGB (h, w, 3) of sample ``i``, or of ``window`` (XYXY ints, sample pixels).
 
-        Of a sample written with restart intervals only the pieces under the window are decoded;
-        the pixels are those of the full decode. May be a view of a larger array, or, read-only, of
-        the mapped shard.
+        Of a JPEG written for windows only the pieces under it are decoded; the pixels are those of
+        the full decode. May be a view, of a larger array or, read-only, of the mapped shard.
 
         Raises:
             DamagedSampleError: naming shard, key and reason.
@@ -354,30 +352,28 @@ def check_store(
         if fingerprint(header["categories"], _read_index(path, header)) != header["fingerprint"]:
             yield f"{path}: the index differs from the fingerprint in the header"
     shards = [shard for header in store.headers for shard in header["shards"]]
-    counts, gone = np.bincount(store.index["shard"], minlength=len(shards)), set()
-    for number, (shard, counted) in enumerate(zip(shards, counts)):
+    for number, shard in enumerate(shards):
+        numbers = np.flatnonzero(store.index["shard"] == number).tolist()
         try:
-            found = f"{len(store.shard(number))} bytes, in the index {counted} samples"
+            found = f"{len(store.shard(number))} bytes, in the index {len(numbers)} samples"
         except DataError as error:
-            gone.add(number)
             yield str(error)
             continue
         written = f"{shard['bytes']} bytes, in the index {shard['samples']} samples"
         if found != written:
             yield f"{shard['name']} holds {found}; it was written with {written}"
-    for i, record in enumerate(store.index):
-        progress(1)
-        if record["shard"] in gone:  # which was said once
-            continue
-        try:
-            _check_sample(store, i, record)
-            if decode:
-                store.decode(i)
-        except DamagedSampleError as error:
-            yield str(error)
+        for i in numbers:
+            progress(1)
+            try:
+                _check_sample(store, i)
+                if decode:
+                    store.decode(i)
+            except DamagedSampleError as error:
+                yield str(error)
 
 
-def _check_sample(store: SampleStore, i: int, record: np.void) -> None:
+def _check_sample(store: SampleStore, i: int) -> None:
+    record = store.index[i]
     offset, length = int(record["offset"]), int(record["length"])
     shard = store.shard(int(record["shard"]))
     if offset < BLOCK or offset + length > len(shard):
