@@ -78,16 +78,11 @@ def test_counts_ratio_and_boxes(tiny_coco: Path, store: SampleStore) -> None:
         if store.image_ids[i] == 5:
             forbidden = np.concatenate([forbidden, crowd])
         assert not overlaps_any(cut[i : i + 1], forbidden).any()
-    assert store.header["report"]["log"]["dataset"]["crowd"]["count"] == 1
-    assert store.header["report"]["log"]["dataset"]["image_without_positives"]["count"] == 1
-
-
-def test_header_says_what_the_store_is(store: SampleStore) -> None:
     header = store.header
-    assert header["source"] == "train" and header["seed"] == 0
-    assert header["category_ids"] == list(CATEGORY_IDS)
+    assert header["source"] == "train" and header["category_ids"] == list(CATEGORY_IDS)
     assert header["options"]["negative_ratio"] == 0.1 and "workers" not in header["options"]
-    assert len(header["image_ids_sha256"]) == len(header["annotations_sha256"]) == 64
+    assert header["report"]["log"]["dataset"]["crowd"]["count"] == 1
+    assert store.header["report"]["log"]["dataset"]["image_without_positives"]["count"] == 1
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -113,9 +108,12 @@ def test_chunks_hold_few_images_and_fewer_large_ones() -> None:
     assert [len(chunk) for chunk in chunks] == [1, 4, 1, 1, 8, 8, 4]
 
 
-def test_parts_together_are_the_whole(tiny_coco: Path, store: SampleStore, tmp_path: Path) -> None:
+def test_parts_together_are_the_whole(tiny_coco, store, tmp_path, monkeypatch) -> None:
+    # Too much to be left uncompressed for the whole, though not for a third.
+    limit = 3 * int(store.sizes.prod(axis=1).sum()) - 1
+    monkeypatch.setattr(extraction, "UNCOMPRESSED_UP_TO", limit)
     for number in (1, 2, 3):
-        options = dataclasses.replace(ALONE, part=(number, 3))
+        options = ExtractionOptions(workers=0, part=(number, 3))
         extract_samples(source(tiny_coco), tmp_path / "s", options)
     parts = SampleStore(tmp_path / "s")
     assert len(parts.paths) == 3 and len(parts) == len(store)
@@ -178,22 +176,19 @@ from jigsaw_d2.data import extraction
 from jigsaw_d2.tools import run_command
 from test_extraction import dataclasses, small_shards, source
 extraction.CUT_CHUNK = 1
-options = dataclasses.replace(small_shards({workers}), shard_size=10**9)
+options = dataclasses.replace(small_shards(2), shard_size=10**9)
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # as a disk that is full
 work = lambda argv: extraction.extract_samples(source(Path({data!r})), {path!r}, options)
 sys.exit(run_command(work))
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_full_disk_is_named_and_the_same_call_goes_on(tiny_coco, store, tmp_path, workers) -> None:
-    script = FULL_DISK.format(
-        tests=TESTS, data=str(tiny_coco), path=str(tmp_path / "s"), workers=workers
-    )
+def test_full_disk_is_named_and_the_same_call_goes_on(tiny_coco, store, tmp_path) -> None:
+    script = FULL_DISK.format(tests=TESTS, data=str(tiny_coco), path=str(tmp_path / "s"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2 and "cannot write" in done.stderr and "make room" in done.stderr
     assert not (tmp_path / "s").exists()
-    extract(tiny_coco, tmp_path / "s", workers=workers)
+    extract(tiny_coco, tmp_path / "s", workers=2)
     assert content(tmp_path / "s") == content(store.paths[0])
 
 
@@ -267,11 +262,6 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
         extract_samples(CocoSource(tmp_path / "set.json", tmp_path), tmp_path / "s", ALONE)
 
 
-def test_existing_store_is_found_before_any_work(tiny_coco: Path, store: SampleStore) -> None:
-    with pytest.raises(DataError, match="exists; --overwrite"):
-        extract_samples(CocoSource("no.json", tiny_coco), store.paths[0], ALONE)
-
-
 @pytest.mark.parametrize(
     "options",
     [{"max_scale": 0.9}, {"negative_ratio": -1}, {"quality": 0}, {"seed": -1}, {"part": (3, 2)}]
@@ -318,21 +308,6 @@ def test_small_sets_are_left_uncompressed(monkeypatch, given, limit, encoding, q
     monkeypatch.setattr(extraction, "UNCOMPRESSED_UP_TO", limit)
     settled = ExtractionOptions(**given).settle_encoding(364)
     assert (settled.encoding, settled.quality) == (encoding, quality)
-
-
-def test_every_part_takes_the_encoding_of_the_whole(tiny_coco, tmp_path, monkeypatch) -> None:
-    whole = extract(tiny_coco, tmp_path / "whole", encoding="auto")
-    assert whole.header["options"]["encoding"] == "ppm"
-    assert set(whole.header["report"]["encoded_bytes"]) == {"ppm"}
-    # Too much for the whole by one byte, though not for a half.
-    limit = 3 * int(whole.sizes.prod(axis=1).sum()) - 1
-    monkeypatch.setattr(extraction, "UNCOMPRESSED_UP_TO", limit)
-    for number in (1, 2):
-        options = ExtractionOptions(workers=0, part=(number, 2))
-        extract_samples(source(tiny_coco), tmp_path / "s", options)
-    for header in SampleStore(tmp_path / "s").headers:
-        assert header["options"]["encoding"] == "jpeg"
-        assert set(header["report"]["encoded_bytes"]) == {"jpg"}
 
 
 def square(n: int) -> int:

@@ -14,7 +14,6 @@ from PIL import Image
 from jigsaw_d2.data import jpeg_windows
 from jigsaw_d2.data.jpeg_windows import (
     TABLE_MAGIC,
-    choose_interval,
     cut_window,
     decode_jpeg,
     decode_window,
@@ -107,14 +106,6 @@ def test_cut_is_smaller_and_an_ordinary_jpeg() -> None:
     assert len(cut) < len(data) * 0.07
 
 
-def test_interval_divides_the_row() -> None:
-    for width in range(1, 2000):
-        assert choose_interval(width, grey=False) == 1
-        assert -(-width // 8) % choose_interval(width, grey=True) == 0
-    # 8, 15, 25 and 7 blocks of 8 pixels
-    assert [choose_interval(width, grey=True) for width in (64, 120, 200, 56)] == [2, 3, 5, 1]
-
-
 def test_what_lists_no_pieces_decodes_whole() -> None:
     """A comment holds the pieces of 8 Mpx at most: a larger sample is written without one."""
     large = np.full((4000, 2608, 3), 128, np.uint8)  # 250 x 163 MCUs
@@ -142,19 +133,14 @@ def plain_jpeg(height: int, width: int, *options: int) -> bytes:
     return cv2.imencode(".jpg", image, list(options))[1].tobytes()
 
 
-@pytest.mark.parametrize("size", [(1, 1), (17, 16), (64, 64), (37, 160), (200, 333)])
+@pytest.mark.parametrize("size", [(1, 1), (17, 16), (200, 333)])
 @pytest.mark.parametrize("progressive", [0, 1])
 def test_pixels_are_those_of_opencv_and_pillow(size: tuple[int, int], progressive: int) -> None:
     data = plain_jpeg(*size, cv2.IMWRITE_JPEG_PROGRESSIVE, progressive)
     bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     assert np.array_equal(decode_jpeg(data, "BGR"), bgr)
     assert np.array_equal(decode_jpeg(data), Image.open(io.BytesIO(data)))
-    grey = Image.open(io.BytesIO(data)).convert("YCbCr").split()[0]
-    assert np.abs(decode_jpeg(data, "GRAY").astype(int) - np.asarray(grey)).max() <= 1
-
-
-def test_grey_jpegs_come_as_grey_and_as_colour() -> None:
-    data = cv2.imencode(".jpg", draw_image(50, 70, 1, np.random.default_rng(0))[..., 0])[1]
+    data = cv2.imencode(".jpg", bgr[..., 0])[1]
     grey = decode_jpeg(data.ravel(), "GRAY")
     assert np.array_equal(grey, cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
     assert np.array_equal(decode_jpeg(memoryview(data.tobytes())), np.dstack([grey] * 3))

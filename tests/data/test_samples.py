@@ -66,13 +66,6 @@ def test_each_side_moves_on_its_own_by_up_to_half_the_box() -> None:
     assert abs(np.corrcoef(moved.T) - np.eye(4)).max() < 0.06
 
 
-def test_boxes_one_by_one_equal_all_at_once() -> None:
-    boxes = np.float32([[1, 2, 30, 40], [50, 60, 70, 90], [5, 5, 6, 6]])
-    together = enlarge_boxes(boxes, (100, 100), np.random.default_rng(3))
-    rng = np.random.default_rng(3)
-    assert np.array_equal(together, [enlarge_box(box, (100, 100), rng) for box in boxes])
-
-
 def test_box_without_area_inside_and_shrinking_are_refused() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="no area inside the image"):

@@ -29,20 +29,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> SampleStore:
     return make_store(tmp_path_factory.mktemp("store") / "store")
 
 
-def test_columns_have_the_promised_types(store: SampleStore) -> None:
-    shapes = {"classes": (24,), "groups": (24,), "sizes": (24, 2), "image_ids": (24,)}
-    shapes |= {"boxes": (24, 4), "gt_boxes": (24, 4)}
-    types = {"classes": "i8", "groups": "u1", "sizes": "i4", "image_ids": "i8"}
-    types |= {"boxes": "f4", "gt_boxes": "f4"}
-    for name, shape in shapes.items():
-        column = getattr(store, name)
-        assert column.shape == shape and column.dtype == types[name]
-        assert not column.flags.writeable
-    negatives = store.classes == len(store.categories)
-    assert np.array_equal(store.gt_boxes[negatives], store.boxes[negatives])
-    assert (store.boxes[:, 2:] - store.boxes[:, :2] == store.sizes[:, ::-1]).all()
-
-
 def test_index_matches_the_samples(store: SampleStore) -> None:
     assert np.bincount(store.groups).tolist() == [8, 8, 8] and set(store.classes) == {0, 1, 2, 3}
     for i in range(len(store)):
@@ -51,6 +37,13 @@ def test_index_matches_the_samples(store: SampleStore) -> None:
         whole = store.decode(i)
         assert whole.shape == (height, width, 3)
         assert np.array_equal(store.decode(i, window), whole[y0:y1, x0:x1])
+    types = {"classes": "i8", "groups": "u1", "sizes": "i4", "image_ids": "i8"}
+    for name, kind in {**types, "boxes": "f4", "gt_boxes": "f4"}.items():
+        column = getattr(store, name)
+        assert len(column) == 24 and column.dtype == kind and not column.flags.writeable
+    negatives = store.classes == len(store.categories)
+    assert np.array_equal(store.gt_boxes[negatives], store.boxes[negatives])
+    assert (store.boxes[:, 2:] - store.boxes[:, :2] == store.sizes[:, ::-1]).all()
     for i in (24, -1):
         with pytest.raises(IndexError, match="a store of 24"):
             store[i]
@@ -62,16 +55,10 @@ def test_impossible_windows_are_refused(store: SampleStore, window: tuple) -> No
         store.decode(0, window)
 
 
-def test_pickled_store_reads_the_same(store: SampleStore) -> None:
-    again = pickle.loads(pickle.dumps(store))
-    assert again.fingerprint == store.fingerprint
-    assert again[5] == store[5]
-    assert len(pickle.dumps(store)) < 10_000
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_read_the_same(store: SampleStore, method: str) -> None:
     store[0]  # mapped before the fork
+    assert len(pickle.dumps(store)) < 10_000
     with multiprocessing.get_context(method).Pool(2) as pool:
         assert pool.map(store.__getitem__, range(24)) == [store[i] for i in range(24)]
 
@@ -149,18 +136,16 @@ def test_flipped_byte_is_named_by_shard_and_key(small: SampleStore) -> None:
     assert re.search(where, fault)
 
 
-def test_vanished_and_replaced_stores_are_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", ["is gone", "replaced since it was opened"])
+def test_vanished_and_replaced_stores_are_noticed(tmp_path: Path, words: str) -> None:
     store = make_store(tmp_path / "store", n_per_group=1)
     pickled = pickle.dumps(store)
     shutil.rmtree(tmp_path / "store")
-    with pytest.raises(DataError, match="is gone"):
+    if words != "is gone":
+        make_store(tmp_path / "store", n_per_group=1, seed=5)
+    with pytest.raises(DataError, match=words):
         store[0]
-    with pytest.raises(DataError, match="is gone"):
-        pickle.loads(pickled)
-    make_store(tmp_path / "store", n_per_group=1, seed=5)
-    with pytest.raises(DataError, match="replaced since it was opened"):
-        store[0]
-    with pytest.raises(DataError, match="replaced since it was opened"):
+    with pytest.raises(DataError, match=words):
         pickle.loads(pickled)
 
 

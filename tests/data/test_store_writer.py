@@ -18,7 +18,7 @@ from jigsaw_d2.io import DataError, RunError
 IMAGE = draw_image(40, 60, 0, np.random.default_rng(0))
 
 
-def write(path: Path, count: int = 6, mark: bool = True, **options: object) -> None:
+def write(path: Path, count: int = 6, **options: object) -> None:
     """A store of ``count`` equal samples."""
     with StoreWriter(path, ["a", "b"], **options) as writer:
         append(writer, range(writer.mark["next"] if writer.mark else 0, count))
@@ -80,15 +80,6 @@ def test_lossless_stores(tmp_path: Path, encoding: str) -> None:
         assert np.array_equal(store.decode(i, (3, 4, 20, 30)), image[4:30, 3:20])
 
 
-def test_shards_stay_below_their_size(tmp_path: Path) -> None:
-    write(tmp_path / "store", 10, shard_size=10_000)
-    store = SampleStore(tmp_path / "store")
-    sizes = [shard["bytes"] for shard in store.header["shards"]]
-    assert len(sizes) > 2 and max(sizes) <= 10_000
-    assert sum(shard["samples"] for shard in store.header["shards"]) == 10
-    assert [store.decode(i).shape for i in range(10)] == [(40, 60, 3)] * 10
-
-
 def test_existing_store_stays_unless_told_otherwise(tmp_path: Path) -> None:
     write(tmp_path / "store", 3)
     before = content(tmp_path / "store")
@@ -104,35 +95,30 @@ def test_unfinished_is_never_taken_for_whole(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), StoreWriter(tmp_path / "store", ["a", "b"]) as writer:
         append(writer, range(4))
         raise KeyboardInterrupt
-    for path in (tmp_path / "store", tmp_path / "store.partial"):
+    for path in ("store", "store.partial", "store.partial/store"):
         with pytest.raises(DataError, match="no whole sample store"):
-            SampleStore(path)
-    with pytest.raises(DataError, match="no whole sample store"):
-        SampleStore(tmp_path / "store.partial" / "store")
+            SampleStore(tmp_path / path)
 
 
 def test_interrupted_work_goes_on_behind_the_finished_shards(tmp_path: Path) -> None:
     options = {"shard_size": 12_000, "resume_key": "this work"}
     write(tmp_path / "whole", 12, **options)
-    with pytest.raises(KeyboardInterrupt):
-        with StoreWriter(tmp_path / "store", ["a", "b"], **options) as writer:
-            append(writer, range(9))
-            raise KeyboardInterrupt
+    sizes = [shard["bytes"] for shard in SampleStore(tmp_path / "whole").header["shards"]]
+    assert len(sizes) > 2 and max(sizes) <= 12_000
+    with StoreWriter(tmp_path / "store", ["a", "b"], **options) as writer:
+        append(writer, range(9))
     first = tmp_path / "store.partial" / "store" / "shard-00000.tar"
     written = first.stat().st_mtime_ns
     with StoreWriter(tmp_path / "store", ["a", "b"], **options) as writer:
-        assert 0 < writer.mark["next"] < 9
-        assert first.stat().st_mtime_ns == written
+        assert 0 < writer.mark["next"] < 9 and first.stat().st_mtime_ns == written
         append(writer, range(writer.mark["next"], 12))
         writer.finish()
     assert content(tmp_path / "store") == content(tmp_path / "whole")
 
 
 def test_other_work_starts_anew(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        with StoreWriter(tmp_path / "s", ["a", "b"], shard_size=9000, resume_key="one") as writer:
-            append(writer, range(6))
-            raise KeyboardInterrupt
+    with StoreWriter(tmp_path / "s", ["a", "b"], shard_size=9000, resume_key="one") as writer:
+        append(writer, range(6))
     with StoreWriter(tmp_path / "s", ["a", "b"], shard_size=9000, resume_key="two") as writer:
         assert writer.mark is None and len(writer.index()) == 0
         assert list((tmp_path / "s.partial" / "store").iterdir()) == []
