@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from data.test_store import flip
 from detectron2.config import CfgNode
 from helpers_store import make_store
 
@@ -129,11 +130,7 @@ def test_class_balanced_needs_a_threshold_and_uses_it(store):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damaged_sample_is_replaced_reported_and_logged_once(tmp_path, workers, caplog):
     store = make_store(tmp_path / "store", n_per_group=3, size_range=(20, 60))
-    shard = tmp_path / "store" / "shard-00000.tar"
-    content = bytearray(shard.read_bytes())
-    content[int(store.index["offset"][1]) + 200] ^= 0xFF  # sample 1, of group T
-    shard.write_bytes(content)
-    store = SampleStore(tmp_path / "store")
+    flip(store, 1)  # of group T
     loader = build_jigsaw_train_loader(make_cfg(store, workers, batch=6))
     with caplog.at_level(logging.WARNING):
         seen = list(islice(loader, 3))

@@ -18,15 +18,12 @@ from jigsaw_d2.data import extraction, image_reading
 from jigsaw_d2.data.extraction import (
     ExtractionOptions,
     extract_samples,
-    needs_windows,
-    shown_sizes,
     start_workers,
 )
 from jigsaw_d2.data.plan import ImagePlan
 from jigsaw_d2.data.samples import overlaps_any
 from jigsaw_d2.data.sources import CocoSource
 from jigsaw_d2.data.store import SampleStore
-from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError, DataError, PeerLostError
 
 TESTS = [str(folder) for folder in Path(__file__).parents[:2]]
@@ -273,23 +270,18 @@ def test_impossible_options_are_named(options: dict) -> None:
         ExtractionOptions(**options)
 
 
-def test_windows_are_for_samples_larger_than_some_region_shows() -> None:
-    shown = shown_sizes(JigsawTemplate(), 0.8)
-    # Regions 64x64 and 160x160 (S), 160 high x 64 wide (T), 64 high x 160 wide (W), over 0.8.
-    assert shown.tolist() == [[80, 80], [200, 80], [80, 200]]
-    sizes = [(80, 80), (81, 70), (200, 80), (200, 90), (81, 200), (80, 200)]  # (height, width)
-    boxes = np.array([[10, 20, 10 + w, 20 + h] for h, w in sizes], np.float32)
-    assert needs_windows(boxes, shown).tolist() == [False, True, False, True, True, False]
-
-
-def test_large_samples_are_written_for_window_decoding(tmp_path: Path) -> None:
+def test_samples_larger_than_some_region_shows_are_written_for_windows(tmp_path: Path) -> None:
     Image.new("RGB", (600, 400)).save(tmp_path / "a.jpg")
     entry = {"id": 1, "file_name": "a.jpg", "height": 400, "width": 600}
-    boxes = [[0, 0, 300, 300], [400, 0, 50, 50]]
+    # Regions 64x64 and 160x160 (S), 160 high x 64 wide (T), 64 high x 160 wide (W), over 0.8:
+    # up to 80 x 80, 200 high x 80 wide, 80 high x 200 wide are always shown whole.
+    sizes = [(80, 80), (81, 70), (200, 80), (200, 90), (81, 200), (80, 200)]  # (height, width)
+    boxes = [[10 * n, 0, w, h] for n, (h, w) in enumerate(sizes)]
     write_json(tmp_path / "set.json", [entry], [annotation(1, box) for box in boxes])
-    extract_samples(CocoSource(tmp_path / "set.json", tmp_path), tmp_path / "s", ALONE)
+    options = dataclasses.replace(ALONE, max_scale=1.0, negative_ratio=0.0)
+    extract_samples(CocoSource(tmp_path / "set.json", tmp_path), tmp_path / "s", options)
     intervals = SampleStore(tmp_path / "s").index["interval"]
-    assert intervals[0] > 0 and intervals[1] == 0
+    assert (intervals > 0).tolist() == [False, True, False, True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -323,6 +315,9 @@ def test_results_come_in_order_and_errors_through(count: int) -> None:
         assert list(run(square, [])) == []
         with pytest.raises(TypeError):
             list(run(square, [(1,), ("text",)]))
+        if count:
+            with pytest.raises(PeerLostError, match="fewer --workers"):
+                list(run(square, ((n,) for n in (1, -1, 2))))
 
 
 def shrink(size: int) -> int:
@@ -340,8 +335,3 @@ def test_opencv_threads_of_the_parent_do_not_hang_the_children() -> None:
         assert cv2.getNumThreads() == 4
     finally:
         cv2.setNumThreads(threads)
-
-
-def test_a_dead_worker_is_named_with_what_to_do() -> None:
-    with start_workers(2) as run, pytest.raises(PeerLostError, match="fewer --workers"):
-        list(run(square, ((n,) for n in (1, -1, 2))))
