@@ -242,7 +242,7 @@ def chunk_plans(plans: list[ImagePlan]) -> list[list[ImagePlan]]:
 def cut_images(
     plans: list[ImagePlan], options: ExtractionOptions
 ) -> tuple[bytes, np.ndarray, dict]:
-    """Read, cut and encode the samples of some images; (*``make_chunk``, what was skipped)."""
+    """Read, cut and encode some images' samples; (tar members, RECORD (n,), what was skipped)."""
     log, samples = ExtractionLog(options.strict), []
     shown = shown_sizes(options.template, options.scale_range[0])
     how = {"quality": options.quality, "encoding": options.encoding}

@@ -43,7 +43,10 @@ REASONS = {
     "image_alpha": (NOTE, "alpha channel dropped"),
     "image_rotated": (NOTE, "turned upright by its EXIF orientation"),
     "image_without_positives": (NOTE, "no usable object on it: negatives only"),
-    "image_without_room": (NOTE, "no free place for a negative of the sizes drawn: others took it"),
+    "image_without_room": (
+        NOTE,
+        "no free place for a negative of the sizes drawn; other images took it",
+    ),
     "category_ids_with_gaps": (NOTE, "category ids are not consecutive: numbered in their order"),
     "category_without_samples": (NOTE, "category without a sample"),
 }
