@@ -3,8 +3,6 @@
 Both use the same number of processes on the same images, taken in turns; medians are printed.
 
     python dev/bench_extraction.py --json A.json --images DIR [--workers 2] [--repeats 5]
-
-Without --json it draws a set of photo-like images from a seed.
 """
 
 import argparse
@@ -23,32 +21,6 @@ import numpy as np
 from jigsaw_d2.data.extraction import ExtractionOptions, extract_samples
 from jigsaw_d2.data.sources import CocoSource
 from jigsaw_d2.data.store import SampleStore
-
-
-def draw_set(folder: Path, images: int = 160, objects: int = 7) -> CocoSource:
-    """A COCO-format set at COCO's sizes (640 x 480, 7 objects): smooth noise, boxes at random."""
-    rng = np.random.default_rng(0)
-    entries, annotations = [], []
-    (folder / "images").mkdir()
-    for n in range(images):
-        layers = [
-            cv2.resize(rng.random((h, w, 3)), (640, 480)) for h, w in ((6, 8), (60, 80), (480, 640))
-        ]
-        image = 255 * (0.6 * layers[0] + 0.3 * layers[1] + 0.1 * layers[2])
-        cv2.imwrite(str(folder / "images" / f"{n}.jpg"), image.astype(np.uint8))
-        entries.append({"id": n, "file_name": f"{n}.jpg", "height": 480, "width": 640})
-        for _ in range(objects):
-            # Sides whose logarithm is uniform over 10 to 250 pixels, about COCO's spread.
-            w, h = np.exp(rng.uniform(np.log(10), np.log(250), 2))
-            x, y = rng.uniform(0, 640 - w), rng.uniform(0, 480 - h)
-            box = [float(v) for v in (x, y, w, h)]
-            annotations.append(
-                {"id": len(annotations), "image_id": n, "category_id": 1, "bbox": box, "iscrowd": 0}
-            )
-    categories = [{"id": 1, "name": "thing"}]
-    content = {"images": entries, "annotations": annotations, "categories": categories}
-    (folder / "set.json").write_text(json.dumps(content))
-    return CocoSource(folder / "set.json", folder / "images")
 
 
 def repeat_set(source: CocoSource, folder: Path, times: int) -> CocoSource:
@@ -110,8 +82,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--json")
-    parser.add_argument("--images")
+    parser.add_argument("--json", required=True)
+    parser.add_argument("--images", required=True)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--times", type=int, default=4, help="copies of the set")
@@ -119,8 +91,7 @@ def main() -> None:
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        source = CocoSource(args.json, args.images) if args.json else draw_set(folder)
-        source = repeat_set(source, folder, args.times)
+        source = repeat_set(CocoSource(args.json, args.images), folder, args.times)
         output, options = folder / "store", ExtractionOptions(workers=args.workers, encoding="jpeg")
         extract_samples(source, output, options)  # warms the page cache
         work = crops_of(SampleStore(output), source)

@@ -59,16 +59,12 @@ class Placement(NamedTuple):
 def place_sample(
     size: tuple[int, int], region: tuple[int, int], method: str, augmentation: Augmentation
 ) -> Placement:
-    """Lay a sample into a region (Sec. 3.2 and appendix A, P2.4-P2.6).
+    """Lay a sample of ``size``, each side >= 1, into a region (Sec. 3.2, appendix A, P2.4-P2.6).
 
     "pad_crop" resizes by the drawn ratio, crops what exceeds the region at a uniformly drawn
     position and centres what is smaller. "warp" stretches the sample to the region; "resize"
-    keeps its aspect, the longer side (relative to the region) filling it. Both end at a size that
-    the region alone dictates, so the drawn ratio has no effect on them.
-
-    Args:
-        size: of the sample, each side >= 1.
-        region: of the region.
+    keeps its aspect, the longer side (relative to the region) filling it: on both the drawn ratio
+    has no effect.
     """
     (height, width), flip = size, augmentation.flip
     if method == "pad_crop":
@@ -170,11 +166,10 @@ def fit_to_region(
 
     Args:
         image: uint8 (h, w, 3).
-        size: (height, width) of the region.
         method: "pad_crop", "warp" or "resize".
 
     Returns:
-        uint8 (height, width, 3); padding is 0, that is black before normalisation.
+        uint8 (*size, 3); padding is 0, that is black before normalisation.
     """
     crop_y, crop_x = rng.random(2)
     image_size = image.shape[:2]

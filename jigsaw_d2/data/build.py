@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -52,7 +51,9 @@ class JigsawBatches(Dataset):
         """
         self.mapper.store.check_unchanged()
         template = self.mapper.template
-        images = _empty_batch(len(positions), template.height, template.width)
+        images = torch.empty(len(positions), template.height, template.width, 3, dtype=torch.uint8)
+        if get_worker_info() is not None:
+            images.share_memory_()  # drawn where the trainer reads it, not copied there
         made = [
             self.mapper(
                 {
@@ -73,19 +74,6 @@ class JigsawBatches(Dataset):
         }
 
 
-def _empty_batch(count: int, height: int, width: int) -> torch.Tensor:
-    """uint8 (count, height, width, 3); in a worker in the memory that it shares with the trainer.
-
-    There a tensor is copied into shared memory when it is sent. Made there in the first place, as
-    torch's own collation does, it is not.
-    """
-    size = (count, height, width, 3)
-    if get_worker_info() is None:
-        return torch.from_numpy(np.empty(size, np.uint8))
-    storage = torch.UntypedStorage._new_shared(math.prod(size), device="cpu")
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, size)
-
-
 class JigsawLoader(DataLoader):
     """A DataLoader whose own process logs the samples that were replaced, each once.
 
@@ -102,13 +90,12 @@ class JigsawLoader(DataLoader):
 
     def __iter__(self) -> Iterator[dict]:
         for batch in super().__iter__():
+            self.replaced += len(batch["damaged"])
             for sample, reason in batch["damaged"]:
-                self.replaced += 1
                 if sample not in self._named:
                     self._named.add(sample)
                     logger.warning(
-                        "sample %d was replaced by the next of its group (%d samples so far): %s",
-                        *(sample, len(self._named), reason),
+                        "sample %d was replaced by the next of its group: %s", sample, reason
                     )
             yield batch
 
@@ -167,8 +154,7 @@ def build_jigsaw_train_loader(
 
     Args:
         rank, world_size: this process among those that share each step's images.
-        start_iter: iteration whose batch comes first; what follows is exactly what a loader
-            started at 0 yields from there on.
+        start_iter: iteration whose batch comes first, as if the loader had run until there.
         store: opened ``DATASETS.TRAIN``; opened here when None.
 
     Returns:
@@ -186,7 +172,7 @@ def build_jigsaw_eval_loader(
     """``INPUT.JIGSAW.EVAL_IMAGES`` held-out images, the same in every run, shared by the ranks.
 
     Samples are shown at their own size, unflipped; which four meet, and the crops, are fixed by
-    ``INPUT.JIGSAW.EVAL_SEED``. Batches hold IMS_PER_BATCH / world_size / ACCUMULATION_STEPS images.
+    ``INPUT.JIGSAW.EVAL_SEED``. Batches are of the size of training.
     """
     store = store_paths if isinstance(store_paths, SampleStore) else SampleStore(store_paths)
     cfg = cfg.clone()
@@ -217,20 +203,15 @@ def _build_loader(
 def check_shared_memory(cfg: CfgNode, world_size: int, local_size: int) -> None:
     """Refuse workers whose batches do not fit /dev/shm, where they are made; a write there kills.
 
-    Args:
-        world_size, local_size: number of processes of the job, and of those on this machine.
-
-    Raises:
-        ConfigError: with what is needed, what is free, and what helps.
+    Raises ConfigError with what is needed for the ``local_size`` processes of this machine, of
+    ``world_size`` in the job, what is free, and what helps.
     """
     workers, folder = cfg.DATALOADER.NUM_WORKERS, Path("/dev/shm")
     if not workers or not folder.is_dir():
         return
-    height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
     images = cfg.SOLVER.IMS_PER_BATCH // (world_size * cfg.SOLVER.ACCUMULATION_STEPS)
-    batch = images * 3 * height * width
-    needed = local_size * workers * PREFETCHED * batch
-    free = shutil.disk_usage(folder).free
+    batch = 3 * images * math.prod(cfg.INPUT.JIGSAW.TEMPLATE_SIZE)
+    needed, free = local_size * workers * PREFETCHED * batch, shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigError(
             f"{local_size} process(es) x DATALOADER.NUM_WORKERS {workers} keep {PREFETCHED} "

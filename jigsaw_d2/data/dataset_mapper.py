@@ -1,6 +1,7 @@
 """Four sample numbers -> one Jigsaw image and its four classes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
@@ -20,12 +21,10 @@ class JigsawDatasetMapper:
     """Makes a Jigsaw image from its number and four sample ids, in these steps:
 
     1. draw scale, flip and crop position of each sample from (seed, position) alone;
-    2. the S sample of smaller area goes to R1, the larger to R4, W to R2, T to R3 (Sec. 3.2);
+    2. the S sample of smaller area, as stored, goes to R1, the larger to R4, W to R2, T to R3
+       (Sec. 3.2);
     3. lay each sample into its region, and decode only the window that will be seen;
     4. resize what is seen, flip it and draw it into the canvas, zeros around it.
-
-    "Area" is that of the stored sample before it is resized: which region a sample goes to does
-    not depend on the draw.
     """
 
     @configurable
@@ -65,7 +64,7 @@ class JigsawDatasetMapper:
         self.store, self.template = store, template
         self.method, self.context, self.image_format = method, context, image_format
         self.scale_range, self.flip_prob, self.seed = (float(low), float(high)), flip_prob, seed
-        self.classes, self.sizes = store.classes, store.sizes
+        self.classes = store.classes
         self.windows = None if context else annotated_windows(store)
         self._boxes = template.boxes.tolist()
         self._block_number, self._block = -1, []
@@ -88,7 +87,7 @@ class JigsawDatasetMapper:
     def shown_sizes(self) -> np.ndarray:
         """int (n, 2) (height, width) of each sample as it is shown: with or without context."""
         if self.windows is None:
-            return self.sizes
+            return self.store.sizes
         return (self.windows[:, 2:] - self.windows[:, :2])[:, ::-1]
 
     def __call__(self, record: dict, out: np.ndarray | None = None) -> dict:
@@ -109,20 +108,15 @@ class JigsawDatasetMapper:
         if out is None:
             out = np.empty((self.template.height, self.template.width, 3), np.uint8)
         out.fill(0)
-        ids, damaged = list(map(int, record["sample_ids"])), []
-        replacements = record.get("replacements") or (lambda slot: ())
-
-        def candidates(slot: int) -> Iterator[int]:
-            yield ids[slot]
-            yield from replacements(slot)
-
+        ids, shown, damaged = list(map(int, record["sample_ids"])), [], []
+        replacements = record.get("replacements", lambda slot: ())
         augmentations = self.draw_augmentations(record["position"])
-        shown = [
-            self._draw_first_whole(candidates(slot), out[y0:y1, x0:x1], augmentation, damaged)
-            for slot, (x0, y0, x1, y1), augmentation in zip(
-                self.region_slots(ids), self._boxes, augmentations
+        rows = zip(self.region_slots(ids), self._boxes, augmentations)
+        for slot, (x0, y0, x1, y1), augmentation in rows:
+            candidates = itertools.chain([ids[slot]], replacements(slot))
+            shown.append(
+                self._draw_first_whole(candidates, out[y0:y1, x0:x1], augmentation, damaged)
             )
-        ]
         if self.image_format == "BGR":
             cv2.cvtColor(out, cv2.COLOR_RGB2BGR, out)
         return {
@@ -154,7 +148,7 @@ class JigsawDatasetMapper:
         """XYXY sample pixels of the part of sample ``i`` that may be shown."""
         if self.windows is not None:
             return tuple(self.windows[i].tolist())
-        return 0, 0, self.sizes.item(i, 1), self.sizes.item(i, 0)
+        return 0, 0, self.store.sizes.item(i, 1), self.store.sizes.item(i, 0)
 
     def _place(self, i: int, region: tuple[int, int], augmentation: Augmentation) -> Placement:
         left, top, right, bottom = self._window(i)
@@ -178,9 +172,9 @@ class JigsawDatasetMapper:
                 paint(self.store.decode(i, window), placement, region)
             except DamagedSampleError as error:
                 failed.append((i, str(error)))
-                continue
-            damaged += failed
-            return i
+            else:
+                damaged += failed
+                return i
         raise DamagedSampleError(
             f"no sample of a whole group can be decoded; the first of {len(failed)}: {failed[0][1]}"
         )
@@ -188,9 +182,7 @@ class JigsawDatasetMapper:
     def used_boxes(self, position: int, sample_ids: Sequence[int]) -> np.ndarray:
         """int64 (4, 4) XYXY canvas pixels that the samples cover, R1..R4; the rest is padding.
 
-        Args:
-            position: of an image made by this mapper.
-            sample_ids: what it shows, in region order.
+        ``sample_ids``: what image ``position`` of this mapper shows, in region order.
         """
         boxes = []
         rows = zip(sample_ids, self._boxes, self.draw_augmentations(position))
@@ -206,9 +198,7 @@ def annotated_windows(store: SampleStore) -> np.ndarray:
 
     A background sample has none and is shown whole.
     """
-    offsets = store.boxes[:, :2]
-    low = np.floor(store.gt_boxes[:, :2] - offsets)
+    offsets, sizes = store.boxes[:, :2], store.sizes[:, ::-1]
+    low = np.clip(np.floor(store.gt_boxes[:, :2] - offsets), 0, sizes - 1)
     high = np.ceil(store.gt_boxes[:, 2:] - offsets)
-    sizes = store.sizes[:, ::-1]
-    low = np.clip(low, 0, sizes - 1)
     return np.concatenate([low, np.clip(high, low + 1, sizes)], axis=1).astype(np.int32)

@@ -1,18 +1,19 @@
 """Detection set -> sample store: plan, cut, encode, write. One image is decoded once.
 
 The plan (what to cut where) is geometry and comes first, so that the ratio of positives to
-negatives holds over the whole dataset; then images are cut in chunks by as many processes as there
-are, and written in order by this one. The result is the same, byte for byte, for any number of
-processes.
+negatives holds over the whole dataset; then images are cut in chunks by a pool of processes, and
+written in order by this one: the same bytes for any number of processes.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import itertools
 import json
 import logging
+import math
 import os
-import threading
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -31,8 +32,8 @@ from jigsaw_d2.data.image_reading import read_pixels
 from jigsaw_d2.data.plan import ImagePlan, add_negatives, plan_positives, take_part
 from jigsaw_d2.data.report import ExtractionLog, summarise
 from jigsaw_d2.data.samples import GROUPS, group_codes
-from jigsaw_d2.data.sources import Source, SourceData, SourceImage
-from jigsaw_d2.data.store_writer import DEFAULT_SHARD_SIZE, Chunk, Sample, StoreWriter, make_chunk
+from jigsaw_d2.data.sources import CocoSource, RegisteredSource, SourceData, SourceImage
+from jigsaw_d2.data.store_writer import DEFAULT_SHARD_SIZE, Sample, StoreWriter, make_chunk
 from jigsaw_d2.data.template import REGION_GROUPS, JigsawTemplate
 from jigsaw_d2.io import ConfigError, DataError, PeerLostError
 
@@ -41,10 +42,10 @@ CHOICES = ("auto", *store.ENCODINGS)
 # Bytes of pixels that "auto" leaves uncompressed: what stays in the memory of any machine that
 # trains a detector, so that reading takes no longer than from a tenth of the bytes.
 UNCOMPRESSED_UP_TO = 1 << 30
-# A task: so many images to plan; at most so many to cut, and so many pixels of samples, as several
-# results wait in memory. Tasks handed out ahead of the one whose result is due, per process.
-PLAN_CHUNK, CUT_CHUNK, CUT_PIXELS = 128, 8, 1 << 24
-AHEAD = 4
+# Images to plan, images to cut and pixels of their samples in one task of a process at most; tasks
+# that a process is ahead of the one whose result is due, as results wait in memory.
+PLAN_CHUNK, CUT_CHUNK, CUT_PIXELS, AHEAD = 128, 8, 1 << 24, 4
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 Mapper = Callable[[Callable, Iterable[tuple]], Iterator]
 
 
@@ -69,7 +70,6 @@ class ExtractionOptions:
     shard_size: int = DEFAULT_SHARD_SIZE  # bytes that a shard may hold
     template: JigsawTemplate = JigsawTemplate()  # decides which are written for window decoding
     scale_range: tuple[float, float] = (0.8, 1.5)  # samples will be resized by (Sec. 4.1)
-
     part: tuple[int, int] = (1, 1)  # (i, n): extract the i-th of n parts, i from 1
     workers: int | None = None  # processes; 0 = in this one, None = one for each core
     strict: bool = False  # stop at the first fault in the input
@@ -103,26 +103,20 @@ class ExtractionOptions:
         """What determines the bytes of the store, for the header."""
         return dict(itertools.takewhile(lambda item: item[0] != "part", asdict(self).items()))
 
-    def settle_encoding(self, boxes: Iterable[np.ndarray]) -> "ExtractionOptions":
+    def settle_encoding(self, pixels: float) -> "ExtractionOptions":
         """The options with encoding and quality that they leave open decided.
 
-        Args:
-            boxes: XYXY of all samples of the dataset, whatever part is extracted: (n, 4) each.
+        ``pixels``: of all samples of the dataset, whatever part is extracted.
         """
         encoding, quality = self.encoding, self.quality
         if encoding == "auto":
-            small = quality is None and 3 * sum(map(_pixels_of, boxes)) <= UNCOMPRESSED_UP_TO
-            encoding = "ppm" if small else "jpeg"
+            encoding = "ppm" if quality is None and 3 * pixels <= UNCOMPRESSED_UP_TO else "jpeg"
         quality = quality or store.DEFAULT_QUALITY if encoding == "jpeg" else None
         return replace(self, encoding=encoding, quality=quality)
 
 
-def _pixels_of(boxes: np.ndarray) -> float:
-    return float((boxes[:, 2:].astype(np.float64) - boxes[:, :2]).prod(axis=1).sum())
-
-
 def extract_samples(
-    source: Source,
+    source: CocoSource | RegisteredSource,
     output: str | os.PathLike,
     options: ExtractionOptions = ExtractionOptions(),
     categories: list[str] | None = None,
@@ -140,8 +134,7 @@ def extract_samples(
         "pixels_read" and "seconds" of this run.
 
     Raises:
-        DataError: input without any usable object, or of other categories; under ``strict``, the
-            first fault; ``output`` exists.
+        DataError: no usable object, other categories, ``output`` exists; if strict, any fault.
         RunError: ``output`` is being written by another process, or cannot be written.
         PeerLostError: a worker process died.
     """
@@ -158,7 +151,7 @@ def extract_samples(
                 f"would mean other things; they differ in {differing}: give both the same list"
             )
         plans, wanted = make_plan(data, options, run, log)
-        options = options.settle_encoding(plan.boxes for plan in plans)
+        options = options.settle_encoding(sum(plan.pixels for plan in plans))
         chunks = chunk_plans(take_part(plans, options.part))
         header = {
             "source": source.name,
@@ -171,36 +164,29 @@ def extract_samples(
             "options": options.content(),
             "part": list(options.part),
         }
-        writer = StoreWriter(
+        with StoreWriter(
             output,
             data.categories,
             shard_size=options.shard_size,
             header=header,
             overwrite=options.overwrite,
             resume_key=_work_key(header, chunks),
-        )
-        with writer:
+        ) as writer:
             cut_log, images, pixels = _cut_all(chunks, options, run, writer)
-            report = _build_report(writer.index(), data, options, wanted)
+            index = writer.index()
+            report = summarise(index, data.categories, options.template, options.scale_range)
+            used = len(np.unique(index["image_id"]))
+            report["images"] = {"listed": len(data.images), "with_samples": used}
+            report["negatives_wanted"] = wanted
+            if parts == 1 and abs(report["negatives"] - wanted) > 0.01 * wanted:
+                report["cautions"].append(
+                    f"{report['negatives']} negatives instead of {wanted}: the images have no more "
+                    "free room, or some could not be read. Training goes on with what there is."
+                )
             report["log"] = {"dataset": log.to_dict(), "part": cut_log.to_dict()}
             writer.finish(report)
     report |= {"path": str(output), "images_read": images, "pixels_read": pixels}
     return {**report, "seconds": time.monotonic() - started}
-
-
-def _build_report(
-    index: np.ndarray, data: SourceData, options: ExtractionOptions, wanted: int
-) -> dict:
-    report = summarise(index, data.categories, options.template, options.scale_range)
-    used = len(np.unique(index["image_id"]))
-    report["images"] = {"listed": len(data.images), "with_samples": used}
-    report["negatives_wanted"] = wanted
-    if options.part == (1, 1) and abs(report["negatives"] - wanted) > 0.01 * wanted:
-        report["cautions"].append(
-            f"{report['negatives']} negatives instead of {wanted}: the images have no more free "
-            "room, or some could not be read. Training goes on with what there is."
-        )
-    return report
 
 
 def make_plan(
@@ -209,13 +195,11 @@ def make_plan(
     """(plans of all usable images, negatives wanted); the same in every part and process."""
     chunks = [data.images[n : n + PLAN_CHUNK] for n in range(0, len(data.images), PLAN_CHUNK)]
     plans: list[ImagePlan] = []
-    with tqdm(total=len(data.images), desc="plan", disable=not options.progress) as bar:
-        for chunk, (done, chunk_log) in zip(
-            chunks, run(_plan_chunk, ((c, options) for c in chunks))
-        ):
-            plans += done
-            log.merge(chunk_log.to_dict())
-            bar.update(len(chunk))
+    results = run(_plan_chunk, ((chunk, options) for chunk in chunks))
+    bar = {"unit": f" x {PLAN_CHUNK} images", "disable": not options.progress}
+    for done, chunk_log in tqdm(results, "plan", len(chunks), **bar):
+        plans += done
+        log.merge(chunk_log)
     classes = np.concatenate([np.zeros(0, np.int64), *(plan.classes for plan in plans)])
     if len(classes) == 0:
         raise DataError(
@@ -231,11 +215,11 @@ def make_plan(
 
 def _plan_chunk(
     images: list[SourceImage], options: ExtractionOptions
-) -> tuple[list[ImagePlan], ExtractionLog]:
+) -> tuple[list[ImagePlan], dict]:
     log = ExtractionLog(options.strict)
-    given = {"seed": options.seed, "max_scale": options.max_scale, "min_side": options.min_side}
-    plans = (plan_positives(image, **given, log=log) for image in images)
-    return [plan for plan in plans if plan is not None], log
+    how = (options.seed, options.max_scale, options.min_side, log)
+    plans = [plan_positives(image, *how) for image in images]
+    return [plan for plan in plans if plan is not None], log.to_dict()
 
 
 def chunk_plans(plans: list[ImagePlan]) -> list[list[ImagePlan]]:
@@ -247,21 +231,21 @@ def chunk_plans(plans: list[ImagePlan]) -> list[list[ImagePlan]]:
     chunks: list[list[ImagePlan]] = []
     pixels = 0.0
     for plan in plans:
-        mine = _pixels_of(plan.boxes)
-        if not chunks or len(chunks[-1]) == CUT_CHUNK or pixels + mine > CUT_PIXELS:
+        if not chunks or len(chunks[-1]) == CUT_CHUNK or pixels + plan.pixels > CUT_PIXELS:
             chunks.append([])
             pixels = 0
         chunks[-1].append(plan)
-        pixels += mine
+        pixels += plan.pixels
     return chunks
 
 
 def cut_images(
     plans: list[ImagePlan], options: ExtractionOptions
-) -> tuple[Chunk, ExtractionLog, int, int]:
-    """Read, cut and encode the samples of some images; (samples, log, images read, pixels read)."""
-    log, samples, images, pixels = ExtractionLog(options.strict), [], 0, 0
+) -> tuple[bytes, np.ndarray, dict]:
+    """Read, cut and encode some images' samples; (tar members, RECORD (n,), what was skipped)."""
+    log, samples = ExtractionLog(options.strict), []
     shown = shown_sizes(options.template, options.scale_range[0])
+    how = {"quality": options.quality, "encoding": options.encoding}
     for plan in plans:
         try:
             image = read_pixels(plan.path)
@@ -271,15 +255,13 @@ def cut_images(
         if image.shape[:2] != plan.size:
             log.add("image_size_differs", f"{plan.path}: changed while the samples were extracted")
             continue
-        images, pixels = images + 1, pixels + image.shape[0] * image.shape[1]
-        how = {"quality": options.quality, "encoding": options.encoding}
         rows = zip(plan.boxes, plan.gt_boxes, plan.classes, needs_windows(plan.boxes, shown))
         for serial, (box, gt_box, label, windows) in enumerate(rows):
             x0, y0, x1, y1 = map(int, box)
             encoded = store.encode_sample(image[y0:y1, x0:x1], **how, windows=bool(windows))
             where = (y1 - y0, x1 - x0), plan.image_id, serial
             samples.append(Sample(*encoded, int(label), *where, box, gt_box))
-    return make_chunk(samples, options.class_files), log, images, pixels
+    return *make_chunk(samples, options.class_files), log.to_dict()
 
 
 def shown_sizes(template: JigsawTemplate, min_scale: float) -> np.ndarray:
@@ -301,20 +283,19 @@ def _cut_all(
     chunks: list[list[ImagePlan]], options: ExtractionOptions, run: Mapper, writer: StoreWriter
 ) -> tuple[ExtractionLog, int, int]:
     """Cut what an earlier run has not; (log of all, images and pixels of this run)."""
-    log, images, pixels = ExtractionLog(options.strict), 0, 0
-    done = 0
+    log, images, pixels, done = ExtractionLog(options.strict), 0, 0, 0
     if writer.mark:
         done = writer.mark["chunks"]
         log.merge(writer.mark["log"])
         logger.info("%d finished shards of an interrupted run are kept", len(writer.shards))
     results = run(cut_images, ((chunk, options) for chunk in chunks[done:]))
-    with tqdm(total=sum(map(len, chunks)), desc="cut", disable=not options.progress) as bar:
-        bar.update(sum(map(len, chunks[:done])))
-        for number, (chunk, chunk_log, read, area) in enumerate(results, done):
-            log.merge(chunk_log.to_dict())
-            writer.append(chunk, {"chunks": number + 1, "log": log.to_dict()})
-            images, pixels = images + read, pixels + area
-            bar.update(len(chunks[number]))
+    bar = {"unit": f" x {CUT_CHUNK} images", "disable": not options.progress, "initial": done}
+    for members, records, chunk_log in tqdm(results, "cut", len(chunks), **bar):
+        log.merge(chunk_log)
+        sizes = [p.size for p in chunks[done] if p.image_id in records["image_id"]]
+        images, pixels = images + len(sizes), pixels + sum(map(math.prod, sizes))
+        done += 1
+        writer.append(members, records, {"chunks": done, "log": log.to_dict()})
     return log, images, pixels
 
 
@@ -346,38 +327,30 @@ def start_workers(count: int | None) -> Iterator[Mapper]:
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     # fork: a worker starts in milliseconds and shares what is loaded already.
-    pool = ProcessPoolExecutor(count, get_context("fork"), _exit_with_parent, (os.getpid(),))
+    pool = ProcessPoolExecutor(count, get_context("fork"), _end_with_parent)
+
+    def run(function: Callable, tasks: Iterable[tuple]) -> Iterator:
+        pending = deque()
+        try:
+            for task in tasks:
+                pending.append(pool.submit(function, *task))
+                if len(pending) > AHEAD * count:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise PeerLostError(
+                "a worker process died (out of memory?): run the same command again with fewer "
+                "--workers; finished shards are kept"
+            ) from error
+
     try:
-        yield lambda function, tasks: _map_ordered(pool, AHEAD * count, function, tasks)
+        yield run
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         cv2.setNumThreads(threads)
 
 
-def _map_ordered(
-    pool: ProcessPoolExecutor, ahead: int, function: Callable, tasks: Iterable[tuple]
-) -> Iterator:
-    pending = deque()
-    try:
-        for task in tasks:
-            pending.append(pool.submit(function, *task))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise PeerLostError(
-            "a worker process died (out of memory?): run the same command again with fewer "
-            "--workers; finished shards are kept"
-        ) from error
-
-
-def _exit_with_parent(parent: int) -> None:
-    """A pool's process waits for work for ever where its parent was killed."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _end_with_parent() -> None:
+    """Otherwise a pool's process waits for work for ever where its parent was killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

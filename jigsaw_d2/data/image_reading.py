@@ -7,21 +7,14 @@ import os
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from jigsaw_d2.data.jpeg_windows import decode_jpeg
 from jigsaw_d2.io import DataError
 
-EXIF_ORIENTATION = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# By EXIF orientation, from 2 on: how Pillow turns an image upright.
+UPRIGHT = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+UPRIGHT = {n: Image.Transpose[name] for n, name in enumerate(UPRIGHT.split(), 2)}
 SWAPS_SIDES = (5, 6, 7, 8)
 GREY_MODES = ("1", "L", "LA")
 ALPHA_MODES = ("LA", "PA", "RGBA", "La", "RGBa")
@@ -35,12 +28,12 @@ def _open(path: str) -> Image.Image:
         if os.path.getsize(path) == 0:
             raise DataError("image_empty")
         return Image.open(path)
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError("image_missing") from None
     except Image.UnidentifiedImageError:
         raise DataError("image_not_an_image") from None
-    except DataError:
-        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # Pillow's own OSErrors, about what is in the file, come without the system's number.
         refused = getattr(error, "errno", None) is not None
@@ -49,7 +42,7 @@ def _open(path: str) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # EXIF is free-form: Detectron2's reader ignores what it cannot parse, too
         return 1
 
@@ -76,16 +69,11 @@ def probe_image(path: str) -> tuple[tuple[int, int], tuple[str, ...]]:
         orientation = _orientation(image)
         notes = _notes(image, orientation)
         width, height = image.size
-        ending = ENDINGS.get(image.format)
-        if ending is not None and not _ends_with(path, ending):
-            _load(image)
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 8))
+            if not file.read().endswith(ENDINGS.get(image.format, b"")):
+                _load(image)
     return (width, height) if orientation in SWAPS_SIDES else (height, width), notes
-
-
-def _ends_with(path: str, ending: bytes) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-min(len(ending), os.path.getsize(path)), os.SEEK_END)
-        return file.read() == ending
 
 
 def _load(image: Image.Image) -> None:

@@ -35,6 +35,11 @@ class ImagePlan:
     classes: np.ndarray  # int64 (k,)
     forbidden: np.ndarray  # float32 (m, 4): what no negative may touch
 
+    @property
+    def pixels(self) -> float:
+        """Of all its samples."""
+        return float((self.boxes[:, 2:].astype(np.float64) - self.boxes[:, :2]).prod(axis=1).sum())
+
 
 def image_rng(seed: int, image_id: int, stream: int) -> np.random.Generator:
     """The generator of one image and purpose."""
@@ -42,7 +47,7 @@ def image_rng(seed: int, image_id: int, stream: int) -> np.random.Generator:
 
 
 def plan_positives(
-    image: SourceImage, *, seed: int, max_scale: float, min_side: float, log: ExtractionLog
+    image: SourceImage, seed: int, max_scale: float, min_side: float, log: ExtractionLog
 ) -> ImagePlan | None:
     """The plan of an image with its positives; None where it cannot be used, which is logged."""
     try:
@@ -72,12 +77,9 @@ def check_boxes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which annotations become positives; the others are logged, each with one reason.
 
-    Args:
-        size: (height, width) of the image.
-
     Returns:
-        (usable, clipped): bool (m,), and the boxes (m, 4) clipped to the image, those without any
-        area in it as zeros.
+        (usable, clipped): bool (m,), and the boxes (m, 4) clipped to the image of ``size``, those
+        without any area in it as zeros.
     """
     raw = np.array([a.box for a in image.annotations], np.float32).reshape(-1, 4)
     finite = np.isfinite(raw).all(axis=1)
@@ -113,8 +115,7 @@ def add_negatives(
 ) -> list[ImagePlan]:
     """The plans with ``wanted`` negatives placed, as far as there is room.
 
-    Each image is asked for an even share; what finds no place there is asked of the others, in
-    rounds, until all are placed or no image has room.
+    Each image is asked for an even share; what finds no place is asked of the others, in rounds.
     """
     sizes = choose_sizes(plans, seed)
     placed: list[list[np.ndarray]] = [[] for _ in plans]
@@ -127,10 +128,9 @@ def add_negatives(
         for n, quota in zip(eligible, quotas.tolist()):
             if quota:
                 rng = image_rng(seed, plans[n].image_id, NEGATIVES_STREAM + round_number)
-                boxes = place_negatives(plans[n], quota, sizes, rng)
-                placed[n].append(boxes)
-                missing -= len(boxes)
-                if len(boxes) < quota:
+                placed[n].append(place_negatives(plans[n], quota, sizes, rng))
+                missing -= len(placed[n][-1])
+                if len(placed[n][-1]) < quota:
                     full.add(n)
                     log.add("image_without_room", plans[n].path)
         eligible = [n for n in eligible if n not in full]
@@ -156,9 +156,8 @@ def choose_sizes(plans: list[ImagePlan], seed: int) -> np.ndarray:
 
 def split_negatives(count: int, images: int, seed: int | list[int]) -> np.ndarray:
     """int64 (images,): negatives that each image is asked for; even shares, the rest at random."""
-    quotas = np.full(images, count // max(images, 1), np.int64)
-    extra = np.random.default_rng(seed).permutation(images)[: count - quotas.sum()]
-    quotas[extra] += 1
+    quotas = np.full(images, count // images, np.int64)
+    quotas[np.random.default_rng(seed).permutation(images)[: count % images]] += 1
     return quotas
 
 

@@ -1,6 +1,6 @@
 """What extraction skipped and noticed, what a store holds, and how it suits the template."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,7 +72,7 @@ class ExtractionLog:
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
         self.counts: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
+        self.examples: defaultdict[str, list[str]] = defaultdict(list)
 
     def add(self, reason: str, where: str) -> None:
         """Count ``reason`` once; ``where`` names the file, image or annotation."""
@@ -88,20 +88,14 @@ class ExtractionLog:
 
     def _count(self, reason: str, count: int, examples: list[str]) -> None:
         self.counts[reason] += count
-        mine = self.examples.setdefault(reason, [])
-        mine += examples[: EXAMPLES - len(mine)]
+        self.examples[reason] = (self.examples[reason] + examples)[:EXAMPLES]
 
     def to_dict(self) -> dict:
         """{reason: {"count", "kind", "text", "examples"}} in the order of ``REASONS``."""
         return {
-            reason: {
-                "count": self.counts[reason],
-                "kind": kind,
-                "text": text,
-                "examples": list(self.examples[reason]),
-            }
+            reason: dict(count=count, kind=kind, text=text, examples=list(self.examples[reason]))
             for reason, (kind, text) in REASONS.items()
-            if self.counts[reason]
+            if (count := self.counts[reason])
         }
 
 
@@ -155,9 +149,7 @@ def template_fill(
     pixels that find no place. Of two S samples the smaller goes to R1: a sample's chance to be the
     larger is its rank by area. None for a region whose group is empty.
 
-    Args:
-        sizes: (n, 2) (height, width), pixels.
-        groups: (n,) index into ``samples.GROUPS``.
+    ``sizes``: (n, 2) (height, width), pixels; ``groups``: (n,) index into ``samples.GROUPS``.
     """
     low, high = scale_range
     fill: dict[str, dict | None] = dict.fromkeys(REGIONS)

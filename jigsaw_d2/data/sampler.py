@@ -89,7 +89,6 @@ class JigsawSampler:
 
         Args:
             slot: 0..3 in the draw order of ``quadruple``.
-            position: of the image.
 
         Yields:
             ids of the draws that follow in the slot's group, for one whole pass.
@@ -107,32 +106,27 @@ def _draw_of(slot: int, position: int) -> tuple[int, int]:
 def _borrow(code: int, sizes: np.ndarray) -> np.ndarray:
     """Samples whose aspect ratio is nearest to an empty group's (P2.7), int32, with one warning."""
     ratios = sizes[:, 1] / sizes[:, 0]
-    # Distance of log aspect ratio: half as wide is as far from square as twice as wide.
     bounds = {"S": (TALL_BELOW, WIDE_ABOVE), "T": (0, TALL_BELOW), "W": (WIDE_ABOVE, np.inf)}
     low, high = bounds[GROUPS[code]]
-    logs = np.log(ratios)
-    with np.errstate(divide="ignore"):
-        distance = np.maximum(np.log(low) - logs, 0) + np.maximum(logs - np.log(high), 0)
+    # Distance of log aspect ratio: half as wide is as far from square as twice as wide.
+    distance = np.abs(np.log(ratios / np.clip(ratios, low, high)))
     # A tenth of the store, so that the slot still sees variety.
     count = max(1, min(len(sizes), -(-len(sizes) // 10)))
-    nearest = np.argsort(distance, kind="stable")[:count].astype(np.int32)
+    nearest = np.sort(np.argsort(distance, kind="stable")[:count]).astype(np.int32)
     shown = ratios[nearest]
     logger.warning(
         f"no sample of group {GROUPS[code]} (width / height {low} to {high}) among {len(sizes)}: "
         f"its region shows the {count} nearest instead, width / height {shown.min():.2f} to "
         f"{shown.max():.2f}"
     )
-    return np.sort(nearest)
+    return nearest
 
 
 def repeat_factors(classes: np.ndarray, threshold: float) -> np.ndarray:
     """max(1, sqrt(threshold / frequency of the sample's class)), float64 (n,).
 
-    The rule of Detectron2's ``RepeatFactorTrainingSampler``, with the sample in the place of the
-    image: a class's frequency is its part of all samples, background being a class.
-
-    Raises:
-        ConfigError: ``threshold`` is not positive, so that nothing would be balanced.
+    The rule of Detectron2's ``RepeatFactorTrainingSampler`` by sample; background is a class.
+    Raises ConfigError where ``threshold`` is not positive, so that nothing would be balanced.
     """
     if not threshold > 0:
         raise ConfigError(

@@ -15,11 +15,7 @@ WIDE_ABOVE = 1.5
 def group_codes(widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
     """Index into ``GROUPS`` by aspect ratio width / height: T below 0.5, W above 1.5, else S.
 
-    Args:
-        widths, heights: positive numbers of one shape (n,), pixels.
-
-    Returns:
-        uint8 (n,).
+    Args: positive numbers of one shape (n,), pixels. Returns uint8 (n,).
     """
     ratios = np.asarray(widths, np.float64) / np.asarray(heights, np.float64)
     return np.where(ratios < TALL_BELOW, 1, np.where(ratios > WIDE_ABOVE, 2, 0)).astype(np.uint8)
@@ -43,9 +39,8 @@ def enlarge_boxes(
     """Positive samples: each side of a box moves outwards at random, clipped at the image border.
 
     Each of the four sides moves by an independent uniform draw from [0, (max_scale - 1) / 2] times
-    the box's width or height, so that a side grows to at most ``max_scale`` times its length. Edges
-    are whole pixels: the result contains the clipped box, and exceeds ``max_scale`` only where the
-    whole pixels that the box touches already do.
+    the box's width or height. Edges are whole pixels: the result contains the clipped box, and
+    exceeds ``max_scale`` times it only where the whole pixels that the box touches already do.
 
     Args:
         boxes: (n, 4), each with some area inside the image.
@@ -58,9 +53,7 @@ def enlarge_boxes(
         ValueError: a box without area inside the image, or ``max_scale`` below 1.
     """
     if not max_scale >= 1:
-        raise ValueError(
-            f"max_scale is {max_scale}; a sample cannot be smaller than its box (>= 1)"
-        )
+        raise ValueError(f"max_scale is {max_scale}; a sample is no smaller than its box (>= 1)")
     boxes = clip_boxes(boxes, image_size).astype(np.float64)
     low, high = boxes[:, :2], boxes[:, 2:]
     sides = high - low

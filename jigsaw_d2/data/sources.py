@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -61,15 +61,6 @@ class SourceData:
             for column, dtype in zip(columns, (np.float64, np.int64, bool)):
                 digest.update(np.array(column, dtype).tobytes())
         return digest.hexdigest()
-
-
-class Source(Protocol):
-    """Where a detection set comes from."""
-
-    name: str
-
-    def load(self, log: ExtractionLog) -> SourceData:
-        """Read it, logging what it skips."""
 
 
 def image_number(image_id: object) -> int:
@@ -149,14 +140,14 @@ def read_coco_json(path: Path) -> dict[str, list[dict]]:
                 '("images", "annotations", "categories")'
             )
         for n, entry in enumerate(entries):
+            where = f'{path}: "{name}" entry {n}'
             if not isinstance(entry, dict):
-                raise DataError(f'{path}: "{name}" entry {n} is {entry!r}, no object')
+                raise DataError(f"{where} is {entry!r}, no object")
             for key, types in rules.items():
                 if key not in entry:
-                    raise DataError(f'{path}: "{name}" entry {n} lacks "{key}"')
+                    raise DataError(f'{where} lacks "{key}"')
                 if not isinstance(entry[key], types):
-                    value = repr(entry[key])[:80]
-                    raise DataError(f'{path}: "{name}" entry {n}: its "{key}" cannot be {value}')
+                    raise DataError(f'{where}: its "{key}" cannot be {repr(entry[key])[:80]}')
     return content
 
 
@@ -166,12 +157,11 @@ class CocoSource:
     Args:
         json_file: with "images", "annotations", "categories".
         image_root: folder that the json's file names are relative to.
-        name: of the dataset, for the header; the json's stem by default.
     """
 
-    def __init__(self, json_file: str | Path, image_root: str | Path, name: str = "") -> None:
+    def __init__(self, json_file: str | Path, image_root: str | Path) -> None:
         self.json_file, self.image_root = Path(json_file), Path(image_root)
-        self.name = name or self.json_file.stem
+        self.name = self.json_file.stem
 
     def load(self, log: ExtractionLog) -> SourceData:
         """Read the json; raises as ``read_coco_json``, and where the image folder is missing."""
@@ -193,24 +183,21 @@ class CocoSource:
         for entry in content["images"]:
             path = str(self.image_root / entry["file_name"])
             table.add_image(entry["id"], path, (entry["height"], entry["width"]))
-        self._read_annotations(content["annotations"], table, ids)
-        return SourceData([names[i] for i in ids], ids, table.images())
-
-    def _read_annotations(self, entries: list[dict], table: _ImageTable, ids: list[int]) -> None:
         classes, known = {category: n for n, category in enumerate(ids)}, {}
-        for n, entry in enumerate(entries):
+        for n, entry in enumerate(content["annotations"]):
             number, image = entry.get("id"), table.by_id.get(entry["image_id"])
             where = f"{self.json_file.name}: annotation {n if number is None else number}"
             if image is None:
-                table.log.add("annotation_of_unknown_image", where)
+                log.add("annotation_of_unknown_image", where)
                 continue
             x, y, width, height = box_or_nan(entry["bbox"])
             box, category = (x, y, x + width, y + height), entry["category_id"]
             crowd = bool(entry.get("iscrowd", 0))
             image.annotations.append(Annotation(box, classes.get(category, UNKNOWN_CLASS), crowd))
-            content = (image.path, category, *box)
-            if number is not None and known.setdefault(repr(number), content) != content:
-                table.log.add("annotation_id_repeated", where)
+            said = (image.path, category, *box)
+            if number is not None and known.setdefault(repr(number), said) != said:
+                log.add("annotation_id_repeated", where)
+        return SourceData([names[i] for i in ids], ids, table.images())
 
 
 class RegisteredSource:
@@ -223,61 +210,49 @@ class RegisteredSource:
         """Read the dataset's dicts (Detectron2's standard format).
 
         Raises:
-            DataError: no such dataset, or a dict without a key that the format demands.
+            DataError: no such dataset, one without class names, or a dict without a key that the
+                format demands.
         """
         from detectron2.data import DatasetCatalog, MetadataCatalog  # imports torch
+        from detectron2.structures import BoxMode
 
         if self.name not in DatasetCatalog.list():
             raise DataError(
                 f"no dataset {self.name!r} is registered with Detectron2; register it, or give "
                 "--json and --images"
             )
-        table = _ImageTable(log)
-        highest = -1
-        for n, entry in enumerate(DatasetCatalog.get(self.name)):
-            highest = max(highest, self._read_dict(entry, n, table))
-        metadata = MetadataCatalog.get(self.name)
+        dicts, metadata = DatasetCatalog.get(self.name), MetadataCatalog.get(self.name)
         names = list(metadata.get("thing_classes", []))
-        if not names and highest < 0:
-            raise DataError(f"dataset {self.name!r} names no classes and holds no objects")
-        names += [f"class{n}" for n in range(len(names), highest + 1)]
-        mapping = metadata.get("thing_dataset_id_to_contiguous_id", {})
-        ids = sorted(mapping, key=mapping.get)
-        return SourceData(names, ids or list(range(len(names))), table.images())
-
-    def _read_dict(self, entry: dict, number: int, table: _ImageTable) -> int:
-        """Add one image with its annotations; returns its highest class, -1 without any."""
-        from detectron2.structures import BoxMode
-
-        if "file_name" not in entry:
-            raise DataError(f'dataset {self.name!r}: dict {number} lacks "file_name"')
-        size = (entry["height"], entry["width"]) if {"height", "width"} <= set(entry) else None
-        image_id = entry.get("image_id", number)
-        image, highest = table.add_image(image_id, str(entry["file_name"]), size), -1
-        for annotation in entry.get("annotations", []):
-            for key in ("bbox", "bbox_mode", "category_id"):
-                if key not in annotation:
-                    raise DataError(
-                        f'dataset {self.name!r}: an annotation of dict {number} lacks "{key}"'
+        if not names:
+            raise DataError(f"dataset {self.name!r} names no classes: set its thing_classes")
+        table, classes = _ImageTable(log), range(len(names))
+        try:
+            for number, entry in enumerate(dicts):
+                size = (entry["height"], entry["width"]) if "height" in entry else None
+                file_name = str(entry["file_name"])
+                image = table.add_image(entry.get("image_id", number), file_name, size)
+                for annotation in entry.get("annotations", []) if image else []:
+                    box = [float(v) for v in annotation["bbox"]]
+                    box = box_or_nan(
+                        BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS)
                     )
-            box = [float(v) for v in annotation["bbox"]]
-            box = box_or_nan(BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS))
-            class_index = int(annotation["category_id"])
-            if image is not None:
-                crowd = bool(annotation.get("iscrowd", 0))
-                image.annotations.append(Annotation(box, class_index, crowd))
-            highest = max(highest, class_index)
-        return highest
+                    category = int(annotation["category_id"])
+                    category = category if category in classes else UNKNOWN_CLASS
+                    crowd = bool(annotation.get("iscrowd", 0))
+                    image.annotations.append(Annotation(box, category, crowd))
+        except KeyError as error:
+            key = error.args[0]
+            raise DataError(f'dataset {self.name!r}: dict {number} lacks "{key}"') from error
+        mapping = metadata.get("thing_dataset_id_to_contiguous_id", {})
+        ids = sorted(mapping, key=mapping.get) or list(classes)
+        return SourceData(names, ids, table.images())
 
 
 def register_coco_files(cfg: "CfgNode") -> list[str]:
     """Register each [name, json, image_root] of ``DATASETS.COCO_FILES``; returns the names.
 
-    Registering the same entry again does nothing.
-
-    Raises:
-        ConfigError: an entry of another form, or a name that already stands for something else.
-        DataError: a file that is missing.
+    The same entry again does nothing. Raises ConfigError for an entry of another form or a name
+    that already stands for something else, DataError for a file that is missing.
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.data.datasets import register_coco_instances

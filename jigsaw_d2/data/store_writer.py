@@ -7,14 +7,14 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from jigsaw_d2.data import store
 from jigsaw_d2.data.samples import group_codes
-from jigsaw_d2.data.store import RECORD, encode_sample
+from jigsaw_d2.data.store import RECORD
 from jigsaw_d2.io import RunError, open_atomically, write_text
 
 DEFAULT_SHARD_SIZE = 256 << 20
@@ -37,20 +37,12 @@ class Sample(NamedTuple):
     gt_box: np.ndarray
 
 
-class Chunk(NamedTuple):
-    """Samples ready to be appended: tar members, and their records with offsets from 0."""
-
-    members: bytes
-    records: np.ndarray  # RECORD (n,); "shard" not yet filled
-
-
-def make_chunk(samples: Sequence[Sample], class_files: bool = False) -> Chunk:
-    """Wrap samples into tar members.
+def make_chunk(samples: Sequence[Sample], class_files: bool = False) -> tuple[bytes, np.ndarray]:
+    """(tar members, their records RECORD (n,) with offsets from 0, "shard" not yet filled).
 
     Args:
-        class_files: follow each sample by a ``.cls`` member, for WebDataset readers that want one.
-            Off by default: a tar member of one digit takes 1,024 bytes, and the class is in the
-            key (and the index) anyway.
+        class_files: follow each sample by a ``.cls`` member of 1,024 bytes, for WebDataset readers
+            that want one; the class is in the key and the index anyway.
     """
     records, parts, size = np.zeros(len(samples), RECORD), [], 0
     for n, s in enumerate(samples):
@@ -66,12 +58,11 @@ def make_chunk(samples: Sequence[Sample], class_files: bool = False) -> Chunk:
             parts += (store.tar_header(name, len(content)), content, padding)
             size += store.BLOCK + len(content) + len(padding)
     records["group"] = group_codes(records["size"][:, 1], records["size"][:, 0])
-    return Chunk(b"".join(parts), records)
+    return b"".join(parts), records
 
 
 @contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the system says into an error that says where and what to do."""
     try:
         yield
     except OSError as error:
@@ -84,12 +75,11 @@ def _disk_errors(path: Path) -> Iterator[None]:
 class StoreWriter:
     """Writes under ``<path>.partial`` and renames when whole; use as a context manager.
 
-    The partial folder holds the store to be (``store/``) and, beside it, what a later run needs to
-    go on. Leaving the block without ``finish`` leaves no store behind, only the partial folder,
-    whose finished shards a writer with the same ``resume_key`` takes over.
+    The partial folder holds the store to be (``store/``) and what a later run needs to go on.
+    Leaving the block without ``finish`` leaves that alone behind; a writer with the same
+    ``resume_key`` takes its finished shards over.
 
     Args:
-        path: folder of the finished store.
         categories: names without background, in class order.
         shard_size: bytes that a shard may hold; a chunk that does not fit begins a new one.
         header: further entries of the header (seed, options, source ...).
@@ -125,21 +115,15 @@ class StoreWriter:
         self._records, self._open_records, self._file = [], [], None
         with _disk_errors(self.partial):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock_folder()
+            self._lock = open(self.partial / LOCK_NAME, "a")
+            try:
+                # The kernel lets go of it however this process ends; unlike a lock of flock, one of
+                # lockf does not live on in worker processes.
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                self._lock.close()
+                raise RunError(f"another process is writing {self.partial}; wait for it") from None
             self._take_over()
-
-    def _lock_folder(self) -> TextIO:
-        """Keep other processes out; the kernel lets go of the lock however this one ends.
-
-        A lock of lockf, unlike one of flock, does not live on in worker processes.
-        """
-        lock = open(self.partial / LOCK_NAME, "a")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            lock.close()
-            raise RunError(f"another process is writing {self.partial}; wait for it") from None
-        return lock
 
     def _take_over(self) -> None:
         """Keep the finished shards of an interrupted run of the same work; clear all else."""
@@ -161,7 +145,6 @@ class StoreWriter:
         class_index: int,
         *,
         image_id: int,
-        serial: int = 0,
         box: np.ndarray | None = None,
         gt_box: np.ndarray | None = None,
         **encoding: object,
@@ -174,18 +157,15 @@ class StoreWriter:
         box = np.array([0, 0, size[1], size[0]], np.float32) if box is None else box
         gt_box = box if gt_box is None else gt_box
         bgr = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-        encoded = encode_sample(bgr, **encoding)
-        self.append(
-            make_chunk([Sample(*encoded, class_index, size, image_id, serial, box, gt_box)])
-        )
+        encoded = store.encode_sample(bgr, **encoding)
+        sample = Sample(*encoded, class_index, size, image_id, 0, box, gt_box)
+        self.append(*make_chunk([sample]))
 
-    def append(self, chunk: Chunk, mark: dict | None = None) -> None:
-        """Write a chunk behind what is there.
+    def append(self, members: bytes, records: np.ndarray, mark: dict | None = None) -> None:
+        """Write a chunk of ``make_chunk`` behind what is there.
 
-        Args:
-            mark: where the work stands after this chunk; comes back as ``mark`` after a kill.
+        ``mark``: where the work stands after it; comes back as the attribute after a kill.
         """
-        members, records = chunk
         with _disk_errors(self.partial):
             needed = len(members) + len(END_OF_ARCHIVE)
             if self._file is not None and self._file.tell() + needed > self.shard_size:
@@ -259,5 +239,4 @@ class StoreWriter:
             # What is unwritten is not wanted, and a full disk would raise again here.
             with contextlib.suppress(OSError):
                 self._file.close()
-            self._file = None
         self._lock.close()

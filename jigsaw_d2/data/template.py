@@ -36,10 +36,8 @@ class JigsawTemplate:
     split_x: int = 64
 
     def __post_init__(self) -> None:
-        for name, split, size in (
-            ("split_y", self.split_y, self.height),
-            ("split_x", self.split_x, self.width),
-        ):
+        splits = {"split_y": (self.split_y, self.height), "split_x": (self.split_x, self.width)}
+        for name, (split, size) in splits.items():
             if not 0 < split < size:
                 raise ConfigError(
                     f"template {name} = {split} leaves an empty region: it must lie strictly "

@@ -13,7 +13,7 @@ from jigsaw_d2.data.extraction import (
     extract_samples,
 )
 from jigsaw_d2.data.report import format_report
-from jigsaw_d2.data.sources import CocoSource, RegisteredSource, Source
+from jigsaw_d2.data.sources import CocoSource, RegisteredSource
 from jigsaw_d2.data.store import DEFAULT_QUALITY, SampleStore
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError
@@ -81,7 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_source(json_file: str | None, images: str | None, dataset: str | None) -> Source | None:
+def make_source(
+    json_file: str | None, images: str | None, dataset: str | None
+) -> CocoSource | RegisteredSource | None:
     """The detection set that the arguments name; None where they name none.
 
     Raises:
@@ -120,7 +122,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _extract(
-    source: Source, output: str, args: argparse.Namespace, categories: list[str] | None
+    source: CocoSource | RegisteredSource,
+    output: str,
+    args: argparse.Namespace,
+    categories: list[str] | None,
 ) -> list[str]:
     """One store with its report on screen, its figure and its cost; returns its categories."""
     options = options_from(args)

@@ -72,13 +72,6 @@ def test_the_larger_of_two_samples_goes_to_r4() -> None:
     assert fill["R1"]["cropped"] == pytest.approx(0.25 * (1 - 0.4**2), abs=1e-3)
 
 
-def test_fill_is_averaged_over_the_scales() -> None:
-    """64 x 16 W samples in R2 (160 x 64): used = s^2 / 10; the mean of s^2 over [1, 2] is 7 / 3."""
-    index = make_index([(3, 0, 64, 16)])
-    fill = template_fill(index["size"], index["group"], TEMPLATE, (1.0, 2.0))
-    assert fill["R2"]["used"] == pytest.approx(7 / 30, rel=0.01)
-
-
 def test_suitable_data_need_no_caution() -> None:
     sizes = ((20, 64, 64), (20, 160, 160), (20, 60, 140))
     rows = [(n, label, w, h) for label in (0, 1) for n, w, h in sizes]
@@ -109,20 +102,12 @@ def test_cautions_name_the_trouble(rows: list, words: str) -> None:
 
 
 def test_text_holds_all_of_it() -> None:
-    report = summary([(10, 0, 20, 20), (1, 2, 30, 30)])
-    log = ExtractionLog()
+    report, log = summary([(10, 0, 20, 20), (1, 2, 30, 30)]), ExtractionLog()
     log.add("crowd", "image 7")
     log.add("image_grey", "image 8")
-    report["log"] = {"dataset": log.to_dict(), "part": {}}
-    text = format_report(report)
-    for words in (
-        "11 samples: 10 positive, 1 negative",
-        "borrows",
-        "crowd",
-        "image 8",
-        "! No tall",
-    ):
-        assert words in text
+    text = format_report({**report, "log": {"dataset": log.to_dict(), "part": {}}})
+    words = ("11 samples: 10 positive, 1 negative", "borrows", "crowd", "image 8", "! No tall")
+    assert all(word in text for word in words)
     assert format_report(summary([])).startswith("0 samples")
 
 
@@ -135,17 +120,13 @@ def test_many_classes_are_shortened() -> None:
 
 def test_counts_and_first_examples() -> None:
     log, other = ExtractionLog(), ExtractionLog()
-    for n in range(2):
-        log.add("crowd", f"image {n}")
     for n in range(4):
         other.add("crowd", f"other {n}")
+    log.add("crowd", "image")
     log.merge(other.to_dict())
     entry = log.to_dict()["crowd"]
-    assert entry["count"] == 6 and entry["kind"] == RULE
-    assert entry["examples"] == ["image 0", "image 1", "other 0"]
-    copy = ExtractionLog()
-    copy.merge(log.to_dict())
-    assert copy.to_dict() == log.to_dict()
+    assert (entry["count"], entry["kind"]) == (5, RULE)
+    assert entry["examples"] == ["image", "other 0", "other 1"]
 
 
 @pytest.mark.parametrize("reason", REASONS)
@@ -157,8 +138,3 @@ def test_strict_stops_at_faults_alone(reason: str) -> None:
     else:
         log.add(reason, "here")
         assert log.counts[reason] == 1
-
-
-def test_unknown_reasons_are_a_mistake_of_ours() -> None:
-    with pytest.raises(KeyError):
-        ExtractionLog().add("no such reason", "here")

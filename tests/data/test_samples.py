@@ -9,7 +9,6 @@ from jigsaw_d2.data.samples import (
     clip_boxes,
     enlarge_box,
     enlarge_boxes,
-    group_codes,
     overlaps_any,
     sample_backgrounds,
     shape_group,
@@ -24,10 +23,6 @@ seeds = st.integers(0, 2**32 - 1)
 )
 def test_shape_group_counts_both_bounds_as_square_like(width: int, height: int, group: str) -> None:
     assert shape_group(width, height) == group
-
-
-def test_group_codes_index_the_groups() -> None:
-    assert group_codes([10, 4, 16], [10, 10, 10]).tolist() == [0, 1, 2]
 
 
 @st.composite
@@ -69,17 +64,6 @@ def test_each_side_moves_on_its_own_by_up_to_half_the_box() -> None:
     assert np.allclose(moved.mean(0), [10, 25, 10, 25], rtol=0.05)
     assert moved.max(0).tolist() == [20, 50, 20, 50]
     assert abs(np.corrcoef(moved.T) - np.eye(4)).max() < 0.06
-
-
-def test_boxes_one_by_one_equal_all_at_once() -> None:
-    boxes = np.float32([[1, 2, 30, 40], [50, 60, 70, 90], [5, 5, 6, 6]])
-    together = enlarge_boxes(boxes, (100, 100), np.random.default_rng(3))
-    rng = np.random.default_rng(3)
-    assert np.array_equal(together, [enlarge_box(box, (100, 100), rng) for box in boxes])
-
-
-def test_no_boxes_give_no_samples() -> None:
-    assert enlarge_boxes(np.zeros((0, 4)), (10, 10), np.random.default_rng(0)).shape == (0, 4)
 
 
 def test_box_without_area_inside_and_shrinking_are_refused() -> None:

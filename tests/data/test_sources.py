@@ -1,7 +1,6 @@
 """Detection sets as they come: repeated, incomplete, registered."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from helpers_coco import annotation, write_json
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data.report import ExtractionLog
 from jigsaw_d2.data.sources import (
+    COCO_RULES,
     UNKNOWN_CLASS,
     CocoSource,
     RegisteredSource,
@@ -91,42 +91,14 @@ def test_boxes_that_are_not_four_numbers_become_nan(tmp_path: Path) -> None:
     assert [np.isnan(a.box).any() for a in data.images[0].annotations] == [True] * 4
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("{no json", "set.json is no json"),
-        ("[]", 'has no list "images"'),
-        ('{"images": [], "categories": []}', 'has no list "annotations"'),
-        ('{"images": [], "annotations": [], "categories": []}', '"categories" is empty'),
-        ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', '0 lacks "name"'),
-    ],
-)
-def test_a_json_that_is_none_or_lacks_keys(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "set.json").write_text(content)
-    with pytest.raises(DataError, match=message):
-        CocoSource(tmp_path / "set.json", tmp_path).load(ExtractionLog())
-
-
-@pytest.mark.parametrize("key", ["id", "file_name", "height", "width"])
-def test_an_image_without_a_key(tmp_path: Path, key: str) -> None:
-    broken = {k: v for k, v in entry(2, "b.jpg").items() if k != key}
-    with pytest.raises(DataError, match=f'set.json: "images" entry 1 lacks "{key}"'):
-        load(tmp_path, [entry(1, "a.jpg"), broken], [])
-
-
-@pytest.mark.parametrize("key", ["image_id", "category_id", "bbox"])
-def test_an_annotation_without_a_key(tmp_path: Path, key: str) -> None:
-    broken = {k: v for k, v in annotation(1, [0, 0, 5, 5]).items() if k != key}
-    with pytest.raises(DataError, match=f'set.json: "annotations" entry 0 lacks "{key}"'):
-        load(tmp_path, [entry(1, "a.jpg")], [broken])
-
-
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="none.json cannot be read"):
-        CocoSource(tmp_path / "none.json", tmp_path).load(ExtractionLog())
     path = write_json(tmp_path / "set.json", [], [])
-    with pytest.raises(DataError, match="image folder .*nowhere does not exist"):
-        CocoSource(path, tmp_path / "nowhere").load(ExtractionLog())
+    for json_file, folder, message in (
+        (tmp_path / "none.json", tmp_path, "none.json cannot be read"),
+        (path, tmp_path / "nowhere", "image folder .*nowhere does not exist"),
+    ):
+        with pytest.raises(DataError, match=message):
+            CocoSource(json_file, folder).load(ExtractionLog())
 
 
 def test_image_numbers_are_stable() -> None:
@@ -155,7 +127,11 @@ def registered() -> str:
     name = "test_extraction_sources_dicts"
     box = {"bbox": [10, 20, 30, 40], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}
     dicts = [
-        {"file_name": "a.jpg", "image_id": "img_b", "annotations": [box]},
+        {
+            "file_name": "a.jpg",
+            "image_id": "img_b",
+            "annotations": [box, {**box, "category_id": 2}],
+        },
         {"file_name": "b.jpg", "image_id": "img_a"},
     ]
     DatasetCatalog.register(name, lambda: dicts)
@@ -169,7 +145,8 @@ def test_registered_dicts(registered: str) -> None:
     data = RegisteredSource(registered).load(ExtractionLog())
     assert data.categories == ["one", "two"] and data.category_ids == [0, 1]
     by_name = {image.path: image for image in data.images}
-    assert by_name["a.jpg"].annotations == [((10, 20, 40, 60), 1, False)]
+    found = [((10, 20, 40, 60), label, False) for label in (1, UNKNOWN_CLASS)]
+    assert by_name["a.jpg"].annotations == found
     assert by_name["a.jpg"].size is None and by_name["b.jpg"].annotations == []
 
 
@@ -179,40 +156,62 @@ def test_unknown_and_incomplete_registered_datasets() -> None:
     name = "test_extraction_sources_broken"
     DatasetCatalog.register(name, lambda: [{"file_name": "a", "annotations": [{"bbox": [0] * 4}]}])
     try:
+        with pytest.raises(DataError, match="names no classes: set its thing_classes"):
+            RegisteredSource(name).load(ExtractionLog())
+        MetadataCatalog.get(name).set(thing_classes=["one"])
         with pytest.raises(DataError, match='dict 0 lacks "bbox_mode"'):
             RegisteredSource(name).load(ExtractionLog())
     finally:
         DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 IMAGE = {"id": 1, "file_name": "a.jpg", "height": 5, "width": 6}
 ANNOTATION = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2]}
 CATEGORY = {"id": 1, "name": "a"}
-USELESS = [
-    ("images", {**IMAGE, "file_name": None}, "file_name"),
-    ("images", {**IMAGE, "id": [1]}, "id"),
-    ("annotations", {**ANNOTATION, "image_id": {}}, "image_id"),
-    ("annotations", {**ANNOTATION, "category_id": [2]}, "category_id"),
-    ("categories", {**CATEGORY, "id": "1"}, "id"),
-    ("categories", {**CATEGORY, "id": None}, "id"),
-]
+GOOD = {"images": [IMAGE], "annotations": [ANNOTATION], "categories": [CATEGORY]}
 
 
-@pytest.mark.parametrize("key, entry, field", USELESS)
-def test_a_value_of_no_use_is_named(key: str, entry: dict, field: str, tmp_path: Path) -> None:
-    content = {"images": [IMAGE], "annotations": [ANNOTATION], "categories": [CATEGORY]}
-    content[key] = [content[key][0], entry]
-    (tmp_path / "set.json").write_text(json.dumps(content))
-    value = re.escape(repr(entry[field]))
-    with pytest.raises(DataError, match=f'"{key}" entry 1: its "{field}" cannot be {value}'):
+@pytest.mark.parametrize(
+    "key, broken, message",
+    [
+        (name, {k: v for k, v in GOOD[name][0].items() if k != key}, f'entry 1 lacks "{key}"')
+        for name, keys in COCO_RULES.items()
+        for key in keys
+    ]
+    + [
+        (name, {**GOOD[name][0], key: value}, f'entry 1: its "{key}" cannot be ')
+        for name, key, value in [
+            ("images", "file_name", None),
+            ("images", "id", [1]),
+            ("annotations", "image_id", {}),
+            ("annotations", "category_id", [2]),
+            ("categories", "id", "1"),
+        ]
+    ]
+    + [("images", entry, "entry 1 is .*, no object") for entry in (1, None, "a.jpg")],
+)
+def test_entries_of_no_use_are_named(
+    tmp_path: Path, key: str, broken: object, message: str
+) -> None:
+    (tmp_path / "set.json").write_text(json.dumps({**GOOD, key: [GOOD[key][0], broken]}))
+    with pytest.raises(DataError, match=f'set.json: "{key}" {message}'):
         CocoSource(tmp_path / "set.json", tmp_path).load(ExtractionLog())
 
 
-@pytest.mark.parametrize("entry", [1, None, [], "a.jpg"])
-def test_an_entry_that_is_no_object(entry: object, tmp_path: Path) -> None:
-    path = write_json(tmp_path / "set.json", [entry], [])
-    with pytest.raises(DataError, match='set.json: "images" entry 0 is .*, no object'):
-        CocoSource(path, tmp_path).load(ExtractionLog())
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{no json", "set.json is no json"),
+        ("[]", 'has no list "images"'),
+        (json.dumps({**GOOD, "annotations": None}), 'has no list "annotations"'),
+        (json.dumps({**GOOD, "categories": []}), '"categories" is empty'),
+    ],
+)
+def test_a_json_without_its_lists(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "set.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        CocoSource(tmp_path / "set.json", tmp_path).load(ExtractionLog())
 
 
 @pytest.fixture
@@ -250,12 +249,9 @@ def test_a_name_cannot_stand_for_two_sets(coco_files, tmp_path):
 
 
 @pytest.mark.parametrize("missing", [1, 2])
-def test_missing_paths_are_named(coco_files, missing):
+def test_missing_paths_and_other_forms_are_named(coco_files, missing):
     coco_files[missing] += ".gone"
     with pytest.raises(DataError, match=r"\.gone does not exist"):
         register_coco_files(_cfg(coco_files))
-
-
-def test_entry_of_another_form_is_refused():
     with pytest.raises(ConfigError, match="each entry is"):
         register_coco_files(_cfg(["only_a_name"]))

@@ -12,14 +12,10 @@ from jigsaw_d2.tools import run_command
 from jigsaw_d2.tools.store import main
 
 
-def test_verify_finds_nothing_in_a_sound_store(tmp_path, capsys) -> None:
-    make_store(tmp_path / "store")
-    assert main(["verify", str(tmp_path / "store"), "--decode"]) == 0
-    assert "24 samples, 3 categories: sound" in capsys.readouterr().out
-
-
 def test_verify_names_what_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     store = make_store(tmp_path / "store")
+    assert main(["verify", str(tmp_path / "store"), "--decode"]) == 0
+    assert "24 samples, 3 categories: sound" in capsys.readouterr().out
     flip(store, 7)
     assert main(["verify", str(tmp_path / "store")]) == 1
     printed = capsys.readouterr().out
