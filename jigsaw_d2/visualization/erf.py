@@ -141,8 +141,9 @@ def map_size(one_erf: Tensor) -> dict[str, float]:
 def run(args: argparse.Namespace) -> list[Path]:
     """Measure each network on the same images, normalised as its config says; draw and write."""
     count = len(args.weights)
-    given = (args.config_file, args.feature, args.names or [Path(w).name for w in args.weights])
-    configs, features, names = (each * count if len(each) == 1 else each for each in given)
+    given = (args.config_file, args.feature)
+    configs, features = (each * count if len(each) == 1 else each for each in given)
+    names = args.names or [Path(weights).name for weights in args.weights]
     if {len(configs), len(features), len(names)} != {count}:
         raise ConfigError(
             f"{count} --weights, {len(args.config_file)} --config-file, {len(args.feature)} "
