@@ -140,11 +140,7 @@ class Pipeline:
         return Stage("convert", argv, folder, output, settings, "--force")
 
     def finetuning(
-        self,
-        weights: Path | None,
-        folder: Path,
-        overrides: Sequence[str] = (),
-        title: str = "fine-tune",
+        self, weights: Path | None, folder: Path, overrides: Sequence[str], title: str = "fine-tune"
     ) -> Stage:
         """Train and evaluate a detector from converted weights; None = from random weights."""
         data = self.data
