@@ -8,7 +8,7 @@ import pytest
 from jigsaw_d2.cost import read_cost_log
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.tools import run_command
-from jigsaw_d2.tools.extract import build_parser, main, parse_part, parse_size
+from jigsaw_d2.tools.extract import build_parser, main, part, size
 
 REGISTERING = """
 from detectron2.data.datasets import register_coco_instances
@@ -95,9 +95,18 @@ def test_each_store_keeps_its_own_cost_unless_told_otherwise(tmp_path, tiny_coco
     assert not (tmp_path / "stores" / "cost.json").exists()
 
 
+def test_held_out_categories_must_be_the_training_sets(tmp_path, tiny_coco, capsys) -> None:
+    content = json.loads((tiny_coco / "val.json").read_text())
+    content["categories"][0]["name"] = "other"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    more = ("--val-json", str(tmp_path / "val.json"))
+    assert run_command(main, arguments(tiny_coco, tmp_path / "s", *more)) == 2
+    assert "other categories than the training set" in capsys.readouterr().err
+
+
 def test_sizes_and_parts_are_parsed() -> None:
-    assert parse_size("2K") == 2048 and parse_size("1.5M") == 1572864 and parse_size("7") == 7
-    assert parse_part("2/4") == (2, 4)
+    assert size("2K") == 2048 and size("1.5M") == 1572864 and size("7") == 7
+    assert part("2/4") == (2, 4)
     for wrong in ("--part=x", "--part=2", "--shard-size=big"):
         with pytest.raises(SystemExit):
             build_parser().parse_args(["--output", "s", wrong])

@@ -115,6 +115,16 @@ def test_help_waits_for_nothing_heavy(name):
     assert done.stdout.startswith("usage:") and done.stderr.strip() == "", done.stderr
 
 
+@pytest.mark.parametrize("name", ["extract", "store"])
+def test_extraction_comes_up_without_torch(name):
+    code = (
+        f"import sys, jigsaw_d2.tools.{name}\n"
+        "sys.exit(str(sorted({'torch', 'detectron2', 'matplotlib'} & set(sys.modules)) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "" and done.returncode in (0, 1), done.stderr
+
+
 def test_names_of_the_package_are_found_and_register_the_network():
     code = (
         "import jigsaw_d2\n"
