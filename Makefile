@@ -18,7 +18,7 @@ setup:
 
 # Two processes on two cores, each with one thread: threads of torch would only get in each other's way.
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(TESTS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup $(TESTS)
 
 # make demo DATA=folder runs on a folder with images/, train.json and val.json.
 demo: setup

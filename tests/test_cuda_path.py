@@ -9,7 +9,10 @@ import fake_cuda
 import pytest
 from cuda_child import RUNS, shipped_configs
 
-pytestmark = pytest.mark.skipif(bool(fake_cuda.missing()), reason=fake_cuda.missing() or "-")
+pytestmark = [
+    pytest.mark.skipif(bool(fake_cuda.missing()), reason=fake_cuda.missing() or "-"),
+    pytest.mark.xdist_group("cuda_path"),  # all look at the same runs, made once
+]
 
 COMMANDS = ("eval-only", "convert", "erf", "visualize erf", "visualize labels")
 COMMANDS += ("finetune faster_rcnn_R_50_C4_1x", "finetune faster_rcnn_R_50_FPN_1x")

@@ -81,8 +81,8 @@ def test_existing_store_and_overwrite(tiny_coco, tmp_path, capsys) -> None:
 def test_each_store_keeps_its_own_cost_unless_told_otherwise(tmp_path, tiny_coco) -> None:
     for name in ("one", "other"):
         assert main(arguments(tiny_coco, tmp_path / "stores" / name)) == 0
-    for part in ("1/2", "2/2"):
-        assert main(arguments(tiny_coco, tmp_path / "stores" / "parts", "--part", part)) == 0
+    for text in ("1/2", "2/2"):
+        assert main(arguments(tiny_coco, tmp_path / "stores" / "parts", "--part", text)) == 0
     images = {
         read_cost_log(tmp_path / "stores" / name)["stages"]["extraction"]["images"]
         for name in ("one", "other", "parts")
