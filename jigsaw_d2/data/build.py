@@ -51,9 +51,12 @@ class JigsawBatches(Dataset):
         """
         self.mapper.store.check_unchanged()
         template = self.mapper.template
-        images = torch.empty(len(positions), template.height, template.width, 3, dtype=torch.uint8)
-        if get_worker_info() is not None:
-            images.share_memory_()  # drawn where the trainer reads it, not copied there
+        size = (len(positions), template.height, template.width, 3)
+        images = torch.empty(0, dtype=torch.uint8)
+        if get_worker_info() is None:
+            images.resize_(size)
+        else:  # drawn where the trainer reads it, not copied there
+            images.set_(torch.UntypedStorage._new_shared(math.prod(size), device="cpu"), 0, size)
         made = [
             self.mapper(
                 {

@@ -143,11 +143,14 @@ def run_subprocess(stage: Stage, argv: list[str]) -> None:
         command = [sys.executable, "-u", "-m", "jigsaw_d2", *argv]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
         try:
+            said = ""
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(PROGRESS_SECONDS)
                     break
-                say(f"{stage.title}: {progress_text(stage)}")
+                if (now := progress_text(stage)) != said:
+                    say(f"{stage.title}: {now}")
+                said = now
         finally:  # Ctrl-C and SIGTERM too: no orphan may go on writing into the folder
             process.terminate()
             status = process.wait()
