@@ -97,6 +97,9 @@ def _add_input_keys(cfg: CfgNode) -> None:
     cfg.INPUT.JIGSAW.TEMPLATE_SIZE = [224, 224]
     # First row and first column (y, x) of the lower and right regions, in pixels, Fig. 4b.
     cfg.INPUT.JIGSAW.TEMPLATE_SPLIT = [64, 64]
+    # "auto": choose canvas, split and scale range for the store and for a detector that shows its
+    # images at INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN, by the paper's ratios (data/fit.py, ours).
+    cfg.INPUT.JIGSAW.FIT_TO = ""
     # "pad_crop" (Sec. 3.2, Table 1: 35.2 AP), "warp" (34.6 AP) or "resize" (34.7 AP).
     cfg.INPUT.JIGSAW.FIT = "pad_crop"
     # Range of the one ratio that resizes a sample, both sides alike (Sec. 4.1).
@@ -109,6 +112,9 @@ def _add_input_keys(cfg: CfgNode) -> None:
     # "uniform" over the samples of a group (the paper) or "class_balanced": repeat factors of
     # Detectron2's RepeatFactorTrainingSampler with DATALOADER.REPEAT_THRESHOLD (ours).
     cfg.INPUT.JIGSAW.SAMPLING = "uniform"
+    # Draw R1 from the smaller and R4 from the larger half of the square-like samples, each as often
+    # as before: less padding, less cut away (ours; the paper draws two and sorts them).
+    cfg.INPUT.JIGSAW.SIZE_AWARE = False
     # Held-out Jigsaw images per evaluation (ours), drawn with one fixed seed.
     cfg.INPUT.JIGSAW.EVAL_IMAGES = 2048
     cfg.INPUT.JIGSAW.EVAL_SEED = 0

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from jigsaw_d2.data.dataset_mapper import JigsawDatasetMapper
+from jigsaw_d2.data.fit import detector_scale, fit_scale, fit_template, paper_fit
 from jigsaw_d2.data.sampler import JigsawSampler, repeat_factors
-from jigsaw_d2.data.samples import group_codes
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.io import ConfigError
 
@@ -131,9 +132,59 @@ def build_jigsaw_sampler(cfg: CfgNode, mapper: JigsawDatasetMapper) -> JigsawSam
         raise ConfigError(
             f"INPUT.JIGSAW.SAMPLING = {cfg.INPUT.JIGSAW.SAMPLING!r}: use uniform or class_balanced"
         )
-    sizes = mapper.shown_sizes()
-    groups = mapper.store.groups if mapper.context else group_codes(sizes[:, 1], sizes[:, 0])
-    return JigsawSampler(sizes=sizes, groups=groups, seed=mapper.seed, repeat_factors=factors)
+    sizes, groups = mapper.shown_sizes()
+    return JigsawSampler(
+        sizes=sizes,
+        groups=groups,
+        seed=mapper.seed,
+        repeat_factors=factors,
+        size_aware=cfg.INPUT.JIGSAW.SIZE_AWARE,
+    )
+
+
+def fit_input(
+    cfg: CfgNode, store: SampleStore, stride: int = 32, explicit: Iterable[str] = ()
+) -> None:
+    """Where INPUT.JIGSAW.FIT_TO is "auto", choose TEMPLATE_SIZE, TEMPLATE_SPLIT and SCALE_RANGE.
+
+    In place, logged with the reason; FIT_TO is empty afterwards. ``explicit`` keys are kept.
+
+    Args:
+        stride: of the classified feature.
+
+    Raises:
+        ConfigError: another value of FIT_TO, or a store that does not say how large its images are.
+    """
+    options = cfg.INPUT.JIGSAW
+    if options.FIT_TO not in ("", "auto"):
+        raise ConfigError(f'INPUT.JIGSAW.FIT_TO = {options.FIT_TO!r}: use auto, or "" for none')
+    if not options.FIT_TO:
+        return
+    sides = store.header["report"].get("images", {}).get("median_sides")
+    if sides is None:
+        raise ConfigError(
+            f"INPUT.JIGSAW.FIT_TO auto: {store.paths[0]} does not say how large its images are (an "
+            "older version wrote it); extract it again, or set TEMPLATE_SIZE, TEMPLATE_SPLIT and "
+            "SCALE_RANGE yourself"
+        )
+    min_size, max_size = float(np.mean(cfg.INPUT.MIN_SIZE_TRAIN)), cfg.INPUT.MAX_SIZE_TRAIN
+    scale = detector_scale(sides, min_size, max_size)
+    scale_range = fit_scale(scale)
+    if "INPUT.JIGSAW.SCALE_RANGE" in explicit:
+        scale_range = tuple(options.SCALE_RANGE)
+    sizes, groups = JigsawDatasetMapper(cfg, store).shown_sizes()
+    how = {"stride": stride, "size_aware": options.SIZE_AWARE}
+    fit = fit_template(sizes, groups, scale_range, max_side=int(max(sides) * scale), **how)
+    options.SCALE_RANGE = list(scale_range)
+    if not {"INPUT.JIGSAW.TEMPLATE_SIZE", "INPUT.JIGSAW.TEMPLATE_SPLIT"} & {*explicit}:
+        options.TEMPLATE_SIZE = [fit.template.height, fit.template.width]
+        options.TEMPLATE_SPLIT = [fit.template.split_y, fit.template.split_x]
+    options.FIT_TO = ""
+    logger.info(
+        "INPUT.JIGSAW.FIT_TO auto, for images that the detector shows at %.2f of their size: %s. "
+        "The paper's %s",
+        *(scale, fit, paper_fit(sizes, groups)),
+    )
 
 
 def jigsaw_stream(cfg: CfgNode, store: SampleStore) -> JigsawBatches:

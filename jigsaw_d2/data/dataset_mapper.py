@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 
 from jigsaw_d2.data.assembly import METHODS, Augmentation, Placement, paint, place_sample
+from jigsaw_d2.data.samples import group_codes
 from jigsaw_d2.data.store import DamagedSampleError, SampleStore
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError
@@ -84,11 +85,12 @@ class JigsawDatasetMapper:
             "seed": max(cfg.SEED, 0) if seed is None else seed,
         }
 
-    def shown_sizes(self) -> np.ndarray:
-        """int (n, 2) (height, width) of each sample as it is shown: with or without context."""
+    def shown_sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """int (n, 2) (height, width) of each sample as shown, by ``context``; (n,) its group."""
         if self.windows is None:
-            return self.store.sizes
-        return (self.windows[:, 2:] - self.windows[:, :2])[:, ::-1]
+            return self.store.sizes, self.store.groups
+        sizes = (self.windows[:, 2:] - self.windows[:, :2])[:, ::-1]
+        return sizes, group_codes(sizes[:, 1], sizes[:, 0])
 
     def __call__(self, record: dict, out: np.ndarray | None = None) -> dict:
         """

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from jigsaw_d2.data import store
 from jigsaw_d2.data.image_reading import read_pixels
 from jigsaw_d2.data.plan import ImagePlan, add_negatives, plan_positives, take_part
-from jigsaw_d2.data.report import ExtractionLog, summarise
+from jigsaw_d2.data.report import ExtractionLog, advise_fit, summarise
 from jigsaw_d2.data.samples import GROUPS, group_codes
 from jigsaw_d2.data.sources import CocoSource, RegisteredSource, SourceData, SourceImage
 from jigsaw_d2.data.store_writer import DEFAULT_SHARD_SIZE, Sample, StoreWriter, make_chunk
@@ -71,6 +71,8 @@ class ExtractionOptions:
     template: JigsawTemplate = JigsawTemplate()  # decides which are written for window decoding
     scale_range: tuple[float, float] = (0.8, 1.5)  # samples will be resized by (Sec. 4.1)
     part: tuple[int, int] = (1, 1)  # (i, n): extract the i-th of n parts, i from 1
+    # The detector's MIN_SIZE_TRAIN and MAX_SIZE_TRAIN, for which the report names a template.
+    detector_size: tuple[float, float] = (800, 1333)
     workers: int | None = None  # processes; 0 = in this one, None = one for each core
     strict: bool = False  # stop at the first fault in the input
     overwrite: bool = False  # replace an existing store
@@ -176,7 +178,10 @@ def extract_samples(
             index = writer.index()
             report = summarise(index, data.categories, options.template, options.scale_range)
             used = len(np.unique(index["image_id"]))
+            sides = np.median(np.sort([plan.size for plan in plans]), axis=0).tolist()
             report["images"] = {"listed": len(data.images), "with_samples": used}
+            report["images"]["median_sides"] = sides
+            report["fit"] = advise_fit(index["size"], index["group"], sides, options.detector_size)
             report["negatives_wanted"] = wanted
             if parts == 1 and abs(report["negatives"] - wanted) > 0.01 * wanted:
                 report["cautions"].append(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from tabulate import tabulate
 
+from jigsaw_d2.data.fit import detector_scale, fit_scale, fit_template, paper_fit, template_fill
 from jigsaw_d2.data.samples import GROUPS
 from jigsaw_d2.data.store import SUFFIXES
 from jigsaw_d2.data.template import REGION_GROUPS, REGIONS, JigsawTemplate
@@ -59,7 +60,6 @@ STARVING_FACTOR = 10
 LOW_FILL = 0.35
 HIGH_CROP = 0.6
 FEW_SAMPLES = 10
-SCALES = 8  # ratios of the augmentation over which the fill is averaged
 
 
 class ExtractionLog:
@@ -140,36 +140,20 @@ def summarise(
     return {**report, "cautions": cautions(report)}
 
 
-def template_fill(
-    sizes: np.ndarray, groups: np.ndarray, template: JigsawTemplate, scale_range: Sequence[float]
+def advise_fit(
+    sizes: np.ndarray, groups: np.ndarray, sides: Sequence[float], detector_size: Sequence[float]
 ) -> dict:
-    """{region: {"used", "padded", "cropped"}}: expected over the draws of Jigsaw assembly.
+    """What INPUT.JIGSAW.FIT_TO auto would choose for a detector, beside the paper's choice.
 
-    "used" and "padded" are shares of the region's pixels; "cropped" is the mean share of a sample's
-    pixels that find no place. Of two S samples the smaller goes to R1: a sample's chance to be the
-    larger is its rank by area. None for a region whose group is empty.
-
-    ``sizes``: (n, 2) (height, width), pixels; ``groups``: (n,) index into ``samples.GROUPS``.
+    Args:
+        sizes, groups: (n, 2) and (n,) of the samples, see ``data.fit.expected_pixels``.
+        sides: shorter and longer side of the usual image, pixels.
+        detector_size: its MIN_SIZE_TRAIN and MAX_SIZE_TRAIN.
     """
-    low, high = scale_range
-    fill: dict[str, dict | None] = dict.fromkeys(REGIONS)
-    for region, group, size in zip(REGIONS, REGION_GROUPS, template.region_sizes):
-        mine = sizes[groups == GROUPS.index(group)].astype(np.float64)
-        if not len(mine):
-            continue
-        areas = mine.prod(axis=1)
-        larger = (np.argsort(np.argsort(areas, kind="stable")) + 0.5) / len(mine)
-        weight = {"R1": 1 - larger, "R4": larger}.get(region, np.ones(len(mine)))
-        weight = weight / weight.sum() / SCALES
-        used = kept = 0.0
-        for scale in low + (high - low) * (np.arange(SCALES) + 0.5) / SCALES:
-            shown = np.minimum(mine * scale, size).prod(axis=1)
-            # Not BLAS's product (@): twice the time, and far more while others keep the cores busy.
-            used += (weight * shown).sum() / (size[0] * size[1])
-            kept += (weight * (shown / (areas * scale**2))).sum()
-        shares = {"used": used, "padded": 1 - used, "cropped": 1 - kept}
-        fill[region] = {name: round(float(share), 4) for name, share in shares.items()}
-    return fill
+    scale = detector_scale(sides, *detector_size)
+    fit = fit_template(sizes, groups, fit_scale(scale), max_side=int(max(sides) * scale))
+    names = {"detector_size": list(detector_size), "detector_scale": round(scale, 3)}
+    return {**names, "auto": str(fit), "paper": str(paper_fit(sizes, groups))}
 
 
 def cautions(report: dict) -> list[str]:
@@ -249,6 +233,13 @@ def format_report(report: dict, max_classes: int = 100) -> str:
         tabulate(classes, ["class", "S", "T", "W", "all"])
         + (f"\n... and {rest} smaller classes" if rest > 0 else ""),
     ]
+    if fit := report.get("fit"):
+        low, high = fit["detector_size"]
+        parts.append(
+            f"For a detector that shows images at {low:g} to {high:g} pixels (MIN_SIZE_TRAIN, "
+            f"MAX_SIZE_TRAIN), INPUT.JIGSAW.FIT_TO auto takes\n{fit['auto']}.\nThe paper's "
+            f"{fit['paper']}."
+        )
     log = ExtractionLog()
     for entries in report.get("log", {}).values():
         log.merge(entries)

@@ -25,6 +25,8 @@ class JigsawSampler:
         groups: (n,) index of each sample into ``samples.GROUPS``.
         seed: of every permutation.
         repeat_factors: (n,) >= 1, expected draws of each sample per pass; None = once each.
+        size_aware: of the two draws of group S in an image, one is from the smaller half of each
+            pass by area, the other from the larger half.
 
     Raises:
         DataError: no samples at all.
@@ -37,6 +39,7 @@ class JigsawSampler:
         groups: np.ndarray,
         seed: int,
         repeat_factors: np.ndarray | None = None,
+        size_aware: bool = False,
     ) -> None:
         if len(groups) == 0:
             raise DataError("the sample store is empty: extract samples from annotated images")
@@ -45,6 +48,7 @@ class JigsawSampler:
         self.members = [m if len(m) else _borrow(code, sizes) for code, m in enumerate(own)]
         balanced = repeat_factors is not None
         self._factors = [repeat_factors[m] if balanced else None for m in self.members]
+        self._areas = sizes.prod(axis=1) if size_aware else None
         self._passes: dict[tuple[int, int], np.ndarray] = {}
 
     def pass_length(self, group: int) -> int:
@@ -58,6 +62,8 @@ class JigsawSampler:
         if order is None:
             rng = np.random.default_rng((self.seed, group, number))
             order = self._draw_pass(group, rng)
+            if self._areas is not None and group == 0:
+                order = self._alternate(order, number * len(order))
             # Draws move forward: the pass before last is never needed again.
             self._passes.pop((group, number - 2), None)
             self._passes[group, number] = order
@@ -74,6 +80,18 @@ class JigsawSampler:
         ticks = np.floor(ends * (length / ends[-1]) + rng.random()).astype(np.int64)
         ticks[-1] = length
         return rng.permutation(np.repeat(order, np.diff(ticks, prepend=0)))
+
+    def _alternate(self, order: np.ndarray, first: int) -> np.ndarray:
+        """The pass with its smaller samples on even draws, in the order of a random pass each.
+
+        ``first``: number of the pass's first draw.
+        """
+        even = (first + np.arange(len(order))) % 2 == 0
+        small = np.zeros(len(order), bool)
+        small[np.argsort(self._areas[order], kind="stable")[: even.sum()]] = True
+        result = np.empty_like(order)
+        result[even], result[~even] = order[small], order[~small]
+        return result
 
     def draw(self, group: int, number: int) -> int:
         """Sample id of draw ``number`` of ``group``."""

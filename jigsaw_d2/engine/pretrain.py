@@ -63,7 +63,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         str(folder), distributed_rank=comm.get_rank(), name="jigsaw_d2", abbrev_name="jigsaw"
     )
     register_coco_files(cfg)
-    cfg = resolve_config(cfg, open_store(cfg), comm.get_world_size())
+    cfg = resolve_config(cfg, open_store(cfg), comm.get_world_size(), args.opts[::2])
     if args.eval_only:
         setup_logger(str(folder), distributed_rank=comm.get_rank())
     else:

@@ -2,16 +2,18 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone
 from detectron2.utils import comm
 
 from jigsaw_d2.config import check_trainable_config, resolve_norm, scale_to_batch
+from jigsaw_d2.data.build import fit_input
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.engine.precision import is_settled, settle_precision
 from jigsaw_d2.engine.state import read_checkpoint
@@ -33,18 +35,23 @@ _FREE_KEYS = (
 )
 
 
-def resolve_config(cfg: CfgNode, store: SampleStore, world_size: int = 1) -> CfgNode:
+def resolve_config(
+    cfg: CfgNode, store: SampleStore, world_size: int = 1, explicit: Sequence[str] = ()
+) -> CfgNode:
     """The frozen config of a run; resolving it again changes nothing.
 
     1. Batch: IMS_PER_BATCH divides over ranks and ACCUMULATION_STEPS; rate and lengths scaled once.
     2. Machine: MODEL.DEVICE exists; the norm of "auto" is chosen.
-    3. Data: NUM_CLASSES is the store's.
+    3. Data: NUM_CLASSES is the store's; INPUT.JIGSAW.FIT_TO "auto" sets what is not ``explicit``.
     4. Nothing is frozen, and the classified feature is built.
     5. Chance and trials: a SEED below 0, AMP.DTYPE "auto" and CHANNELS_LAST None become what
        OUTPUT_DIR's run has, or new ones; the same on every rank.
 
+    Args:
+        explicit: keys that the user has set, as against the config file.
+
     Raises:
-        ConfigError, ConfigError, ConfigError: naming the key.
+        ConfigError: naming the key.
     """
     cfg = scale_to_batch(cfg)
     cfg.defrost()
@@ -59,6 +66,10 @@ def resolve_config(cfg: CfgNode, store: SampleStore, world_size: int = 1) -> Cfg
         )
     cfg.MODEL.JIGSAW.NUM_CLASSES = classes
     check_trainable_config(cfg)
+    if cfg.INPUT.JIGSAW.FIT_TO:
+        with torch.device("meta"):
+            stride = build_backbone(cfg).output_shape()[cfg.MODEL.JIGSAW.IN_FEATURE].stride
+        fit_input(cfg, store, stride, explicit)
     if cfg.SEED < 0 or not is_settled(cfg):
         decided = comm.all_gather(_decide(cfg) if comm.is_main_process() else [])[0]
         cfg.merge_from_list(decided)

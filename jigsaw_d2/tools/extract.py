@@ -69,6 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--template", type=int, nargs=4, metavar=("H", "W", "Y", "X"), help=text)
     text = "ratios that samples will be resized by (Sec. 4.1)"
     add("--scale-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
+    text = (
+        "MIN_SIZE_TRAIN and MAX_SIZE_TRAIN of the detector to come: the report names the template "
+    )
+    text += "that suits these samples and it (INPUT.JIGSAW.FIT_TO auto)"
+    add("--detector-size", type=float, nargs=2, metavar=("MIN", "MAX"), help=text)
     add = parser.add_argument_group("run").add_argument
     add("--workers", type=int, help="processes; 0 = this one")
     add("--part", type=part, metavar="i/n", help="write one of n parts: one machine each")
@@ -101,8 +106,8 @@ def make_source(
 def options_from(args: argparse.Namespace) -> ExtractionOptions:
     """The options of a parsed command line."""
     given = {field.name: getattr(args, field.name) for field in fields(ExtractionOptions)}
-    template, scale_range = JigsawTemplate(*args.template), tuple(args.scale_range)
-    return ExtractionOptions(**{**given, "template": template, "scale_range": scale_range})
+    given |= {name: tuple(given[name]) for name in ("scale_range", "detector_size")}
+    return ExtractionOptions(**{**given, "template": JigsawTemplate(*args.template)})
 
 
 def main(argv: list[str] | None = None) -> int:

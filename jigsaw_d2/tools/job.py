@@ -1,7 +1,8 @@
 """One dataset to one detector: extract, pre-train, convert, fine-tune; scratch beside it if asked.
 
 OUTPUT/samples/{train,val}/store -> OUTPUT/pretrain -> OUTPUT/weights/backbone.pkl
--> OUTPUT/detector; OUTPUT/scratch; with a time budget also OUTPUT/trial and OUTPUT/lengths.json
+-> OUTPUT/detector; OUTPUT/scratch, OUTPUT/scratch_longer; with a time budget also OUTPUT/trial and
+OUTPUT/lengths.json
 """
 
 import json
@@ -38,6 +39,7 @@ class Job:
     Attributes:
         pretrain, detector: KEY VALUE overrides of the two configs.
         with_scratch: train the same detector from random weights too.
+        equal_cost: and once more for the time that the Jigsaw detector took with pre-training.
         stages: (stage, wall-clock seconds over all attempts, images or samples it saw).
         metrics: {what the detector started from: box metrics in percent}.
         explanation: of the lengths that a time budget led to.
@@ -48,6 +50,7 @@ class Job:
     pretrain: tuple[str, ...] = ()
     detector: tuple[str, ...] = ()
     with_scratch: bool = False
+    equal_cost: bool = False
     stages: list[tuple[Stage, float, int]] = field(default_factory=list, init=False)
     metrics: dict[str, dict[str, float | None]] = field(default_factory=dict, init=False)
     explanation: str = field(default="", init=False)
@@ -77,13 +80,30 @@ class Job:
         converted = self._do(self.pipeline.conversion(trained.output, self.output / "weights"))
         tuned = self._do(self._finetuning("detector", "fine-tune from jigsaw", converted.output))
         self.metrics["Jigsaw pre-training"] = read_results(tuned.folder)
-        if self.with_scratch:
+        if self.with_scratch or self.equal_cost:
             tuned = self._do(self._finetuning("scratch", "fine-tune from scratch"))
-            self.metrics["scratch"] = read_results(tuned.folder)
+            self.metrics["scratch, equal steps"] = read_results(tuned.folder)
+        if self.equal_cost:
+            cfg = self.pipeline.detector_cfg(self.detector)
+            steps = cfg.SOLVER.MAX_ITER + self.steps_for_pretraining(tuned)
+            longer = length_overrides(cfg, steps)
+            tuned = self._do(
+                self._finetuning("scratch_longer", "fine-tune from scratch, longer", None, *longer)
+            )
+            self.metrics["scratch, equal time"] = read_results(tuned.folder)
+
+    def steps_for_pretraining(self, scratch: Stage) -> int:
+        """Steps of the detector from scratch that take as long as all before fine-tuning did."""
+        paid = stage_cost(self.store, "extraction")["seconds"]
+        for name in ("pretraining", "erf_refresh"):
+            paid += stage_cost(self.output / "pretrain", name)["seconds"]
+        return round(
+            paid * scratch.iterations / stage_cost(scratch.folder, "finetuning")["seconds"]
+        )
 
     def extract(self) -> None:
         """The samples of both splits."""
-        for stage in self.pipeline.extraction(self.output / "samples"):
+        for stage in self.pipeline.extraction(self.output / "samples", (), self.detector):
             self._do(stage)
 
     def _do(self, stage: Stage) -> Stage:
@@ -97,7 +117,8 @@ class Job:
 
     def _pretraining(self, folder: str, title: str, *extra: str) -> Stage:
         overrides, samples = (*self.pretrain, *extra), self.output / "samples"
-        return self.pipeline.pretraining(samples, self.output / folder, overrides, title)
+        where = samples, self.output / folder
+        return self.pipeline.pretraining(*where, overrides, title, self.detector)
 
     def _finetuning(
         self, folder: str, title: str, weights: Path | None = None, *extra: str
@@ -195,9 +216,10 @@ class Job:
         drawn = "\n\n".join(f"![{path.name}](figures/{path.name})" for path in figures)
         return (
             f"# {self.pipeline.data.name}: from annotations to a detector\n\n{self.tables()}"
-            f"{lengths}\n\nBoth detectors, if there are two, have the same settings, seed and "
-            "number of iterations; the one from scratch did without the pre-training's seconds. "
-            "One seed: chance is in these numbers, and `compare.py` is what measures it.\n\n"
+            f"{lengths}\n\nAll detectors have the same settings and seed, but norms are frozen "
+            "where weights bring their statistics, and train from scratch. At equal steps, scratch did "
+            "without the pre-training's seconds; at equal time, it trained on for as many. One "
+            "seed: chance is in these numbers, and `compare.py` is what measures it.\n\n"
             f"## Commands\n\n```\n{commands}\n```\n\n{drawn}".rstrip() + "\n"
         )
 

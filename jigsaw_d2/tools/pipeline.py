@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -100,8 +101,13 @@ class Pipeline:
         """The config of the detector."""
         return load_detection_config(self.detector_config, overrides, self.trust)
 
-    def extraction(self, samples: Path, options: Sequence[str] = ()) -> list[Stage]:
-        """Cut the samples into ``samples``/{train,val}/store; ``options`` of ``extract``."""
+    def extraction(
+        self, samples: Path, options: Sequence[str] = (), detector: Sequence[str] = ()
+    ) -> list[Stage]:
+        """Cut the samples into ``samples``/{train,val}/store; ``options`` of ``extract``.
+
+        ``detector``: overrides of its config, whose image sizes the report gives advice for.
+        """
         data, stages = self.data, []
         for split, annotations, images in (
             ("train", data.train_json, data.train_images),
@@ -110,6 +116,7 @@ class Pipeline:
             folder = samples / split
             argv = ["extract", "--json", str(annotations), "--images", str(images), "--output"]
             argv += [str(folder / "store"), "--seed", str(self.seed), *self.register_flags]
+            argv += ["--detector-size", *self._detector_sizes(detector)]
             settings = {"annotations": file_digest(annotations), "seed": self.seed}
             settings |= {"options": [*options], **self._registered}
             stage = (f"extract {split}", (*argv, *options), folder, folder / "store", settings)
@@ -117,13 +124,25 @@ class Pipeline:
         return stages
 
     def pretraining(
-        self, samples: Path, folder: Path, overrides: Sequence[str], title: str = "pre-train"
+        self,
+        samples: Path,
+        folder: Path,
+        overrides: Sequence[str],
+        title: str = "pre-train",
+        detector: Sequence[str] = (),
     ) -> Stage:
-        """Train a backbone on Jigsaw images of both stores of ``samples``."""
+        """Train a backbone on Jigsaw images of both stores of ``samples``.
+
+        ``detector``: overrides of its config, whose image sizes INPUT.JIGSAW.FIT_TO auto goes by.
+        """
         train, held_out = (str(samples / split / "store") for split in ("train", "val"))
         datasets = ("DATASETS.TRAIN", repr((train,)), "DATASETS.TEST", repr((held_out,)))
         pairs = (*overrides, *datasets, "SEED", str(self.seed), "OUTPUT_DIR", str(folder))
         cfg = self.pretrain_cfg(pairs)
+        if cfg.INPUT.JIGSAW.FIT_TO:
+            low, high = self._detector_sizes(detector)
+            pairs = ("INPUT.MIN_SIZE_TRAIN", f"({low},)", "INPUT.MAX_SIZE_TRAIN", high, *pairs)
+            cfg = self.pretrain_cfg(pairs)
         argv = ("pretrain", "--config-file", self.pretrain_config, "--num-gpus")
         argv += (str(self.num_gpus), *self._flags, *pairs)
         store = {"store": SampleStore(train).fingerprint}
@@ -156,6 +175,11 @@ class Pipeline:
         }
         steps = cfg.SOLVER.MAX_ITER
         return Stage(title, argv, folder, folder / "results.json", settings, "--resume", steps)
+
+    def _detector_sizes(self, overrides: Sequence[str]) -> tuple[str, str]:
+        """The detector's MIN_SIZE_TRAIN, of several their mean, and MAX_SIZE_TRAIN."""
+        sizes = self.detector_cfg(overrides).INPUT
+        return f"{fmean(sizes.MIN_SIZE_TRAIN):.0f}", str(sizes.MAX_SIZE_TRAIN)
 
     @property
     def register_flags(self) -> list[str]:

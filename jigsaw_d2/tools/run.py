@@ -46,7 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", required=True, help="folder of everything that is made")
     text = "of wall-clock time: measures a few steps and sets both lengths"
     add("--hours", type=float, help=text)
-    text = "of the pre-training; default: jigsaw_R_50.yaml, without a GPU jigsaw_R_18_cpu.yaml"
+    text = (
+        "of the pre-training; default: jigsaw_R_50.yaml, without a GPU jigsaw_R_18_cpu.yaml, with "
+    )
+    text += "INPUT.JIGSAW.FIT_TO auto: template and scale fitted to the samples and the detector"
     add("--config-file", help=text)
     text = "of the detector; default: finetune/faster_rcnn_R_50_FPN_1x.yaml, without a GPU "
     add("--detector-config", help=text + "finetune/faster_rcnn_R_18_FPN_small.yaml")
@@ -70,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     gpus = args.num_gpus or max(1, torch.cuda.device_count())
     given = (gpus, tuple(args.register), args.trust, args.seed)
     pipeline = Pipeline(files_dataset(args), *configs, *given)
-    overrides = (tuple(args.pretrain), tuple(args.detector))
+    fitted = () if args.config_file else ("INPUT.JIGSAW.FIT_TO", "auto")  # a named one says itself
+    overrides = ((*fitted, *args.pretrain), tuple(args.detector))
     job = Job(pipeline, Path(args.output).resolve(), *overrides, args.with_scratch)
     finish(job, None if args.hours is None else args.hours * 3600)
     return 0

@@ -3,7 +3,8 @@
 The rule, in the order in which it is applied:
 
 1. from the budget go what was spent already, one evaluation, start-ups, and a reserve;
-2. the rest is halved between pre-training and fine-tuning (of both detectors, if there are two);
+2. of the rest, pre-training has a share of 0.3 as in Table 5, fine-tuning (of both detectors, if
+   there are two) what is left;
 3. neither gets more passes over its data than the caps below, and what one leaves the other takes;
 4. the ERF is refreshed as often as in the paper (64k iterations / 5k), or as often as a tenth of
    the pre-training's time allows, but at least once.
@@ -17,6 +18,7 @@ from jigsaw_d2.io import ConfigError
 # Digest of Sec. 4.1: 64k iterations x 2,048 samples over COCO's about 946k are 139 passes.
 MAX_SAMPLE_PASSES = 139
 MAX_DETECTION_EPOCHS = 72  # Fig. 8's longest, the "6x" schedule
+PRETRAIN_SHARE = 0.3  # Table 5: 1.73 of 5.8 GPU-days
 RESERVE = 0.08  # of the budget, for what no trial shows: checkpoints, a busy machine
 START_UP_SECONDS = 20.0  # of each training's process
 ERF_REFRESHES = 12
@@ -59,7 +61,7 @@ def plan_lengths(
     left = seconds - spent - fixed
     detection_step = detectors * trial.detection_step
     detection_cap = math.ceil(MAX_DETECTION_EPOCHS * epoch)
-    pretrain, refreshes = _pretrain_steps(left / 2, trial, sample_pass)
+    pretrain, refreshes = _pretrain_steps(PRETRAIN_SHARE * left, trial, sample_pass)
     paid = pretrain * trial.pretrain_step + refreshes * trial.erf_refresh
     detection = min(detection_cap, int((left - paid) / detection_step))
     if detection == detection_cap:
@@ -72,7 +74,8 @@ def plan_lengths(
     period = math.ceil(pretrain / refreshes)
     explanation = (
         f"budget {seconds:.0f} s: {spent:.0f} s spent on extraction and trial steps, {fixed:.0f} s "
-        f"kept for evaluation, start-up and reserve, {left:.0f} s to train, half for each; "
+        f"kept for evaluation, start-up and reserve, {left:.0f} s to train, "
+        f"{PRETRAIN_SHARE:.0%} of them for pre-training; "
         f"pre-training: {pretrain} steps at {trial.pretrain_step:.3f} s "
         f"({pretrain / sample_pass:.1f} passes over the samples, at most {MAX_SAMPLE_PASSES}), "
         f"ERF refreshed every {period} steps; fine-tuning: {detection} steps at "

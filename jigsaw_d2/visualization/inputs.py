@@ -15,7 +15,7 @@ from torch import Tensor
 from jigsaw_d2.checkpoint.convert import read_tensors
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.config import resolve_norm
-from jigsaw_d2.data.build import JigsawBatches, jigsaw_stream
+from jigsaw_d2.data.build import JigsawBatches, fit_input, jigsaw_stream
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.detection.config import apply_metadata, load_detection_config
 from jigsaw_d2.io import ConfigError
@@ -91,7 +91,9 @@ def rgb_stream(cfg: CfgNode, stores: Sequence[str], seed: int = 0) -> JigsawBatc
     cfg.defrost()
     cfg.INPUT.FORMAT = "RGB"
     cfg.SEED = seed
-    return jigsaw_stream(cfg, SampleStore(list(stores)))
+    store = SampleStore(list(stores))
+    fit_input(cfg, store)
+    return jigsaw_stream(cfg, store)
 
 
 def random_images(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:

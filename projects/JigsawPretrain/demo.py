@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     configs = default_configs(on_gpu=False)
     pipeline = Pipeline(data, *configs, 1, tuple(args.register), args.trust, args.seed)
     overrides = ((*PRETRAIN, *args.pretrain), (*DETECTOR, *args.detector))
-    finish(Job(pipeline, output, *overrides, with_scratch=True))
+    finish(Job(pipeline, output, *overrides, with_scratch=True, equal_cost=True))
     return 0
 
 

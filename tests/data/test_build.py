@@ -17,7 +17,9 @@ from jigsaw_d2.data.build import (
     build_jigsaw_eval_loader,
     build_jigsaw_train_loader,
     check_shared_memory,
+    fit_input,
 )
+from jigsaw_d2.data.fit import fit_template
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.store_writer import StoreWriter
 from jigsaw_d2.io import ConfigError, DataError
@@ -179,3 +181,34 @@ def test_workers_whose_batches_do_not_fit_shared_memory_are_refused(monkeypatch)
     check_shared_memory(cfg, 2, 2)
     cfg.DATALOADER.NUM_WORKERS, usage.free = 0, 0
     check_shared_memory(cfg, 2, 2)
+
+
+def of_images(store: SampleStore, sides: list[float]) -> SampleStore:
+    """The store as if extracted from images of these sides."""
+    store = SampleStore(store.paths)
+    store.header["report"] = {"images": {"median_sides": sides}}
+    return store
+
+
+def test_fit_to_a_detector(store, caplog):
+    """The detector shows images of 300 x 400 at 384 x 512, that is 1.28 times: 0.614 to 1.152."""
+    cfg = make_cfg(store, INPUT__JIGSAW__FIT_TO="auto", INPUT__MIN_SIZE_TRAIN=(384,))
+    cfg.INPUT.MAX_SIZE_TRAIN = 512
+    options, explicit = cfg.INPUT.JIGSAW, cfg.clone()
+    with caplog.at_level(logging.INFO):
+        fit_input(cfg, of_images(store, [300, 400]), stride=32)
+    best = fit_template(store.sizes, store.groups, (0.614, 1.152)).template
+    assert options.SCALE_RANGE == [0.614, 1.152]
+    assert options.TEMPLATE_SIZE == [best.height, best.width] != [224, 224]
+    assert options.TEMPLATE_SPLIT == [best.split_y, best.split_x]
+    assert options.FIT_TO == "" and "1.28" in caplog.text
+    fit_input(explicit, of_images(store, [300, 400]), 32, ["INPUT.JIGSAW.TEMPLATE_SIZE"])
+    assert explicit.INPUT.JIGSAW.TEMPLATE_SIZE == [224, 224]
+    assert explicit.INPUT.JIGSAW.SCALE_RANGE == [0.614, 1.152]
+
+
+def test_fit_needs_to_know_the_images(store):
+    with pytest.raises(ConfigError, match="extract it again"):
+        fit_input(make_cfg(store, INPUT__JIGSAW__FIT_TO="auto"), store)
+    with pytest.raises(ConfigError, match="use auto"):
+        fit_input(make_cfg(store, INPUT__JIGSAW__FIT_TO="yes"), store)

@@ -130,7 +130,7 @@ def test_without_context_the_annotated_box_alone_is_shown(store):
     ids = mapper(record)["sample_ids"].tolist()
     boxes = mapper.used_boxes(0, ids)
     for i, (x0, y0, x1, y1), (left, top, right, bottom) in zip(ids, boxes, mapper.template.boxes):
-        height, width = mapper.shown_sizes()[i].tolist()
+        height, width = mapper.shown_sizes()[0][i].tolist()
         assert (x1 - x0, y1 - y0) == (min(width, right - left), min(height, bottom - top))
 
 

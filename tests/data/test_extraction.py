@@ -224,7 +224,11 @@ def test_every_fault_is_named_and_counted_and_none_stops_the_run(tmp_path: Path)
     assert logged == EXPECTED
     assert report["log"]["part"] == {}
     # L, P, CMYK, RGBA, turned, good, and the image that its one object fills.
-    assert report["positives"] == 7 and report["images"] == {"listed": 13, "with_samples": 7}
+    assert report["positives"] == 7 and report["images"] == {
+        "listed": 13,
+        "with_samples": 7,
+        "median_sides": [60, 80],
+    }
     store = SampleStore(tmp_path / "s")
     assert [store.decode(i).shape[2] for i in range(len(store))] == [3] * len(store)
 

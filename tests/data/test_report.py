@@ -10,7 +10,6 @@ from jigsaw_d2.data.report import (
     ExtractionLog,
     format_report,
     summarise,
-    template_fill,
 )
 from jigsaw_d2.data.store import RECORD
 from jigsaw_d2.data.template import JigsawTemplate
@@ -49,27 +48,6 @@ def test_counts_and_sizes() -> None:
     }
     assert report["classes"] == [["cat", 10, 0, 3], ["dog", 0, 5, 0], ["background", 2, 0, 0]]
     assert report["groups"]["T"]["size_percentiles"] == {"height": [40] * 3, "width": [10] * 3}
-
-
-def test_fill_of_equal_samples() -> None:
-    """All S are 80 x 80, at scale 1: R1 (64 x 64) is full and shows 64 of 80 pixels per side;
-    R4 (160 x 160) holds them whole, a quarter used. T 32 x 80 in R3 (160 high, 64 wide)."""
-    index = make_index([(9, 0, 80, 80), (4, 0, 32, 80)])
-    fill = template_fill(index["size"], index["group"], TEMPLATE, (1.0, 1.0))
-    assert fill["R1"] == {"used": 1, "padded": 0, "cropped": pytest.approx(1 - 0.64)}
-    assert fill["R4"] == {"used": 0.25, "padded": 0.75, "cropped": 0}
-    assert fill["R3"] == {"used": 0.25, "padded": 0.75, "cropped": 0}
-    assert fill["R2"] is None
-
-
-def test_the_larger_of_two_samples_goes_to_r4() -> None:
-    """Half 32 x 32, half 160 x 160. Ranks (i + 1/2) / n: a small one is the larger of two in a
-    quarter of its pairs, a large one in three quarters."""
-    index = make_index([(500, 0, 32, 32), (500, 0, 160, 160)])
-    fill = template_fill(index["size"], index["group"], TEMPLATE, (1.0, 1.0))
-    assert fill["R4"]["used"] == pytest.approx(0.25 * (32 / 160) ** 2 + 0.75, abs=1e-3)
-    assert fill["R1"]["used"] == pytest.approx(0.75 * (32 / 64) ** 2 + 0.25, abs=1e-3)
-    assert fill["R1"]["cropped"] == pytest.approx(0.25 * (1 - 0.4**2), abs=1e-3)
 
 
 def test_suitable_data_need_no_caution() -> None:

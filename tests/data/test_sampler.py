@@ -39,6 +39,19 @@ def test_every_sample_once_before_any_twice():
         assert len({tuple(one.tolist()) for one in passes}) > 1  # freshly shuffled
 
 
+def test_size_aware_draws_pair_the_halves_and_leave_no_sample_out():
+    """7 samples of areas 1..7 a pass: its smaller ones on even draws, 4 of them or 3 in turn."""
+    sizes = np.array([[n, 1] for n in range(1, 8)] + SIZES[7:].tolist(), np.int32)
+    sampler = JigsawSampler(sizes=sizes, groups=GROUPS, seed=0, size_aware=True)
+    stream = draws(sampler, 70)[:, :2].ravel()
+    for start in range(0, 140, 7):
+        own = stream[start : start + 7]
+        even = own[start % 2 :: 2]
+        assert sorted(own.tolist()) == list(range(7))
+        assert sorted(even.tolist()) == list(range(len(even)))
+    assert len({tuple(stream[start : start + 7]) for start in range(0, 140, 7)}) > 1
+
+
 @pytest.mark.parametrize("options", [{}, {"repeat_factors": np.linspace(1, 3, 16)}])
 def test_a_number_alone_gives_the_samples(options):
     walked = draws(make_sampler(**options), 200)

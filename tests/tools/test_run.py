@@ -60,7 +60,9 @@ def test_fewer_gpus_on_resume_go_on_with_what_is_there(job):
     assert runner.calls[0][:2] == ["pretrain", "--resume"]
     assert flag(runner.calls[0], "--num-gpus") == "4"
     assert checkpoint.read_text() == "hours of eight GPUs"
-    assert do(job, None, num_gpus=8).metrics["scratch"]["AP"] == 10.0  # all done before
+    assert (
+        do(job, None, num_gpus=8).metrics["scratch, equal steps"]["AP"] == 10.0
+    )  # all done before
 
 
 @pytest.mark.parametrize("gpus", [1, 4])
@@ -107,7 +109,15 @@ def test_demo_prints_one_table_with_both_arms_and_writes_a_report(
     argv = ["--data", str(tmp_path / "set"), "--output", str(tmp_path / "out")]
     assert demo.main(argv) == 0
     printed = capsys.readouterr().out
-    for words in ("| pre-train ", "| scratch ", "2.50", "1.50", "AP50", "backbone.pkl"):
+    for words in (
+        "| pre-train ",
+        "| scratch, equal steps",
+        "| scratch, equal time",
+        "2.50",
+        "1.50",
+        "AP50",
+        "backbone.pkl",
+    ):
         assert words in printed
     assert "2.50" in (tmp_path / "out" / "report.md").read_text()
     calls = len(computing_nothing.calls)
@@ -125,7 +135,7 @@ def test_run_hands_its_flags_on_and_says_how_it_came_to_its_lengths(
     argv += ["--val-json", str(data.val_json), "--output", str(tmp_path / "out"), "--hours", "0.5"]
     assert run.main([*argv, "--register", "my_backbones", "--trust"]) == 0
     printed = capsys.readouterr().out
-    assert "budget 1800 s" in printed and "half for each" in printed
+    assert "budget 1800 s" in printed and "30% of them for pre-training" in printed
     assert "scratch" not in printed.split("detector from")[1].split("weights:")[0]
     for call in computing_nothing.calls:
         assert flag(call, "--register") == "my_backbones"
