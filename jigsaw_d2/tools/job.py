@@ -217,8 +217,8 @@ class Job:
         return (
             f"# {self.pipeline.data.name}: from annotations to a detector\n\n{self.tables()}"
             f"{lengths}\n\nAll detectors have the same settings and seed, but norms are frozen "
-            "where weights bring their statistics, and train from scratch. At equal steps, scratch did "
-            "without the pre-training's seconds; at equal time, it trained on for as many. One "
+            "where weights bring their statistics, and train from scratch. At equal steps, scratch "
+            "did without the pre-training's seconds; at equal time, it trained on for as many. One "
             "seed: chance is in these numbers, and `compare.py` is what measures it.\n\n"
             f"## Commands\n\n```\n{commands}\n```\n\n{drawn}".rstrip() + "\n"
         )
