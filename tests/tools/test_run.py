@@ -50,6 +50,17 @@ def test_stages_in_order_and_both_detectors_alike(job):
     assert "python -m jigsaw_d2 pretrain" in report and "](figures/erf.png)" in report
 
 
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_scratch_at_equal_time_trains_on_for_what_pre_training_took(job, gpus):
+    """10 s of extraction, 30 steps of 1 s, a refresh of 5 s: 45 s, at 2 s a step 22 or 23 steps
+    more. On four GPUs the ledger has four times the seconds of both trainings: 10 + 140 of 8."""
+    runner = FakeRunner()
+    done = do(replace(job, equal_cost=True), runner, num_gpus=gpus)
+    lengths = [int(flag(argv, "SOLVER.MAX_ITER")) for argv in runner.calls if "finetune" in argv]
+    assert lengths == [30, 30, 30 + {1: 22, 4: 19}[gpus]]
+    assert list(done.metrics)[1:] == ["scratch, equal steps", "scratch, equal time"]
+
+
 def test_fewer_gpus_on_resume_go_on_with_what_is_there(job):
     with pytest.raises(RunError):
         do(job, FakeRunner(fail=lambda argv: argv[0] == "pretrain"), num_gpus=8)
