@@ -69,6 +69,9 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Fine-tuning only. Start the offsets of deformable stages at zero, where they are a plain
     # convolution, if the weights have none: Fig. 8's ImageNet baseline is pre-trained without them.
     cfg.MODEL.JIGSAW.NEW_OFFSETS = False
+    # Fine-tuning only. The norm of a backbone that starts from random weights where the config's
+    # RESNETS.NORM is frozen, or none; Table 5: group norm.
+    cfg.MODEL.JIGSAW.SCRATCH_NORM = "GN"
 
     cfg.MODEL.JIGSAW.ERF = CfgNode()
     # Iterations between two refreshes of the weights of Eq. 2; Sec. 3.3: every 5k iterations.

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 # installed Detectron2 has elsewhere on every machine.
 ZOO_BASE = "_ZOO_BASE_"
 SCRATCH = "none"
+NORM = "MODEL.RESNETS.NORM"
 _NUM_CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
 # Random weights: the paper's input.
 SCRATCH_METADATA = WeightsMetadata(
@@ -169,10 +170,11 @@ def apply_metadata(
             "config is a row of the paper's tables that starts from other weights"
         )
     network, use = metadata.architecture.required_config(), metadata.required_config()
-    if metadata.origin == "scratch":  # a norm that trains (Table 5: group norm), nothing frozen
+    is_scratch = metadata.origin == "scratch"
+    if is_scratch:  # a norm that trains, nothing frozen
         use["MODEL.BACKBONE.FREEZE_AT"] = 0
         if cfg.MODEL.RESNETS.NORM in ("FrozenBN", ""):
-            use["MODEL.RESNETS.NORM"] = "GN"
+            use[NORM] = cfg.MODEL.JIGSAW.SCRATCH_NORM
         if "MODEL.RESNETS.STRIDE_IN_1X1" not in explicit:
             use["MODEL.RESNETS.STRIDE_IN_1X1"] = False
     if cfg.MODEL.JIGSAW.NEW_OFFSETS and not any(metadata.architecture.deform_on_per_stage or ()):
@@ -181,12 +183,14 @@ def apply_metadata(
         network["MODEL.RESNETS.DEFORM_MODULATED"] = False
     conflicts = []
     for key, value in (network | use).items():
-        if fits(key, get_key(cfg, key), value):
+        have = get_key(cfg, key)
+        # A frozen norm has the tensors of one that trains, and still is not what is wanted here.
+        if have == value or (fits(key, have, value) and not (key == NORM and is_scratch)):
             continue
         if (key in use or match_architecture) and key not in explicit:
             cfg.merge_from_list([key, value])
         else:
-            conflicts.append(f"{key}: config {get_key(cfg, key)}, weights {value}")
+            conflicts.append(f"{key}: config {have}, weights {value}")
     if conflicts and not force:
         raise ConfigError(
             f"config and weights contradict each other: {'; '.join(conflicts)}; leave the "

@@ -44,6 +44,7 @@ def applied(said: WeightsMetadata, *overrides: str, name: str = FPN, **options: 
 DEFORM = ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, True, True, True]")
 MODULATED = ("MODEL.RESNETS.DEFORM_MODULATED", "True")
 GN = ("MODEL.RESNETS.NORM", "GN")
+BN = ("MODEL.JIGSAW.SCRATCH_NORM", "BN")
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,8 @@ GN = ("MODEL.RESNETS.NORM", "GN")
         ((*DEFORM, *MODULATED), ("MODEL.RESNETS.DEFORM_MODULATED", "False", *DEFORM), "weights Tr"),
         ("scratch", ("MODEL.RESNETS.NORM", "FrozenBN"), "config FrozenBN"),
         ("scratch", ("MODEL.BACKBONE.FREEZE_AT", "2"), "config 2"),
+        # the same tensors, frozen at random
+        ("scratch", ("MODEL.RESNETS.NORM", "FrozenBN", *BN), "config FrozenBN, weights BN"),
     ],
 )
 def test_an_override_against_the_metadata(said: tuple | str, overrides: tuple, both: str) -> None:
@@ -107,8 +110,22 @@ def test_random_weights_get_a_norm_that_trains_and_nothing_frozen() -> None:
     assert cfg.INPUT.FORMAT == "RGB" and cfg.MODEL.RESNETS.STRIDE_IN_1X1 is False
     # other norms that train are the user's choice
     assert applied(SCRATCH_METADATA, "MODEL.RESNETS.NORM", "BN").MODEL.RESNETS.NORM == "BN"
+    assert applied(SCRATCH_METADATA, *BN).MODEL.RESNETS.NORM == "BN"
     zoo = "Misc/scratch_mask_rcnn_R_50_FPN_9x_syncbn.yaml"
     assert applied(SCRATCH_METADATA, name=zoo).MODEL.RESNETS.NORM == "SyncBN"
+
+
+def test_the_small_detector_states_the_norm_of_both_initialisations() -> None:
+    small, trains = "finetune/faster_rcnn_R_18_FPN_small.yaml", ("MODEL.RESNETS.NORM", "BN")
+    for weights, overrides, norm in (
+        (metadata(*RESNET_18), (), "FrozenBN"),
+        (metadata(*RESNET_18), trains, "BN"),
+        (SCRATCH_METADATA, (), "BN"),
+        (SCRATCH_METADATA, trains, "BN"),
+        (SCRATCH_METADATA, ("MODEL.JIGSAW.SCRATCH_NORM", "GN"), "GN"),
+    ):
+        cfg = applied(weights, *overrides, name=small)
+        assert (cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT) == (norm, 0)
 
 
 def test_setup_joins_weights_data_and_machine(tmp_path: Path) -> None:
