@@ -172,7 +172,7 @@ def check_architecture(said: Architecture, shapes: Shapes) -> None:
 class WeightsMetadata:
     """Where weights come from, and what a network needs to use them."""
 
-    origin: str  # "jigsaw", "imagenet", or "scratch" (no weights at all)
+    origin: str  # "jigsaw", "imagenet", "scratch" (no weights at all), "detector" (a whole one)
     architecture: Architecture
     input_format: str  # "RGB" or "BGR": order of the channels that the first convolution sees
     pixel_mean: tuple[float, ...]  # per channel in that order, in units of 0..255 pixels

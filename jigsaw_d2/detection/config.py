@@ -17,7 +17,8 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from jigsaw_d2.checkpoint.convert import check_free, read_converted
+from jigsaw_d2.checkpoint import detector
+from jigsaw_d2.checkpoint.convert import check_free, read_converted, read_tensors
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
 from jigsaw_d2.config import add_jigsaw_config, find_config, refuse_code
 from jigsaw_d2.data.sources import register_coco_files
@@ -108,7 +109,8 @@ def setup_finetune(
 
     Args:
         config_file, trust: see ``load_detection_config``.
-        weights: a converted file, or "none" to start from random weights.
+        weights: a converted file, "none" to start from random weights, or a checkpoint of a whole
+            detector with its config.yaml, whose norm is kept as it was trained.
         overrides: flat list [key, value, ...] as from the command line.
         match_architecture: take depth, groups, widths and deformable stages from the metadata
             instead of refusing a config of another network.
@@ -146,8 +148,14 @@ def setup_finetune(
 
 
 def read_metadata(weights: str | Path) -> WeightsMetadata:
-    """Metadata of a converted file; "none" (or "") is training from scratch."""
-    return SCRATCH_METADATA if str(weights) in ("", SCRATCH) else read_converted(weights)[1]
+    """Of a converted file or a detector's checkpoint; "none" (or "") is training from scratch."""
+    if str(weights) in ("", SCRATCH):
+        return SCRATCH_METADATA
+    arrays, metadata = read_tensors(weights)
+    if metadata is None and detector.is_detector(arrays):
+        return detector.detector_metadata(weights, arrays)
+    # of anything else it says why not
+    return metadata if metadata and metadata.digest else read_converted(weights)[1]
 
 
 def apply_metadata(
@@ -171,6 +179,9 @@ def apply_metadata(
         )
     network, use = metadata.architecture.required_config(), metadata.required_config()
     is_scratch = metadata.origin == "scratch"
+    is_detector = metadata.origin == detector.ORIGIN
+    if is_detector:
+        use[NORM] = metadata.architecture.norm
     if is_scratch:  # a norm that trains, nothing frozen
         use["MODEL.BACKBONE.FREEZE_AT"] = 0
         if cfg.MODEL.RESNETS.NORM in ("FrozenBN", ""):
@@ -184,8 +195,9 @@ def apply_metadata(
     conflicts = []
     for key, value in (network | use).items():
         have = get_key(cfg, key)
-        # A frozen norm has the tensors of one that trains, and still is not what is wanted here.
-        if have == value or (fits(key, have, value) and not (key == NORM and is_scratch)):
+        # A frozen norm has the tensors of one that trains, and is still another.
+        exact = key == NORM and (is_scratch or (is_detector and key not in explicit))
+        if have == value or (fits(key, have, value) and not exact):
             continue
         if (key in use or match_architecture) and key not in explicit:
             cfg.merge_from_list([key, value])

@@ -21,6 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from jigsaw_d2.checkpoint import detector
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.metadata import WeightsMetadata
 from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops, device_name, record_stage
@@ -123,13 +124,16 @@ class FastCOCOEvaluator(COCOEvaluator):
 class FinetuneTrainer(DefaultTrainer):
     """Detectron2's trainer; weights enter by the strict loader, AP is COCO's, per class too."""
 
-    # False insists on weights that do not fit the backbone in every tensor
+    # False insists on weights that do not fit in every tensor
     strict = True
+    origin = ""  # of MODEL.WEIGHTS
 
     def resume_or_load(self, resume: bool = True) -> None:
         """The last checkpoint of OUTPUT_DIR if ``resume`` and there is one, else MODEL.WEIGHTS."""
         if resume and self.checkpointer.has_checkpoint():
             super().resume_or_load(resume=True)
+        elif self.origin == detector.ORIGIN:
+            detector.load_detector(_bare(self.model), self.cfg.MODEL.WEIGHTS, self.strict)
         elif self.cfg.MODEL.WEIGHTS:
             model, offsets = _bare(self.model), self.cfg.MODEL.JIGSAW.NEW_OFFSETS
             load_backbone(model, self.cfg.MODEL.WEIGHTS, self.strict, new_offsets=offsets)
@@ -219,7 +223,7 @@ def finetune(
         results = dict(FinetuneTrainer.test(cfg, model))
     else:
         trainer = FinetuneTrainer(cfg)
-        trainer.strict = not force
+        trainer.strict, trainer.origin = not force, metadata.origin
         trainer.resume_or_load(resume=resume)
         trainer.train()
         model, results = trainer.model, dict(getattr(trainer, "_last_eval_results", None) or {})

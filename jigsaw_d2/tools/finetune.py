@@ -23,7 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     text = "detection config: name in Detectron2's zoo, one of ours (finetune/...), or a path"
     add("--config-file", required=True, help=text)
-    text = 'file of convert_weights.py, or "none": train from scratch with a norm that trains'
+    text = 'file of convert_weights.py; "none": from scratch, with a norm that trains; or a '
+    text += "detector's checkpoint with its config.yaml beside it: go on from all its weights"
     add("--weights", required=True, help=text)
     text = "take depth, groups, widths, deformable stages from the weights, not from the config"
     add("--match-architecture", action="store_true", help=text)

@@ -7,6 +7,7 @@ import numpy as np
 import pycocotools.cocoeval
 import pytest
 import torch
+import yaml
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -229,3 +230,22 @@ def test_from_scratch(tmp_path: Path) -> None:
         k for k in one if "bottom_up" in k and k.endswith("weight") and torch.equal(one[k], two[k])
     ]
     assert not still
+
+
+def test_on_from_a_whole_detector(tmp_path: Path, capsys) -> None:
+    """The checkpoint of one fine-tuning as the start of another, heads and all."""
+    first = settings(tmp_path, "first", "MODEL.RESNETS.NORM", "BN")
+    finetune(setup_finetune(FPN, "none", first))
+    checkpoint, out = tmp_path / "out" / "model_final.pth", tmp_path / "second_out"
+    second = settings(tmp_path, "second", "OUTPUT_DIR", str(out), "MODEL.BACKBONE.FREEZE_AT", "0")
+    assert main(["--config-file", FPN, "--weights", str(checkpoint), *second]) == 0
+    assert "RESNETS: {NORM: BN, STRIDE_IN_1X1: false}" in capsys.readouterr().out
+    log = (out / "log.txt").read_text()
+    assert "tensors of the detector loaded" in log and "new, with random weights" not in log
+    said = yaml.safe_load((out / "weights_metadata.yaml").read_text())
+    assert said["origin"] == "detector" and len(said["digest"]) == 64
+    cfg = setup_finetune(FPN, checkpoint, [*second, "SOLVER.MAX_ITER", "3"])
+    finetune(cfg, resume=True)  # it is the same start
+    torch.save({"model": build_detector(cfg).state_dict()}, checkpoint)
+    with pytest.raises(RunError, match="started from other weights"):
+        finetune(cfg, resume=True)
