@@ -9,13 +9,13 @@ from jigsaw_d2.data.extraction import (
     CHOICES,
     UNCOMPRESSED_UP_TO,
     ExtractionOptions,
-    default_workers,
     extract_samples,
 )
 from jigsaw_d2.data.report import format_report
 from jigsaw_d2.data.sources import CocoSource, RegisteredSource
 from jigsaw_d2.data.store import DEFAULT_QUALITY, SampleStore
 from jigsaw_d2.data.template import JigsawTemplate
+from jigsaw_d2.data.workers import default_workers
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.tools import arguments
 
