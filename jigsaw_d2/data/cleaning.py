@@ -7,12 +7,12 @@ expect it.
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jigsaw_d2.data.plan import check_boxes, check_image
-from jigsaw_d2.data.report import ExtractionLog
+from jigsaw_d2.data.report import FAULT, ExtractionLog
 from jigsaw_d2.data.sources import (
     Annotation,
     CocoSource,
@@ -21,6 +21,7 @@ from jigsaw_d2.data.sources import (
     SourceImage,
 )
 from jigsaw_d2.data.workers import start_workers
+from jigsaw_d2.io import DataError
 
 # Images that are looked at in one task of a process; fewer than twice as many need no second one.
 CHUNK = 1024
@@ -165,6 +166,32 @@ def _clean_images(
                 for values in (image.annotations, image.entries)
             )
             yield replace(image, size=size, annotations=annotations, entries=entries)
+
+
+def check_same_classes(classes: Mapping[str, list[str]]) -> None:
+    """Raise DataError for sets, {name: class names}, of other classes or another order of them."""
+    first = next(iter(classes), None)
+    other = next((name for name in classes if classes[name] != classes[first]), None)
+    if other is not None:
+        pair = (first, other)
+        listed = [f"{n} {len(classes[n])} ({', '.join(classes[n][:5])})" for n in pair]
+        raise DataError(
+            f"datasets of different classes: {', '.join(listed)}: the same names in the same "
+            "order of their ids are needed"
+        )
+
+
+def check_objects(name: str, clean: CleanSet, held_out: bool) -> None:
+    """Raise DataError for a set without any object: nothing to learn from, or to be scored by."""
+    if clean.objects:
+        return
+    why = "there is nothing to learn from"
+    if held_out:
+        why = "nothing can be evaluated: give a held-out set with objects, or none"
+    counted = clean.log.summary(FAULT)
+    raise DataError(
+        f"dataset {name!r} has no usable object, so {why}{'; ' * bool(counted)}{counted}"
+    )
 
 
 def describe(name: str | Path, clean: CleanSet) -> str:

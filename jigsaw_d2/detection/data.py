@@ -9,7 +9,14 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from jigsaw_d2.data.cleaning import CleanSet, clean_set, describe, usable_segmentation
+from jigsaw_d2.data.cleaning import (
+    CleanSet,
+    check_objects,
+    check_same_classes,
+    clean_set,
+    describe,
+    usable_segmentation,
+)
 from jigsaw_d2.data.report import FAULT
 from jigsaw_d2.data.sources import CocoSource, RegisteredSource, register_coco_files
 from jigsaw_d2.io import ConfigError, DataError, write_text
@@ -92,14 +99,7 @@ def check_sets(cfg: CfgNode, cleaned: Mapping[str, CleanSet]) -> None:
     names = [n for n in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if n in cleaned]
     check_same_classes({name: cleaned[name].data.categories for name in names})
     for name in names:
-        if not cleaned[name].objects:
-            why = "there is nothing to learn from"
-            if name not in cfg.DATASETS.TRAIN:
-                why = "nothing can be evaluated: give a held-out set with objects, or none"
-            counted = cleaned[name].log.summary(FAULT)
-            raise DataError(
-                f"dataset {name!r} has no usable object, so {why}{'; ' * bool(counted)}{counted}"
-            )
+        check_objects(name, cleaned[name], held_out=name not in cfg.DATASETS.TRAIN)
         if cfg.MODEL.MASK_ON:
             _check_masks(cfg, name, cleaned[name])
 
@@ -144,19 +144,6 @@ def check_registered(cfg: CfgNode) -> None:
     check_sets(cfg, cleaned)
     if cfg.INPUT.MASK_FORMAT != before:
         raise DataError("masks are run-length encoded: set INPUT.MASK_FORMAT bitmask")
-
-
-def check_same_classes(classes: Mapping[str, list[str]]) -> None:
-    """Raise DataError for sets, {name: class names}, of other classes or another order of them."""
-    first = next(iter(classes), None)
-    other = next((name for name in classes if classes[name] != classes[first]), None)
-    if other is not None:
-        pair = (first, other)
-        listed = [f"{n} {len(classes[n])} ({', '.join(classes[n][:5])})" for n in pair]
-        raise DataError(
-            f"datasets of different classes: {', '.join(listed)}: the same names in the same "
-            "order of their ids are needed"
-        )
 
 
 def dataset_classes(cfg: CfgNode) -> list[str]:
