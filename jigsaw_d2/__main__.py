@@ -7,6 +7,7 @@ from jigsaw_d2.tools import run_command
 
 COMMANDS = {
     "run": "the whole job: extract, pre-train, convert, fine-tune, report",
+    "check": "what would be used of a detection set, and what skipped, before any work",
     "extract": "cut samples out of a detection set into a store",
     "store": "check or summarise a sample store",
     "pretrain": "train a backbone on Jigsaw images",

@@ -5,25 +5,16 @@ negatives holds over the whole dataset; then images are cut in chunks by a pool 
 written in order by this one: the same bytes for any number of processes.
 """
 
-import contextlib
-import ctypes
 import hashlib
 import itertools
 import json
 import logging
 import math
 import os
-import signal
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -35,18 +26,16 @@ from jigsaw_d2.data.samples import GROUPS, group_codes
 from jigsaw_d2.data.sources import CocoSource, RegisteredSource, SourceData, SourceImage
 from jigsaw_d2.data.store_writer import DEFAULT_SHARD_SIZE, Sample, StoreWriter, make_chunk
 from jigsaw_d2.data.template import REGION_GROUPS, JigsawTemplate
-from jigsaw_d2.io import ConfigError, DataError, PeerLostError
+from jigsaw_d2.data.workers import Mapper, start_workers
+from jigsaw_d2.io import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 CHOICES = ("auto", *store.ENCODINGS)
 # Bytes of pixels that "auto" leaves uncompressed: what stays in the memory of any machine that
 # trains a detector, so that reading takes no longer than from a tenth of the bytes.
 UNCOMPRESSED_UP_TO = 1 << 30
-# Images to plan, images to cut and pixels of their samples in one task of a process at most; tasks
-# that a process is ahead of the one whose result is due, as results wait in memory.
-PLAN_CHUNK, CUT_CHUNK, CUT_PIXELS, AHEAD = 128, 8, 1 << 24, 4
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
-Mapper = Callable[[Callable, Iterable[tuple]], Iterator]
+# Images to plan, images to cut and pixels of their samples in one task of a process at most.
+PLAN_CHUNK, CUT_CHUNK, CUT_PIXELS = 128, 8, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -209,7 +198,7 @@ def make_plan(
     if len(classes) == 0:
         raise DataError(
             f"{len(data.images)} images hold no usable object, so there is nothing to learn from; "
-            f"skipped: {dict(log.counts)}"
+            f"{log.summary() or 'no annotation at all'}"
         )
     for n, name in enumerate(data.categories):
         if n not in classes:
@@ -310,52 +299,3 @@ def _work_key(header: dict, chunks: list[list[ImagePlan]]) -> str:
     for plan in itertools.chain(*chunks):
         digest.update(plan.path.encode() + plan.boxes.tobytes() + plan.classes.tobytes())
     return digest.hexdigest()
-
-
-def default_workers() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-@contextlib.contextmanager
-def start_workers(count: int | None) -> Iterator[Mapper]:
-    """A map over ``count`` processes (None: one for each core, 0: in this one).
-
-    It gives ``function(*task)`` of every task, in order; raises PeerLostError where a process died.
-    """
-    count = default_workers() if count is None else count
-    if count == 0:
-        yield itertools.starmap
-        return
-    # The processes are the parallelism. OpenCV's own threads must be gone before the fork: a child
-    # that inherits them half would wait for them for ever.
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    # fork: a worker starts in milliseconds and shares what is loaded already.
-    pool = ProcessPoolExecutor(count, get_context("fork"), _end_with_parent)
-
-    def run(function: Callable, tasks: Iterable[tuple]) -> Iterator:
-        pending = deque()
-        try:
-            for task in tasks:
-                pending.append(pool.submit(function, *task))
-                if len(pending) > AHEAD * count:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise PeerLostError(
-                "a worker process died (out of memory?): run the same command again with fewer "
-                "--workers; finished shards are kept"
-            ) from error
-
-    try:
-        yield run
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        cv2.setNumThreads(threads)
-
-
-def _end_with_parent() -> None:
-    """Otherwise a pool's process waits for work for ever where its parent was killed."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

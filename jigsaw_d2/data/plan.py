@@ -50,16 +50,9 @@ def plan_positives(
     image: SourceImage, seed: int, max_scale: float, min_side: float, log: ExtractionLog
 ) -> ImagePlan | None:
     """The plan of an image with its positives; None where it cannot be used, which is logged."""
-    try:
-        size, notes = probe_image(image.path)
-    except DataError as error:
-        log.add(str(error), image.path)
+    size = check_image(image, log)
+    if size is None:
         return None
-    if image.size is not None and tuple(image.size) != size:
-        log.add("image_size_differs", f"{image.path}: json {image.size}, file {size}")
-        return None
-    for note in notes:
-        log.add(note, image.path)
     usable, clipped = check_boxes(image, size, min_side, log)
     gt_boxes = clipped[usable]
     rng = image_rng(seed, image.image_id, POSITIVES_STREAM)
@@ -72,10 +65,34 @@ def plan_positives(
     return ImagePlan(image.image_id, image.path, size, boxes, gt_boxes, classes, forbidden)
 
 
+def check_image(image: SourceImage, log: ExtractionLog) -> tuple[int, int] | None:
+    """(height, width) of the image as it will be read; None where it cannot be, which is logged."""
+    try:
+        size, notes = probe_image(image.path)
+    except DataError as error:
+        log.add(str(error), image.path)
+        return None
+    if image.size is not None and tuple(image.size) != size:
+        log.add("image_size_differs", f"{image.path}: json {image.size}, file {size}")
+        return None
+    for note in notes:
+        log.add(note, image.path)
+    return size
+
+
 def check_boxes(
-    image: SourceImage, size: tuple[int, int], min_side: float, log: ExtractionLog
+    image: SourceImage,
+    size: tuple[int, int],
+    min_side: float,
+    log: ExtractionLog,
+    crowds: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which annotations become positives; the others are logged, each with one reason.
+    """Which annotations are objects; the others are logged, each with one reason.
+
+    Args:
+        size: (height, width) of ``check_image``.
+        min_side: of the clipped box, pixels.
+        crowds: keep crowds.
 
     Returns:
         (usable, clipped): bool (m,), and the boxes (m, 4) clipped to the image of ``size``, those
@@ -97,7 +114,7 @@ def check_boxes(
         "annotation_of_unknown_category": np.array(
             [a.class_index == UNKNOWN_CLASS for a in image.annotations], bool
         ),
-        "crowd": np.array([a.crowd for a in image.annotations], bool),
+        "crowd": np.array([a.crowd and not crowds for a in image.annotations], bool),
         "box_too_small": (sides < min_side).any(axis=1),
     }
     usable = ~np.logical_or.reduce(list(rejections.values()))

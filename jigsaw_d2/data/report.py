@@ -23,7 +23,15 @@ REASONS = {
     "image_empty": (FAULT, "image file has zero bytes"),
     "image_not_an_image": (FAULT, "file is not an image"),
     "image_truncated": (FAULT, "image file is truncated or broken"),
-    "image_16_bit": (FAULT, "more than 8 bits per channel, which Detectron2's reader saturates"),
+    "image_16_bit": (
+        FAULT,
+        "more than 8 bits per channel, which Detectron2's reader saturates or darkens: scale to 8",
+    ),
+    "image_of_other_form": (
+        FAULT,
+        "TIFF of more bands, or of other numbers, than Detectron2's reader (Pillow) takes",
+    ),
+    "image_too_large": (FAULT, "more pixels than the free memory holds; the file is whole"),
     "image_size_differs": (FAULT, "size differs from the json (after EXIF orientation)"),
     "image_id_repeated": (FAULT, "image id stands for another file already"),
     "image_listed_twice": (FAULT, "the same file again: its annotations join the first entry"),
@@ -34,10 +42,23 @@ REASONS = {
     "box_not_finite": (FAULT, "box holds NaN or infinity, or is not four numbers"),
     "box_without_area": (FAULT, "box has a zero or negative side"),
     "box_outside_image": (FAULT, "box lies outside the image"),
-    "crowd": (RULE, "crowd: no positive, and no negative on it"),
+    "crowd": (RULE, 'crowd, or "ignore" is set: no positive, and no negative on it'),
     "box_too_small": (RULE, "annotated box below the minimal side"),
     "box_clipped": (NOTE, "box reached over the border and was clipped"),
+    "json_encoding": (NOTE, "json in another encoding than plain UTF-8"),
+    "number_is_text": (NOTE, "numbers given as text: read as numbers"),
+    "id_of_other_kind": (NOTE, "an id is text here and a number there: taken as the same"),
+    "image_id_is_text": (NOTE, "image id is text: a number stands for it in training and results"),
+    "image_path_mended": (NOTE, "file name of another machine: read as the file that is there"),
+    "image_size_missing": (NOTE, "no height and width in the json: the file's are taken"),
+    "annotation_id_unusable": (NOTE, "annotation id missing, 0 or no number: numbered anew"),
+    "annotation_area_missing": (NOTE, '"area" missing or no number: width x height is taken'),
+    "annotation_iscrowd_missing": (NOTE, '"iscrowd" missing: 0 is taken'),
+    "segmentation_unusable": (NOTE, "outline of under 3 corners or no mask: its box stays alone"),
     "annotation_id_repeated": (NOTE, "annotation id used twice, for different objects: both kept"),
+    "category_name_repeated": (NOTE, "two categories of one name: the second gets a number"),
+    "image_16_bit_colour": (NOTE, "16 bits per channel, of which the reader keeps the upper 8"),
+    "image_bands_dropped": (NOTE, "more bands than red, green and blue: the others dropped"),
     "image_grey": (NOTE, "grey image, stored as grey JPEG"),
     "image_palette": (NOTE, "palette image, converted to RGB"),
     "image_cmyk": (NOTE, "CMYK image, converted to RGB"),
@@ -97,6 +118,27 @@ class ExtractionLog:
             for reason, (kind, text) in REASONS.items()
             if (count := self.counts[reason])
         }
+
+    def tables(self) -> list[str]:
+        """What was skipped and what was noticed, for the screen; nothing of what is empty."""
+        parts = []
+        for title, kinds in (("skipped", (FAULT, RULE)), ("noticed", (NOTE,))):
+            rows = [
+                [entry["count"], reason, entry["text"], entry["examples"][0]]
+                for reason, entry in self.to_dict().items()
+                if entry["kind"] in kinds
+            ]
+            if rows:
+                parts.append(tabulate(rows, [title, "reason", "meaning", "for example"]))
+        return parts
+
+    def summary(self, *kinds: str) -> str:
+        """What was counted of these kinds (all by default), in a line."""
+        return "; ".join(
+            f"{entry['count']} x {reason} ({entry['text']}), for example {entry['examples'][0]}"
+            for reason, entry in self.to_dict().items()
+            if not kinds or entry["kind"] in kinds
+        )
 
 
 def summarise(
@@ -243,12 +285,5 @@ def format_report(report: dict, max_classes: int = 100) -> str:
     log = ExtractionLog()
     for entries in report.get("log", {}).values():
         log.merge(entries)
-    for title, kinds in (("skipped", (FAULT, RULE)), ("noticed", (NOTE,))):
-        rows = [
-            [entry["count"], reason, entry["text"], entry["examples"][0]]
-            for reason, entry in log.to_dict().items()
-            if entry["kind"] in kinds
-        ]
-        if rows:
-            parts.append(tabulate(rows, [title, "reason", "meaning", "for example"]))
+    parts += log.tables()
     return "\n\n".join(parts + [f"! {sentence}" for sentence in report["cautions"]])

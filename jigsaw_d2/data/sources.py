@@ -1,10 +1,15 @@
-"""Detection sets -> checked records: a COCO json with its image folder, or a registered dataset."""
+"""Detection sets -> checked records: a COCO json with its image folder, or a registered dataset.
 
+What is odd in a set is read here, by one list of rules (``report.REASONS``), whoever asks: the
+extraction, and ``cleaning`` for the detector's training and evaluation.
+"""
+
+import filecmp
 import hashlib
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,7 +25,7 @@ UNKNOWN_CLASS = -1
 # says is checked where it is used: a box, a size or a name may be wrong, an id may not.
 ID = (int, float, str)
 COCO_RULES = {
-    "images": {"id": ID, "file_name": str, "height": object, "width": object},
+    "images": {"id": ID, "file_name": str},
     "annotations": {"image_id": ID, "category_id": (*ID, type(None)), "bbox": object},
     "categories": {"id": (int, float), "name": object},
 }
@@ -40,8 +45,9 @@ class SourceImage:
 
     image_id: int
     path: str
-    size: tuple[int, int] | None  # (height, width) by the dataset
+    size: tuple[int, int] | None  # (height, width) by the dataset, if it says so
     annotations: list[Annotation] = field(default_factory=list)
+    entries: list[dict] = field(default_factory=list)  # the same as they stand, where asked for
 
 
 @dataclass
@@ -67,9 +73,9 @@ def image_number(image_id: object) -> int:
     """The image id as an int64: itself where it is a whole number, else a hash of its text."""
     try:
         number = int(image_id)
-        if -(2**63) <= number < 2**63 and str(number) == str(image_id):
+        if -(2**63) <= number < 2**63 and (number == image_id or str(number) == image_id):
             return number
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     return int.from_bytes(hashlib.sha256(str(image_id).encode()).digest()[:7], "big")
 
@@ -83,43 +89,76 @@ def box_or_nan(values: object) -> tuple[float, float, float, float]:
         return (float("nan"),) * 4
 
 
+def is_set(flag: object) -> bool:
+    """Whether a flag such as iscrowd is set: a number, or one as text; None is not."""
+    return str(flag).strip().lower() not in ("0", "0.0", "", "false", "none")
+
+
+def unique_names(names: list[str], log: ExtractionLog) -> list[str]:
+    """Class names of which none says two classes: results are told apart by them."""
+    unique: list[str] = []
+    for name in names:
+        n, free = 2, name
+        while free in unique or (free != name and free in names):
+            n, free = n + 1, f"{name} ({n})"
+        if free != name:
+            log.add("category_name_repeated", f"{name!r}: {free!r}")
+        unique.append(free)
+    return unique
+
+
+def find_image(root: Path, name: str, log: ExtractionLog) -> str:
+    """Path of an image that a json names as another machine had it, or as it stands."""
+    path, other = root / name, PureWindowsPath(name)
+    parts = other.parts[1:] if other.anchor else other.parts
+    if not other.anchor and "\\" not in name and parts[:1] != (root.name,) or path.exists():
+        return str(path)
+    # As slashes; without the folder that was given already; by itself, from another machine.
+    tried = [parts, *([parts[1:]] if parts[:1] == (root.name,) else [])]
+    tried += [parts[-1:]] if other.anchor else []
+    for found in (root.joinpath(*t) for t in tried):
+        if found.is_file():
+            log.add("image_path_mended", f"{name!r}: {found}")
+            return str(found)
+    return str(path)
+
+
 class _ImageTable:
     """Collects images and annotations; resolves repeated ids, files and annotations."""
 
     def __init__(self, log: ExtractionLog) -> None:
-        self.log, self._numbers = log, set()
-        self.by_id: dict[object, SourceImage] = {}
+        self.log = log
+        self.by_id: dict[int, SourceImage] = {}  # by ``image_number``
         self._by_path: dict[str, SourceImage] = {}
 
     def add_image(
         self, image_id: object, path: str, size: tuple[int, int] | None
     ) -> SourceImage | None:
         """The entry that takes this image's annotations; None where the image is skipped."""
+        number = image_number(image_id)
         if path in self._by_path:
             self.log.add("image_listed_twice", path)
-            return self.by_id.setdefault(image_id, self._by_path[path])
-        number = image_number(image_id)
-        if image_id in self.by_id or number in self._numbers:
+            return self.by_id.setdefault(number, self._by_path[path])
+        if number in self.by_id:
             self.log.add("image_id_repeated", path)
             return None
-        self._numbers.add(number)
-        self.by_id[image_id] = self._by_path[path] = image = SourceImage(number, path, size)
+        self.by_id[number] = self._by_path[path] = image = SourceImage(number, path, size)
         return image
 
     def images(self) -> list[SourceImage]:
         """Sorted by id, exact repetitions of an annotation dropped."""
         for image in self._by_path.values():
-            seen = set()
-            for annotation in image.annotations:
-                if annotation in seen:
+            kept: dict[Annotation, int] = {}
+            for n, annotation in enumerate(image.annotations):
+                if kept.setdefault(annotation, n) != n:
                     repeated = f"{image.path}: box {list(annotation.box)}"
                     self.log.add("annotation_repeated", repeated)
-                seen.add(annotation)
-            image.annotations = list(dict.fromkeys(image.annotations))
+            image.entries = [image.entries[n] for n in kept.values() if image.entries]
+            image.annotations = list(kept)
         return sorted(self._by_path.values(), key=lambda image: image.image_id)
 
 
-def read_coco_json(path: Path) -> dict[str, list[dict]]:
+def read_coco_json(path: Path, log: ExtractionLog) -> dict[str, list[dict]]:
     """The lists of ``COCO_RULES`` of a COCO instances json, every entry checked against them.
 
     Raises:
@@ -127,11 +166,14 @@ def read_coco_json(path: Path) -> dict[str, list[dict]]:
             the message names file, list, entry and key.
     """
     try:
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        content, encoding = json.loads(data), json.detect_encoding(data)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no json: {error}") from error
+    if encoding != "utf-8":
+        log.add("json_encoding", f"{path}: {encoding}")
     for name, rules in COCO_RULES.items():
         entries = content.get(name) if isinstance(content, dict) else None
         if not isinstance(entries, list):
@@ -163,9 +205,12 @@ class CocoSource:
         self.json_file, self.image_root = Path(json_file), Path(image_root)
         self.name = self.json_file.stem
 
-    def load(self, log: ExtractionLog) -> SourceData:
-        """Read the json; raises as ``read_coco_json``, and where the image folder is missing."""
-        content = read_coco_json(self.json_file)
+    def load(self, log: ExtractionLog, entries: bool = False) -> SourceData:
+        """Read the json; raises as ``read_coco_json``, and where the image folder is missing.
+
+        ``entries``: keep each annotation as it stands beside what was read of it.
+        """
+        content = read_coco_json(self.json_file, log)
         if not self.image_root.is_dir():
             raise DataError(f"image folder {self.image_root} does not exist")
         names: dict[int, str] = {}
@@ -179,25 +224,59 @@ class CocoSource:
         ids = sorted(names)  # as Detectron2 numbers classes
         if ids[-1] - ids[0] + 1 != len(ids):
             log.add("category_ids_with_gaps", f"{len(ids)} ids from {ids[0]} to {ids[-1]}")
-        table = _ImageTable(log)
+        table, said_ids = _ImageTable(log), {}
         for entry in content["images"]:
-            path = str(self.image_root / entry["file_name"])
-            table.add_image(entry["id"], path, (entry["height"], entry["width"]))
+            path = find_image(self.image_root, entry["file_name"], log)
+            if table.add_image(entry["id"], path, self._size(entry, path, log)) is not None:
+                said_ids.setdefault(image_number(entry["id"]), entry["id"])
+                if entries and isinstance(entry["id"], str):
+                    log.add("image_id_is_text", f"{path}: {entry['id']!r}")
         classes, known = {category: n for n, category in enumerate(ids)}, {}
         for n, entry in enumerate(content["annotations"]):
-            number, image = entry.get("id"), table.by_id.get(entry["image_id"])
+            number, image_id = entry.get("id"), image_number(entry["image_id"])
             where = f"{self.json_file.name}: annotation {n if number is None else number}"
+            image, category = table.by_id.get(image_id), entry["category_id"]
             if image is None:
                 log.add("annotation_of_unknown_image", where)
                 continue
+            _compare_kinds(entry["image_id"], said_ids[image_id], "image_id", "images", where, log)
+            label = classes.get(category, UNKNOWN_CLASS)
+            if isinstance(category, str) and image_number(category) in classes:
+                label = classes[image_number(category)]
+                _compare_kinds(category, ids[label], "category_id", "categories", where, log)
             x, y, width, height = box_or_nan(entry["bbox"])
-            box, category = (x, y, x + width, y + height), entry["category_id"]
-            crowd = bool(entry.get("iscrowd", 0))
-            image.annotations.append(Annotation(box, classes.get(category, UNKNOWN_CLASS), crowd))
+            if x == x and any(isinstance(value, str) for value in entry["bbox"]):
+                log.add("number_is_text", f"{where}: bbox {entry['bbox']}")
+            box = (x, y, x + width, y + height)
+            crowd = is_set(entry.get("iscrowd", 0)) or is_set(entry.get("ignore", 0))
+            image.annotations.append(Annotation(box, label, crowd))
+            image.entries += [entry] if entries else []
             said = (image.path, category, *box)
             if number is not None and known.setdefault(repr(number), said) != said:
                 log.add("annotation_id_repeated", where)
-        return SourceData([names[i] for i in ids], ids, table.images())
+        return SourceData(unique_names([names[i] for i in ids], log), ids, table.images())
+
+    @staticmethod
+    def _size(entry: dict, path: str, log: ExtractionLog) -> tuple[int, int] | None:
+        """(height, width) that the json says; None where it says nothing."""
+        said = entry.get("height"), entry.get("width")
+        if None in said:
+            log.add("image_size_missing", path)
+            return None
+        height, width, *_ = box_or_nan((*said, 0, 0))
+        if any(isinstance(side, str) for side in said) and height == height:
+            log.add("number_is_text", f"{path}: height and width {said}")
+        return (int(height), int(width)) if (height, width) == (height // 1, width // 1) else said
+
+
+def _compare_kinds(
+    here: object, there: object, key: str, listed: str, where: str, log: ExtractionLog
+) -> None:
+    """Note an id that is text where the list it refers to has a number, or the reverse."""
+    if isinstance(here, str) != isinstance(there, str):
+        kinds = ("number", "text") if isinstance(there, str) else ("text", "number")
+        said = f"{key} is {here!r} ({kinds[0]}) where the {listed} have {there!r} ({kinds[1]})"
+        log.add("id_of_other_kind", f"{where}: {said}")
 
 
 class RegisteredSource:
@@ -206,8 +285,8 @@ class RegisteredSource:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def load(self, log: ExtractionLog) -> SourceData:
-        """Read the dataset's dicts (Detectron2's standard format).
+    def load(self, log: ExtractionLog, entries: bool = False) -> SourceData:
+        """Read the dataset's dicts (Detectron2's standard format); ``entries`` as for the other.
 
         Raises:
             DataError: no such dataset, one without class names, or a dict without a key that the
@@ -238,14 +317,21 @@ class RegisteredSource:
                     )
                     category = int(annotation["category_id"])
                     category = category if category in classes else UNKNOWN_CLASS
-                    crowd = bool(annotation.get("iscrowd", 0))
+                    crowd = is_set(annotation.get("iscrowd", 0))
                     image.annotations.append(Annotation(box, category, crowd))
+                    image.entries += [annotation] if entries else []
         except KeyError as error:
             key = error.args[0]
             raise DataError(f'dataset {self.name!r}: dict {number} lacks "{key}"') from error
         mapping = metadata.get("thing_dataset_id_to_contiguous_id", {})
         ids = sorted(mapping, key=mapping.get) or list(classes)
-        return SourceData(names, ids, table.images())
+        return SourceData(unique_names(names, log), ids, table.images())
+
+
+def _same(known: object, json_file: str, image_root: str) -> bool:
+    """Whether what a name stands for has the same content, as a cleaned set of two runs has."""
+    path, root = known.get("json_file"), known.get("image_root")
+    return root == image_root and Path(path).is_file() and filecmp.cmp(path, json_file, False)
 
 
 def register_coco_files(cfg: "CfgNode") -> list[str]:
@@ -269,7 +355,7 @@ def register_coco_files(cfg: "CfgNode") -> list[str]:
         if name not in DatasetCatalog.list():
             register_coco_instances(name, {}, *files)
         known = MetadataCatalog.get(name)
-        if [known.get("json_file"), known.get("image_root")] != files:
+        if [known.get("json_file"), known.get("image_root")] != files and not _same(known, *files):
             raise ConfigError(
                 f"dataset name {name!r} already stands for {known.get('json_file')}; choose another"
             )

@@ -15,14 +15,14 @@ import torch
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 
 from jigsaw_d2.checkpoint import detector
 from jigsaw_d2.checkpoint.convert import check_free, read_converted, read_tensors
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
 from jigsaw_d2.config import add_jigsaw_config, find_config, refuse_code
-from jigsaw_d2.data.sources import register_coco_files
-from jigsaw_d2.io import ConfigError, DataError, write_text
+from jigsaw_d2.detection.data import prepare_data
+from jigsaw_d2.io import ConfigError, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def setup_finetune(
     apply_metadata(cfg, metadata, explicit=explicit, **options)
     cfg.MODEL.WEIGHTS = "" if metadata.origin == "scratch" else str(Path(weights).resolve())
     if here:
-        classes = dataset_classes(cfg)
+        classes = prepare_data(cfg)
         fit_machine(cfg)
     else:
         known = [MetadataCatalog.get(name).get("thing_classes") for name in cfg.DATASETS.TRAIN[:1]]
@@ -227,54 +227,6 @@ def fit_machine(cfg: CfgNode) -> None:
     if cfg.SOLVER.AMP.ENABLED:
         logger.warning("on a CPU, where Detectron2 has none: SOLVER.AMP.ENABLED True -> False")
         cfg.SOLVER.AMP.ENABLED = False
-
-
-def dataset_classes(cfg: CfgNode) -> list[str]:
-    """Class names of ``cfg.DATASETS.TRAIN``, after registering ``DATASETS.COCO_FILES``.
-
-    Raises:
-        DataError: a set that is unknown or unreadable, or sets of different classes.
-    """
-    register_coco_files(cfg)
-    if not cfg.DATASETS.TRAIN:
-        raise DataError("DATASETS.TRAIN is empty: name at least one set to train on")
-    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    classes = {name: _classes(name) for name in names}
-    other = next((name for name in names if classes[name] != classes[names[0]]), None)
-    if other is not None:
-        pair = (names[0], other)
-        listed = [f"{n} {len(classes[n])} ({', '.join(classes[n][:5])})" for n in pair]
-        raise DataError(f"datasets of different classes: {', '.join(listed)}")
-    return classes[names[0]]
-
-
-def _classes(name: str) -> list[str]:
-    if name not in DatasetCatalog.list():
-        raise DataError(
-            f"dataset {name!r} is not registered: list it in DATASETS.COCO_FILES as "
-            f'["{name}", "annotations.json", "image folder"], name one that Detectron2 knows, or '
-            "--register the module that registers it"
-        )
-    if not MetadataCatalog.get(name).get("thing_classes"):
-        try:
-            DatasetCatalog.get(name)  # Detectron2 learns the classes while it reads the json
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"dataset {name!r} cannot be read: {error}") from None
-    classes = MetadataCatalog.get(name).get("thing_classes")
-    if not classes:
-        raise DataError(f"dataset {name!r} has no classes (thing_classes)")
-    return list(classes)
-
-
-def check_annotations(cfg: CfgNode) -> None:
-    """Raise ``DataError`` if the config trains masks and the training set has none."""
-    for name in cfg.DATASETS.TRAIN if cfg.MODEL.MASK_ON else ():
-        annotations = (a for record in DatasetCatalog.get(name) for a in record["annotations"])
-        if not any(annotation.get("segmentation") for annotation in annotations):
-            raise DataError(
-                f"dataset {name!r} has no segmentation, but the config trains masks: choose a "
-                "config without masks (MODEL.MASK_ON False), or annotations with them"
-            )
 
 
 def write_plain_config(path: str | Path, cfg: CfgNode, force: bool = False) -> None:

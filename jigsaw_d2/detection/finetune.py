@@ -26,7 +26,8 @@ from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.metadata import WeightsMetadata
 from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops, device_name, record_stage
 from jigsaw_d2.data.sources import register_coco_files
-from jigsaw_d2.detection.config import check_annotations, read_metadata
+from jigsaw_d2.detection.config import read_metadata
+from jigsaw_d2.detection.data import check_registered
 from jigsaw_d2.io import RunError, write_text
 
 try:
@@ -106,6 +107,14 @@ class CostLogHook(HookBase):
 
 class FastCOCOEvaluator(COCOEvaluator):
     """Detectron2's evaluator on faster-coco-eval (C++), or on pycocotools where that is absent."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """As Detectron2's, with ids above 0: a match with id 0 would count as none."""
+        super().__init__(*args, **options)
+        for number, entry in enumerate(self._coco_api.dataset.get("annotations", []), 1):
+            entry["id"] = number
+        if self._do_evaluation:
+            self._coco_api.createIndex()
 
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
         """Detectron2's metrics; the log says how long they took."""
@@ -202,14 +211,13 @@ def finetune(
     metadata, output = read_metadata(cfg.MODEL.WEIGHTS), Path(cfg.OUTPUT_DIR)
     if comm.is_main_process():
         _check_output(output, metadata, resume or eval_only)
+        check_registered(cfg)
     comm.synchronize()
     if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
         raise RunError(
             f"TEST.AUG.ENABLED: Detectron2 tests {cfg.MODEL.META_ARCHITECTURE} at one scale only; "
             "set it to False, or choose a Faster or Mask R-CNN"
         )
-    if not eval_only:
-        check_annotations(cfg)
     setup_logger(str(output), comm.get_rank(), name="jigsaw_d2", abbrev_name="jigsaw")
     default_setup(cfg, SimpleNamespace(config_file="", eval_only=eval_only, resume=resume))
     if comm.is_main_process():

@@ -13,7 +13,7 @@ from jigsaw_d2.config import find_config, get_jigsaw_cfg
 from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.engine.hooks import FirstBatchHook
 from jigsaw_d2.engine.launch import as_peer_lost
-from jigsaw_d2.engine.run_config import open_store, resolve_config
+from jigsaw_d2.engine.run_config import check_held_out, open_store, resolve_config
 from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.io import RunError
 
@@ -63,7 +63,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
         str(folder), distributed_rank=comm.get_rank(), name="jigsaw_d2", abbrev_name="jigsaw"
     )
     register_coco_files(cfg)
-    cfg = resolve_config(cfg, open_store(cfg), comm.get_world_size(), args.opts[::2])
+    store = open_store(cfg)
+    check_held_out(cfg, store)
+    cfg = resolve_config(cfg, store, comm.get_world_size(), args.opts[::2])
     if args.eval_only:
         setup_logger(str(folder), distributed_rank=comm.get_rank())
     else:

@@ -91,6 +91,22 @@ def open_store(cfg: CfgNode) -> SampleStore:
     return SampleStore(list(cfg.DATASETS.TRAIN))
 
 
+def check_held_out(cfg: CfgNode, store: SampleStore) -> None:
+    """Refuse held-out stores whose class numbers mean other things than ``store``'s.
+
+    Raises:
+        ConfigError: with both lists of categories.
+        DataError: one of DATASETS.TEST is no store.
+    """
+    held_out = SampleStore(list(cfg.DATASETS.TEST)) if cfg.DATASETS.TEST else store
+    if held_out.categories != store.categories:
+        raise ConfigError(
+            f"DATASETS.TEST {', '.join(cfg.DATASETS.TEST)} has the categories "
+            f"{held_out.categories}, DATASETS.TRAIN {store.categories}: extract both from sets "
+            "with the same names in the same order of their ids"
+        )
+
+
 def use_device(cfg: CfgNode, world_size: int = 1) -> None:
     """Make MODEL.DEVICE this process's current device, whose streams and figures are meant.
 

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from collections.abc import Callable
 from dataclasses import astuple, fields
 from pathlib import Path
 
@@ -9,13 +10,13 @@ from jigsaw_d2.data.extraction import (
     CHOICES,
     UNCOMPRESSED_UP_TO,
     ExtractionOptions,
-    default_workers,
     extract_samples,
 )
 from jigsaw_d2.data.report import format_report
 from jigsaw_d2.data.sources import CocoSource, RegisteredSource
 from jigsaw_d2.data.store import DEFAULT_QUALITY, SampleStore
 from jigsaw_d2.data.template import JigsawTemplate
+from jigsaw_d2.data.workers import default_workers
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.tools import arguments
 
@@ -41,13 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="An interrupted run is completed by the same command; finished shards are kept.",
     )
     add = parser.add_argument_group("data").add_argument
-    add("--json", help="COCO-format annotations")
-    add("--images", help="folder of their images")
-    add("--dataset", help="instead: name of a dataset registered with Detectron2")
+    add_sources(add)
     add("--output", required=True, help="folder of the store to write")
-    add("--val-json", help="held-out annotations, extracted into --val-output")
-    add("--val-images", help="folder of their images (default: --images)")
-    add("--val-dataset", help="instead: name of a registered held-out dataset")
     add("--val-output", help="held-out store (default: OUTPUT-val)")
     arguments.add_register(parser)
     add = parser.add_argument_group("samples").add_argument
@@ -86,6 +82,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_sources(add: Callable[..., object]) -> None:
+    """The arguments that ``sources`` reads."""
+    add("--json", help="COCO-format annotations")
+    add("--images", help="folder of their images")
+    add("--dataset", help="instead: name of a dataset registered with Detectron2")
+    add("--val-json", help="held-out annotations")
+    add("--val-images", help="folder of their images (default: --images)")
+    add("--val-dataset", help="instead: name of a registered held-out dataset")
+
+
+def sources(
+    args: argparse.Namespace,
+) -> tuple[CocoSource | RegisteredSource, CocoSource | RegisteredSource | None]:
+    """The detection set that the arguments name, and the held-out one, if they name one.
+
+    Raises:
+        ConfigError: both forms, half of one, or none.
+    """
+    arguments.import_registered(args.register)
+    source = make_source(args.json, args.images, args.dataset)
+    if source is None:
+        raise ConfigError("name the data: --json A.json --images DIR, or --dataset NAME")
+    val_images = args.val_images or (args.images if args.val_json else None)
+    return source, make_source(args.val_json, val_images, args.val_dataset)
+
+
 def make_source(
     json_file: str | None, images: str | None, dataset: str | None
 ) -> CocoSource | RegisteredSource | None:
@@ -114,12 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     """Extract the one or two stores; print each report."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = build_parser().parse_args(argv)
-    arguments.import_registered(args.register)
-    source = make_source(args.json, args.images, args.dataset)
-    if source is None:
-        raise ConfigError("name the data: --json A.json --images DIR, or --dataset NAME")
-    val_images = args.val_images or (args.images if args.val_json else None)
-    held_out = make_source(args.val_json, val_images, args.val_dataset)
+    source, held_out = sources(args)
     categories = _extract(source, args.output, args, None)
     if held_out is not None:
         _extract(held_out, args.val_output or f"{args.output.rstrip('/')}-val", args, categories)

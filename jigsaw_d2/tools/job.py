@@ -71,7 +71,9 @@ class Job:
         Raises:
             RunError: a stage failed; the same call goes on from there.
             ConfigError: the output has other settings, or ``seconds`` do not suffice.
+            DataError: a set that some stage could not use.
         """
+        self.pipeline.check_data(self.detector)
         self.extract()
         if seconds is not None:
             self.set_lengths(self.lengths(seconds))

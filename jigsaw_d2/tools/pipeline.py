@@ -16,11 +16,13 @@ from detectron2.config import CfgNode
 
 from jigsaw_d2.config import get_jigsaw_cfg, scale_to_batch
 from jigsaw_d2.cost import read_cost_log
+from jigsaw_d2.data.cleaning import describe
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.detection.config import SCRATCH, config_changes, load_detection_config
+from jigsaw_d2.detection.data import check_sets, clean_sets
 from jigsaw_d2.io import ConfigError, DataError, RunError
 from jigsaw_d2.tools.arguments import import_registered
-from jigsaw_d2.tools.stages import Stage, read_metrics
+from jigsaw_d2.tools.stages import Stage, read_metrics, say
 
 WARMUP_SHARE = 0.1  # of a shortened training, at most
 # Keys that change nothing in a result; datasets are known by their content.
@@ -100,6 +102,18 @@ class Pipeline:
     def detector_cfg(self, overrides: Sequence[str]) -> CfgNode:
         """The config of the detector."""
         return load_detection_config(self.detector_config, overrides, self.trust)
+
+    def check_data(self, overrides: Sequence[str]) -> None:
+        """Say what will be used of both sets, and refuse what the last stage would die of.
+
+        Raises:
+            DataError: sets of different classes, without objects, without masks to train.
+        """
+        cfg = self.detector_cfg((*overrides, *self.data.overrides()))
+        cleaned = clean_sets(cfg)
+        check_sets(cfg, cleaned)
+        for path, clean in zip((self.data.train_json, self.data.val_json), cleaned.values()):
+            say(describe(path, clean))
 
     def extraction(
         self, samples: Path, options: Sequence[str] = (), detector: Sequence[str] = ()

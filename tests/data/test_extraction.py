@@ -1,13 +1,11 @@
 """From a detection set to a store: determinism, restart, parts, bad input."""
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from detectron2.data.detection_utils import read_image
@@ -18,13 +16,12 @@ from jigsaw_d2.data import extraction, image_reading
 from jigsaw_d2.data.extraction import (
     ExtractionOptions,
     extract_samples,
-    start_workers,
 )
 from jigsaw_d2.data.plan import ImagePlan
 from jigsaw_d2.data.samples import overlaps_any
 from jigsaw_d2.data.sources import CocoSource
 from jigsaw_d2.data.store import SampleStore
-from jigsaw_d2.io import ConfigError, DataError, PeerLostError
+from jigsaw_d2.io import ConfigError, DataError
 
 TESTS = [str(folder) for folder in Path(__file__).parents[:2]]
 ALONE = ExtractionOptions(workers=0, encoding="jpeg")
@@ -304,38 +301,3 @@ def test_small_sets_are_left_uncompressed(monkeypatch, given, limit, encoding, q
     monkeypatch.setattr(extraction, "UNCOMPRESSED_UP_TO", limit)
     settled = ExtractionOptions(**given).settle_encoding(364)
     assert (settled.encoding, settled.quality) == (encoding, quality)
-
-
-def square(n: int) -> int:
-    if n == -1:
-        os._exit(9)
-    return n * n
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_results_come_in_order_and_errors_through(count: int) -> None:
-    with start_workers(count) as run:
-        assert list(run(square, ((n,) for n in range(50)))) == [n * n for n in range(50)]
-        assert list(run(square, [])) == []
-        with pytest.raises(TypeError):
-            list(run(square, [(1,), ("text",)]))
-        if count:
-            with pytest.raises(PeerLostError, match="fewer --workers"):
-                list(run(square, ((n,) for n in (1, -1, 2))))
-
-
-def shrink(size: int) -> int:
-    """Work that OpenCV shares out between its threads where it has any."""
-    return cv2.resize(np.zeros((size, size, 3), np.uint8), (size // 2, size // 2)).shape[0]
-
-
-def test_opencv_threads_of_the_parent_do_not_hang_the_children() -> None:
-    threads = cv2.getNumThreads()
-    try:
-        cv2.setNumThreads(4)
-        assert shrink(2000) == 1000  # starts them
-        with start_workers(2) as run:
-            assert list(run(shrink, [(2000,)] * 4)) == [1000] * 4
-        assert cv2.getNumThreads() == 4
-    finally:
-        cv2.setNumThreads(threads)

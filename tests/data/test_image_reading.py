@@ -1,13 +1,16 @@
 """The pixels are those of Detectron2's reader; what cannot be read has a name."""
 
+import struct
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from detectron2.data.detection_utils import read_image
 from helpers_store import draw_image
 from PIL import Image
 
+from jigsaw_d2.data import image_reading
 from jigsaw_d2.data.image_reading import probe_image, read_pixels
 from jigsaw_d2.io import DataError
 
@@ -102,3 +105,46 @@ def test_deep_images_are_refused(tmp_path: Path, mode: str) -> None:
     path = save(tmp_path / "a.tiff", Image.fromarray(values.astype(types[mode])))
     assert (read_image(path, "RGB") == 255).mean() > 0.9
     assert reason(path) == "image_16_bit"
+
+
+def _multi_band_tiff(path: Path, bands: int) -> None:
+    """An uncompressed 8-bit TIFF of 4 x 3 pixels, written by hand: Pillow writes no such file."""
+    entries = [(256, 3, 1, 4), (257, 3, 1, 3), (259, 3, 1, 1), (262, 3, 1, 2), (278, 3, 1, 3)]
+    size, shorts = 12 * bands, struct.pack(f"<{bands}H", *[8] * bands)
+    start = 8 + 2 + 12 * (len(entries) + 5) + 4
+    entries += [(258, 3, bands, start), (273, 4, 1, start + len(shorts)), (277, 3, 1, bands)]
+    extra = 0 if bands == 5 else start + len(shorts) + size  # two values fit in the entry itself
+    entries += [(279, 4, 1, size), (338, 3, bands - 3, extra)]
+    table = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + table + struct.pack("<I", 0)
+    path.write_bytes(head + shorts + bytes(size) + bytes(2 * (bands - 3)))
+
+
+def test_tiffs_of_many_bands_are_named_rightly(tmp_path: Path) -> None:
+    _multi_band_tiff(tmp_path / "5.tif", 5)
+    _multi_band_tiff(tmp_path / "8.tif", 8)
+    assert probe_image(str(tmp_path / "5.tif")) == ((3, 4), ("image_bands_dropped",))
+    with pytest.raises(DataError, match="image_of_other_form"):
+        probe_image(str(tmp_path / "8.tif"))
+
+
+def test_16_bit_colour_is_read_as_detectron2_reads_it_unless_that_is_black(tmp_path: Path) -> None:
+    deep = np.random.default_rng(0).integers(0, 1 << 16, (20, 30, 3), dtype=np.uint16)
+    path = str(tmp_path / "deep.png")
+    cv2.imwrite(path, deep)
+    assert probe_image(path) == ((20, 30), ("image_16_bit_colour",))
+    assert np.array_equal(read_pixels(path), read_image(path, "BGR"))
+    cv2.imwrite(path, deep >> 4)  # 12 bits in 16: the upper 8 bits are all below 16
+    with pytest.raises(DataError, match="image_16_bit"):
+        probe_image(path)
+
+
+def test_no_image_is_called_damaged_for_its_size(tmp_path: Path, monkeypatch) -> None:
+    path = str(tmp_path / "large.png")
+    Image.new("1", (14000, 13000)).save(path, compress_level=1)  # above twice Pillow's limit
+    assert probe_image(path) == ((13000, 14000), ("image_grey",))
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9 kB\nMemAvailable:   1000000 kB\n")  # 12 bytes a pixel: 2.2 GiB
+    monkeypatch.setattr(image_reading, "MEMORY", str(meminfo))
+    with pytest.raises(DataError, match="image_too_large"):
+        probe_image(path)

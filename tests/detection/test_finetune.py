@@ -157,6 +157,26 @@ def test_faster_coco_eval_gives_pycocotools_numbers(
         )
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_first_annotation_counts_whatever_its_id(first: int, tmp_path: Path) -> None:
+    """COCO's evaluation takes a match with the annotation of id 0 for none."""
+    name, json_file, images = make_coco(tmp_path / f"id_{first}", images=1)[0]
+    content = json.loads(Path(json_file).read_text())
+    (kept,) = content["annotations"][:1]
+    content["annotations"] = [kept | {"id": first}]
+    Path(json_file).write_text(json.dumps(content))
+    register_coco_instances(name, {}, json_file, images)
+    DatasetCatalog.get(name)
+    evaluator = FastCOCOEvaluator(name, ("bbox",), False, str(tmp_path))
+    evaluator.reset()
+    found = Instances((64, 64))
+    x, y, width, height = kept["bbox"]
+    found.pred_boxes = Boxes(torch.tensor([[x, y, x + width, y + height]], dtype=torch.float))
+    found.scores, found.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.long)
+    evaluator.process([{"image_id": 1}], [{"instances": found}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+
+
 def test_stop_and_resume(weights: Path, tmp_path: Path) -> None:
     """A run is never started over; resumed, it goes on from its last checkpoint to the same end."""
     cfg = setup_finetune(FPN, weights, settings(tmp_path, "resumed", "TEST.EVAL_PERIOD", "1"))

@@ -1,6 +1,8 @@
 """run_config.py: a config made definite once, and refusals that name the key."""
 
+import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from helpers_run import tiny_cfg
 from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.engine.run_config import open_store, resolve_config, warn_of_changes
+from jigsaw_d2.engine.run_config import check_held_out, open_store, resolve_config, warn_of_changes
 from jigsaw_d2.io import ConfigError
 
 
@@ -123,3 +125,17 @@ def test_changes_against_a_checkpoint_are_listed(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert warn_of_changes(cfg, saved) == ["SOLVER.BASE_LR: 0.05 -> 0.5"]
     assert "other settings than before: SOLVER.BASE_LR" in caplog.text
+
+
+def test_a_held_out_store_of_other_categories_is_refused(tmp_path):
+    cfg = tiny_cfg(tmp_path)
+    store = open_store(cfg)
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "store", other)
+    header = json.loads((other / "header.json").read_text())
+    cfg.DATASETS.TEST = (str(other),)
+    check_held_out(cfg, store)
+    header["categories"] = header["categories"][::-1]
+    (other / "header.json").write_text(json.dumps(header))
+    with pytest.raises(ConfigError, match="same names in the same order"):
+        check_held_out(cfg, store)

@@ -8,7 +8,7 @@ import pytest
 from helpers_jobs import RUN, FakeRunner, flag, tiny_set
 
 import demo
-from jigsaw_d2.io import ConfigError, RunError
+from jigsaw_d2.io import ConfigError, DataError, RunError
 from jigsaw_d2.tools import run, run_command
 from jigsaw_d2.tools.job import Job, default_configs
 from jigsaw_d2.tools.pipeline import Pipeline
@@ -155,3 +155,15 @@ def test_run_hands_its_flags_on_and_says_how_it_came_to_its_lengths(
     assert "register: ['my_backbones'] -> (default)" in capsys.readouterr().err
     assert run_command(run.main, [*argv, "--register", "no_such_module"]) == 2
     assert "no_such_module cannot be imported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key, words", [("annotations", "nothing can be"), ("categories", "diff")])
+def test_data_that_some_stage_could_not_use_is_refused_before_the_first(job, key, words):
+    data = job.pipeline.data
+    content = json.loads(data.val_json.read_text())
+    content[key] = [] if key == "annotations" else content[key][::-1][1:]
+    data.val_json.write_text(json.dumps(content))
+    runner = FakeRunner()
+    with pytest.raises(DataError, match=words):
+        do(job, runner)
+    assert runner.calls == [] and not job.output.exists()
