@@ -18,7 +18,7 @@ import yaml
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from benchmark.runner import BEFORE, DONE, Comparison, Run
+from benchmark.runner import BEFORE, DONE, LIGHTLY_SCRIPT, Comparison, Run
 from jigsaw_d2 import __version__
 from jigsaw_d2.cost import device_name
 from jigsaw_d2.io import write_text
@@ -49,7 +49,7 @@ def build_report(comparison: Comparison, command: str = "") -> dict:
     published, and its commands typed elsewhere.
     """
     plan, runs = comparison.plan, comparison.runs
-    short = _shortener(comparison.data, comparison.output)
+    short = _shortener(comparison.data, comparison.output, plan.lightly_python)
     arms = []
     for arm in dict.fromkeys(run.arm for run in runs):
         summary = {name: interval(_values(runs, arm.name, name).values()) for name in METRICS}
@@ -62,6 +62,7 @@ def build_report(comparison: Comparison, command: str = "") -> dict:
         **{name: value for name, value in vars(plan).items() if name != "arms"},
         "pretrain_config": short(plan.pretrain_config),
         "detector_config": short(plan.detector_config),
+        "lightly_python": short(plan.lightly_python),
         "arms": arms,
         "differences": differences(runs),
         "detector_differences": setting_differences(comparison),
@@ -69,10 +70,12 @@ def build_report(comparison: Comparison, command: str = "") -> dict:
     }
 
 
-def _shortener(data: DetectionSet, output: Path) -> Callable[[str], str]:
+def _shortener(data: DetectionSet, output: Path, lightly_python: str = "") -> Callable[[str], str]:
     """Replaces the paths of this machine: of two that begin alike, the longer one first."""
     root = data.train_json.parent
     names = [(str(root), "DATA"), (str(output), "OUTPUT")]
+    names += [(str(LIGHTLY_SCRIPT), f"benchmark/{LIGHTLY_SCRIPT.name}")]
+    names += [(lightly_python, "LIGHTLY_PYTHON")] if lightly_python else []
     if root not in data.train_images.parents:
         names.append((str(data.train_images), "IMAGES"))
     names.sort(key=lambda pair: -len(pair[0]))
@@ -110,11 +113,11 @@ def interval(values: Iterable[float]) -> dict | None:
 def differences(runs: Sequence[Run]) -> list[dict]:
     """Paired differences of AP and AP50 over the seeds that both arms of a pair have finished.
 
-    Arms from scratch are subtracted from the others, so that a positive number speaks for
-    pre-training, and the A/A copy has scratch subtracted.
+    Arms from scratch are subtracted from the others, and all others from Jigsaw's, so that a
+    positive number speaks for pre-training, and for ours; the A/A copy has scratch subtracted.
     """
     arms = list(dict.fromkeys(run.arm for run in runs))
-    arms.sort(key=lambda arm: (arm.kind != "scratch", arm.kind == "scratch" and arm.seed_offset))
+    arms.sort(key=lambda arm: (arm.kind == "jigsaw", arm.kind != "scratch", arm.seed_offset))
     found = []
     for number, theirs in enumerate(arms):
         for ours in arms[number + 1 :]:
@@ -181,6 +184,7 @@ def render(report: dict) -> str:
         f"detector: `{report['detector_config']}` {_with(report['detector'])}; "
         f"pre-training: `{report['pretrain_config']}` {_with(report['pretrain'])}.",
         f"Made by `{report['command']}`",
+        norm_text(report),
         state,
         "## Box AP on the held-out images",
         _results(report),
@@ -203,10 +207,24 @@ def render(report: dict) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def norm_text(report: dict) -> str:
+    """Which of the two was done with the arms' norms."""
+    if report["same_norm"]:
+        return "Norms: the same for every arm, that of random weights, and no stage is frozen."
+    return (
+        "Norms: each arm at its best. The detector's config says one for backbones "
+        "from weights and one for random ones; where a whole detector goes on, its norm stays."
+    )
+
+
 def budget_text(report: dict) -> str:
     """The rule that set the lengths, as far as the runs that finished bear it out."""
+    also, units = "", f"counted in {report['cost']} of the ledger"
+    if {"direct", "lightly"} & {arm["kind"] for arm in report["arms"]}:
+        also = "; direct and lightly pre-train for as much as the Jigsaw run of their seed cost"
     if report["budget"] == "detection":
-        return "equal detection cost, as in Table 3: all arms have the same detection iterations"
+        rule = "equal detection cost, as in Table 3: all arms have the same detection iterations"
+        return rule + (f"{also} before, {units}" if also else "")
     jigsaw = [run for arm in report["arms"] if arm["kind"] == "jigsaw" for run in arm["runs"]]
     if not jigsaw:
         return "no arm pre-trains here, so all have the same detection iterations"
@@ -214,7 +232,7 @@ def budget_text(report: dict) -> str:
         return "none yet: no Jigsaw run has finished, so nothing here is at equal total cost"
     return (
         "equal total cost, as in Table 5: a run from scratch trains longer by what the Jigsaw run "
-        f"of its seed cost before detection, counted in {report['cost']} of the ledger"
+        f"of its seed cost before detection{also}, {units}"
     )
 
 
