@@ -33,12 +33,19 @@ TRIAL_STEPS = 4  # without the first
 
 
 class Clock(pytorch_lightning.Callback):
-    """Wall-clock seconds of each training step with its data; start-up and checkpoints are none."""
+    """Counts training steps and their seconds, data included; start-up and checkpoints are none.
 
-    def __init__(self, after_step=lambda seconds: False) -> None:
-        """``after_step`` of a step's seconds says whether the training shall end."""
-        self.steps: list[float] = []
-        self._mark, self._after_step = 0.0, after_step
+    It ends the training after ``limit`` seconds, and hands itself to ``note`` after each step.
+    """
+
+    def __init__(self, limit=math.inf, done=0, seconds=0.0, note=lambda clock: None) -> None:
+        self.limit, self.done, self.seconds, self.note = limit, done, seconds, note
+        self.steps: list[float] = []  # seconds of each since the start
+
+    def on_train_start(self, trainer, module) -> None:
+        """What was lost since the checkpoint is done again, and counts once."""
+        self.seconds *= trainer.global_step / max(1, self.done)
+        self.done = trainer.global_step
 
     def on_train_epoch_start(self, trainer, module) -> None:
         """Before the first batch is asked for."""
@@ -49,28 +56,29 @@ class Clock(pytorch_lightning.Callback):
         now = time.perf_counter()
         self.steps.append(now - self._mark)
         self._mark = now
-        trainer.should_stop = trainer.should_stop or self._after_step(self.steps[-1])
+        self.done, self.seconds = self.done + 1, self.seconds + self.steps[-1]
+        self.note(self)
+        trainer.should_stop = trainer.should_stop or self.seconds >= self.limit
 
 
 def main() -> None:
-    """Measure a step, then train for as many as fill the time, and never for longer than it."""
+    """Measure a step, then train for as many as fill the time, or until it is over."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--json", required=True, help="COCO annotations, of which only the images' names are read")
     add("--images", required=True, help="their folder")
     add("--output", required=True, help="folder of everything that is made")
-    add("--seconds", type=float, required=True, help="of training, over all devices")
+    add("--seconds", type=float, required=True, help="of training")
     add("--seed", type=int, default=0)
     add("--accelerator", choices=("cpu", "gpu"), default="cpu")
-    add("--devices", type=int, default=1)
     add("--resume", action="store_true", help="go on with what an earlier call left")
     add("options", nargs="*", metavar="KEY=VALUE", help="of lightly_train.pretrain")
     args = parser.parse_args()
 
-    output, wall = Path(args.output), args.seconds / args.devices
+    output = Path(args.output)
     names = [entry["file_name"] for entry in json.loads(Path(args.json).read_text())["images"]]
     options = {"model": "torchvision/resnet18", "method": METHOD, "batch_size": BATCH_SIZE}
-    options |= {"seed": args.seed, "accelerator": args.accelerator, "devices": args.devices}
+    options |= {"seed": args.seed, "accelerator": args.accelerator, "devices": 1}
     options |= OmegaConf.to_container(OmegaConf.from_dotlist(args.options))
     batch = options["batch_size"] = min(options["batch_size"], len(names))
     options["data"] = [str(Path(args.images, name)) for name in names]
@@ -96,19 +104,17 @@ def main() -> None:
     if progress.get("settings") != settings:
         train("trial", TRIAL_STEPS, clock := Clock())
         step = statistics.median(clock.steps[1:])
-        progress = {"settings": settings, "steps": max(1, int(wall / step)), "done": 0}
-        progress |= {"images": 0, "seconds": 0.0}
+        progress = {"settings": settings, "steps": max(1, int(args.seconds / step))}
+        progress |= {"done": 0, "seconds": 0.0}
 
-    def note(seconds: float) -> bool:
-        progress["done"] += 1
-        progress["images"] += batch
-        progress["seconds"] += seconds * args.devices
+    def note(clock: Clock) -> None:
+        progress.update(done=clock.done, images=clock.done * batch, seconds=clock.seconds)
         path.with_suffix(".part").write_text(json.dumps(progress, indent=1))
         path.with_suffix(".part").replace(path)
-        return progress["seconds"] >= args.seconds
 
     started = progress["done"] and (output / "training" / "checkpoints" / "last.ckpt").is_file()
-    train("training", progress["steps"], Clock(note), bool(started))
+    clock = Clock(args.seconds, progress["done"], progress["seconds"], note)
+    train("training", progress["steps"], clock, bool(started))
     shutil.copy(output / "training" / "exported_models" / "exported_last.pt", output / "part")
     (output / "part").replace(output / "weights.pth")
 

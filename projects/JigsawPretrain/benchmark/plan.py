@@ -101,8 +101,11 @@ class Plan:
         if kinds & {"direct", "lightly"} and "jigsaw" not in kinds:
             raise ConfigError("arms direct and lightly take as long as a jigsaw arm: name one, too")
         if "lightly" in kinds:
-            if self.cost != "seconds":
-                raise ConfigError("arm lightly: its FLOPs are not counted; --cost seconds")
+            if self.cost != "seconds" or self.num_gpus > 1:
+                raise ConfigError(
+                    "arm lightly: its FLOPs are not counted, and it runs on one device; --cost "
+                    "seconds --num-gpus 1"
+                )
             check_lightly(self.lightly_python)
         return self
 

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import scipy.stats
 import torch
 import yaml
@@ -323,15 +324,18 @@ def _costs(report: dict) -> str:
 
 
 def curve_figure(report: dict) -> Figure:
-    """AP over total cost, one line a run; pre-training shifts a line to the right."""
+    """AP over total cost, mean and range over an arm's finished seeds; Jigsaw's begin later."""
     scale, label = UNITS[report["cost"]]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for number, arm in enumerate(report["arms"]):
-        for first, points in enumerate(filter(None, (run["cost_curve"] for run in arm["runs"]))):
-            costs, scores = zip(*((cost / scale, ap) for cost, ap in points))
-            name = None if first else arm["name"]
-            axes.plot(costs, scores, "o-", color=f"C{number}", alpha=0.7, markersize=4, label=name)
+    for arm in report["arms"]:
+        curves = [run["cost_curve"] for run in arm["runs"] if run["cost_curve"]]
+        if curves:  # one that found nothing at first has no AP there, and so fewer points
+            points = np.array([curve[-min(map(len, curves)) :] for curve in curves])
+            costs, scores = points[..., 0].mean(0) / scale, points[..., 1]
+            (line,) = axes.plot(costs, scores.mean(0), "o-", markersize=4, label=arm["name"])
+            band = scores.min(0), scores.max(0)
+            axes.fill_between(costs, *band, color=line.get_color(), alpha=0.2)
     axes.set(xlabel=f"total cost, {label}", ylabel="box AP, %", title=report["dataset"]["name"])
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)

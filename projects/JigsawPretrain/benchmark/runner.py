@@ -214,8 +214,7 @@ class Comparison:
         accelerator = "gpu" if cfg.MODEL.DEVICE.startswith("cuda") else "cpu"
         argv = (str(LIGHTLY_SCRIPT), "--json", str(self.data.train_json), "--images")
         argv += (str(self.data.train_images), "--output", str(folder), "--seconds", seconds)
-        argv += ("--seed", str(run.seed), "--accelerator", accelerator)
-        argv += ("--devices", str(plan.num_gpus), *options)
+        argv += ("--seed", str(run.seed), "--accelerator", accelerator, *options)
         settings = {"annotations": file_digest(self.data.train_json), "seed": run.seed}
         settings |= {"seconds": seconds, "options": options}
         title, output = "pre-train with LightlyTrain", folder / "weights.pth"
