@@ -133,7 +133,7 @@ def lightly_python(folder: Path, works: bool = True) -> Path:
         "out = pathlib.Path(sys.argv[sys.argv.index('--output') + 1])\n"
         "(out / 'argv.json').write_text(json.dumps(sys.argv))\n"
         f"if not {works}: sys.exit('no memory left')\n"
-        "done = {'done': 7, 'images': 56, 'seconds': 59.5}\n"
+        "done = {'steps': 9, 'done': 7, 'images': 56, 'seconds': 59.5}\n"
         "(out / 'progress.json').write_text(json.dumps(done))\n"
         f"shutil.copy({str(folder / 'state.pth')!r}, out / 'weights.pth')\n"
     )
@@ -151,7 +151,7 @@ class ConvertForReal(FakeRunner):
 
 
 def test_lightly_gets_the_seconds_goes_on_after_a_failure_and_becomes_weights(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, capsys
 ):
     python = lightly_python(tmp_path, works=False)
     plan = dataclasses.replace(PLAN, arms=(LIGHTLY, jigsaw_arm()), lightly=("batch_size=8",))
@@ -164,6 +164,7 @@ def test_lightly_gets_the_seconds_goes_on_after_a_failure_and_becomes_weights(
     run = comparison.runs[-1]
     assert run.status == DONE and run.iterations == {"pretraining": 7, "detection": 20}
     assert run.costs["pretraining"] == {"images": 56, "flops": 0, "seconds": 59.5}
+    assert "the time was over after 7 of 9 steps" in capsys.readouterr().out
     folder = comparison.folder(run)
     argv = json.loads((folder / "pretrain" / "argv.json").read_text())
     assert argv[2].endswith("lightly_pretrain.py") and argv[3] == "--resume"

@@ -222,6 +222,9 @@ class Comparison:
         stage = Stage(title, argv, folder, output, settings, "--resume", program=program)
         self._do(run, stage)
         done = json.loads((folder / "progress.json").read_text())
+        if done["done"] < 0.9 * done["steps"]:  # the rate has not fallen to its end
+            cut = f"after {done['done']} of {done['steps']} steps"
+            say(f"{run}: the time was over {cut}: the machine was faster in LightlyTrain's trial")
         run.iterations["pretraining"] = done["done"]
         run.costs["pretraining"] = {"flops": 0, **{k: done[k] for k in ("images", "seconds")}}
         converted = pipeline.conversion(output, self.folder(run) / "weights", "lightly_train")
