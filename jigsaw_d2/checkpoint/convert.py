@@ -46,6 +46,7 @@ def convert_checkpoint(
     path: str | Path,
     output: str | Path,
     *,
+    origin: str = "",
     format: str = "detectron2",
     force: bool = False,
     trust: bool = False,
@@ -56,6 +57,7 @@ def convert_checkpoint(
         path: see the head of this file; a folder stands for the file its ``last_checkpoint`` names.
         output: ``.pkl`` (numpy arrays, as Detectron2's own converters write) or ``.pth`` (tensors
             and plain values). Keys carry no prefix, so that one file serves every detector.
+        origin: of weights in torchvision's form that ImageNet did not train: where they are from.
         format: "detectron2", or "torchvision": a bare state dict, for ``.pth`` alone.
         force: replace ``output`` if it exists.
         trust: unpickle anything in ``path``, which may run code from it.
@@ -74,6 +76,10 @@ def convert_checkpoint(
     for written in (output, metadata_path(output)):
         check_free(written, force)
     arrays, metadata = read_backbone(path, trust)
+    if origin:
+        if metadata.origin != "imagenet" or origin in ("jigsaw", "scratch", "detector"):
+            raise ConfigError(f"{path}: origin {origin!r}, but the file says {metadata.origin!r}")
+        metadata = replace(metadata, origin=origin, dataset="")
     metadata = metadata.sealed(arrays)
     values = metadata.to_dict()
     contents: Mapping[str, Any]

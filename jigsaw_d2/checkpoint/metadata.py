@@ -172,7 +172,8 @@ def check_architecture(said: Architecture, shapes: Shapes) -> None:
 class WeightsMetadata:
     """Where weights come from, and what a network needs to use them."""
 
-    origin: str  # "jigsaw", "imagenet", "scratch" (no weights at all), "detector" (a whole one)
+    # "jigsaw", "imagenet", "scratch" (no weights at all), "detector" (a whole one), or as named
+    origin: str
     architecture: Architecture
     input_format: str  # "RGB" or "BGR": order of the channels that the first convolution sees
     pixel_mean: tuple[float, ...]  # per channel in that order, in units of 0..255 pixels

@@ -164,11 +164,11 @@ class Pipeline:
         steps = scale_to_batch(cfg).SOLVER.MAX_ITER
         return Stage(title, argv, folder, folder / "model_final.pth", settings, "--resume", steps)
 
-    def conversion(self, checkpoint: Path, folder: Path) -> Stage:
-        """Turn a checkpoint of pre-training into ``folder``/backbone.pkl."""
+    def conversion(self, checkpoint: Path, folder: Path, origin: str = "") -> Stage:
+        """Turn a checkpoint of pre-training into ``folder``/backbone.pkl; ``origin`` as there."""
         output = folder / "backbone.pkl"
         argv = ("convert", "--input", str(checkpoint), "--output", str(output))
-        argv += tuple(self._flags)
+        argv += (*self._flags, *(("--origin", origin) if origin else ()))
         settings = {"checkpoint": file_digest(checkpoint), **self._registered}
         return Stage("convert", argv, folder, output, settings, "--force")
 

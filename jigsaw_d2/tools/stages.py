@@ -33,12 +33,13 @@ class Stage:
 
     Attributes:
         title: what it does, for people.
-        argv: the command line behind ``python -m jigsaw_d2``.
+        argv: the command line behind ``program``.
         folder: written by this stage alone.
         output: file or folder in it that exists when the stage has succeeded.
         settings: {name: JSON-able value}: what the result depends on, inputs by their digests.
         resume: flag with which the command goes on in a folder that it left half done.
         iterations: of training, to tell progress by; 0 where there is none.
+        program: whose first word "python" is this interpreter; another is its path.
     """
 
     title: str
@@ -48,11 +49,12 @@ class Stage:
     settings: Mapping[str, object]
     resume: str
     iterations: int = 0
+    program: tuple[str, ...] = ("python", "-m", "jigsaw_d2")
 
     @property
     def command(self) -> str:
         """The command line as a user would type it."""
-        return f"python -m jigsaw_d2 {shlex.join(self.argv)}"
+        return shlex.join([*self.program, *self.argv])
 
     def is_done(self) -> bool:
         """Whether this stage has finished, with whichever settings."""
@@ -126,7 +128,7 @@ def check_same(old: Mapping[str, object], new: Mapping[str, object], place: Path
 
 
 def run_subprocess(stage: Stage, argv: list[str]) -> None:
-    """Run ``python -m jigsaw_d2`` in a process of its own, its output going to ``stage.log``.
+    """Run a stage's program in a process of its own, its output going to ``stage.log``.
 
     The process holds the log locked, so that no second one works in the same folder, not even
     beside one whose caller was killed.
@@ -140,7 +142,8 @@ def run_subprocess(stage: Stage, argv: list[str]) -> None:
             fcntl.flock(sink, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"another process is at work in {stage.folder}: wait for it") from None
-        command = [sys.executable, "-u", "-m", "jigsaw_d2", *argv]
+        python, *module = stage.program
+        command = [sys.executable if python == "python" else python, "-u", *module, *argv]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
         try:
             said = ""

@@ -1,5 +1,6 @@
 """Stages: done once, resumed, refused with both settings shown; never anything deleted."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -53,6 +54,17 @@ def test_done_stage_is_not_run_again_and_lost_output_is_made_again(tmp_path):
     assert do(make_stage(tmp_path / "a", ("work", "--num-gpus", "4"))) == (seconds, [])
     stage.output.unlink()
     assert do(stage)[1] == [["work", "--resume", "--fast"]]
+
+
+def test_a_stage_of_another_interpreter(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" > ' + str(tmp_path / "a" / "result"))
+    python.chmod(0o755)
+    stage = make_stage(tmp_path / "a", ("script.py", "--fast"))
+    stage = dataclasses.replace(stage, program=(str(python),))
+    stage.run()
+    assert stage.output.read_text() == "-u script.py --fast\n"
+    assert stage.command == f"{python} script.py --fast"
 
 
 def test_interrupted_stage_resumes(tmp_path):

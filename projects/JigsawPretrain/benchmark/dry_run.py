@@ -60,7 +60,8 @@ def dry_run_table(plan: Plan, name: str, trial: Trial | None) -> str:
     return (
         f"{tabulate(rows, head, tablefmt='pipe', disable_numparse=True)}\n\n"
         f"{len(rows) * len(plan.seeds)} runs on {name}: {flops / 1e15:.2f} PFLOPs of the backbone. "
-        f"{speed}Arms from scratch get their true length from the ledger when the others are done."
+        f"{speed}Arms without Jigsaw pre-training get their true length from the ledger when those "
+        "with it are done."
     )
 
 
@@ -72,9 +73,11 @@ def estimate(plan: Plan, arm: Arm, trial: Trial | None) -> Estimate:
     steps, flops, seconds = 0, 0.0, 0.0
     if arm.kind == "jigsaw":
         steps, flops, seconds = pretraining_cost(plan, arm, trial)
-    if arm.kind == "scratch" and plan.budget == "total":
-        jigsaw = (other for other in plan.arms if other.kind == "jigsaw")
-        paid = [pretraining_cost(plan, other, trial) for other in jigsaw]
+    jigsaw = (other for other in plan.arms if other.kind == "jigsaw")
+    paid = [pretraining_cost(plan, other, trial) for other in jigsaw] if arm.waits else []
+    if arm.kind in ("direct", "lightly"):  # in steps of their own, which no trial here has timed
+        flops, seconds = (max(cost[i] for cost in paid) for i in (1, 2))
+    elif plan.budget == "total":
         in_flops = plan.cost == "flops" or trial is None
         extra = [cost[1] / step_flops if in_flops else cost[2] / step for cost in paid]
         detection += math.ceil(max(extra, default=0))
