@@ -33,7 +33,7 @@ from jigsaw_d2.detection.data import check_registered
 from jigsaw_d2.detection.loader import ResumableLoader
 from jigsaw_d2.engine.hooks import CheckpointHook
 from jigsaw_d2.engine.interrupt import StopNotice
-from jigsaw_d2.engine.launch import explained
+from jigsaw_d2.engine.launch import explained, lock_output
 from jigsaw_d2.engine.state import JigsawCheckpointer, gather_random_states, set_random_state
 from jigsaw_d2.io import RunError, write_text
 
@@ -284,6 +284,11 @@ def finetune(
         RunError: a run is in OUTPUT_DIR, or none to go on with; Detectron2 lacks what is asked.
         JigsawError: weights, config or data that do not fit.
     """
+    with lock_output(cfg.OUTPUT_DIR, eval_only), explained(cfg.SOLVER.PEER_TIMEOUT):
+        return _finetune(cfg, resume, eval_only, force)
+
+
+def _finetune(cfg: CfgNode, resume: bool, eval_only: bool, force: bool) -> dict[str, Any]:
     register_coco_files(cfg)
     metadata, output = read_metadata(cfg.MODEL.WEIGHTS), Path(cfg.OUTPUT_DIR)
     if comm.is_main_process():
@@ -308,11 +313,10 @@ def finetune(
         checkpointer.resume_or_load("", resume=True)
         results = dict(FinetuneTrainer.test(cfg, model))
     else:
-        with explained(cfg.SOLVER.PEER_TIMEOUT):
-            trainer = FinetuneTrainer(cfg)
-            trainer.strict, trainer.origin = not force, metadata.origin
-            trainer.resume_or_load(resume=resume)
-            trainer.train()
+        trainer = FinetuneTrainer(cfg)
+        trainer.strict, trainer.origin = not force, metadata.origin
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
         model, results = trainer.model, dict(getattr(trainer, "_last_eval_results", None) or {})
     if cfg.TEST.AUG.ENABLED and cfg.DATASETS.TEST:
         results.update(FinetuneTrainer.test_all_scales(cfg, model))

@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from jigsaw_d2.engine.interrupt import STATUSES, passed_on
-from jigsaw_d2.io import ConfigError, JigsawError, PeerLostError, RunError, write_text
+from jigsaw_d2.io import ConfigError, JigsawError, PeerLostError, RunError, lock_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +166,18 @@ def _join_torchrun(timeout: float, on_gpu: bool) -> None:
         if machine == mine:
             comm._LOCAL_PROCESS_GROUP = group
     logger.info("joined torchrun: rank %d of %d", comm.get_rank(), comm.get_world_size())
+
+
+def lock_output(output_dir: str, eval_only: bool) -> contextlib.AbstractContextManager:
+    """A lock of OUTPUT_DIR, which the main process of a training holds against another one.
+
+    Raises:
+        RunError: another job is writing it.
+    """
+    if eval_only or not comm.is_main_process():
+        return contextlib.nullcontext()
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    return lock_folder(Path(output_dir))
 
 
 class _OurErrorsInALine(logging.Filter):

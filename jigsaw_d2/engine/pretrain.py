@@ -12,7 +12,7 @@ from detectron2.utils.logger import setup_logger
 from jigsaw_d2.config import find_config, get_jigsaw_cfg
 from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.engine.hooks import FirstBatchHook
-from jigsaw_d2.engine.launch import explained
+from jigsaw_d2.engine.launch import explained, lock_output
 from jigsaw_d2.engine.run_config import check_held_out, open_store, resolve_config
 from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.io import RunError
@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 def run(args: argparse.Namespace) -> None:
     """The work of one process."""
-    cfg = setup(args)
-    with explained(cfg.SOLVER.PEER_TIMEOUT):
+    given = load_config(args)
+    with lock_output(given.OUTPUT_DIR, args.eval_only), explained(given.SOLVER.PEER_TIMEOUT):
+        cfg = setup(args)
         trainer = JigsawTrainer(cfg)
         if args.eval_only:
             evaluate_only(trainer, args.resume)
