@@ -111,12 +111,25 @@ class RecordingTrainer(JigsawTrainer):
             f.write(f"{self.iter} {float(loss).hex()}\n")
         if os.environ.get("KILL") == f"step {self.iter}":
             die()
+        notify(f"step {self.iter}")
+
+    @classmethod
+    def test(cls, *args: object) -> object:
+        notify("evaluation")
+        return super().test(*args)
 
 
 def read_losses(path: Path) -> list[tuple[int, str]]:
     """(iteration, loss as hexadecimal float) in the order of the steps."""
     lines = path.read_text().splitlines()
     return [(int(line.split()[0]), line.split()[1]) for line in lines]
+
+
+def notify(point: str) -> None:
+    """Send this process the signal of NOTICE, such as "TERM step 7", if it is for this point."""
+    name, _, wanted = os.environ.get("NOTICE", "").partition(" ")
+    if wanted == point:
+        os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
 
 
 def die() -> None:
@@ -150,6 +163,8 @@ def _command(argv: list[str], environment: dict[str, str]) -> None:
         if "STDERR" in environment:
             sys.stderr = open(environment["STDERR"], "a", buffering=1)
         code = run_command(jigsaw_d2.tools.pretrain.main, argv)
+    except SystemExit as stop:
+        code = stop.code
     except BaseException:
         traceback.print_exc()
     sys.stderr.flush()
@@ -159,7 +174,8 @@ def _command(argv: list[str], environment: dict[str, str]) -> None:
 def start(argv: list[str], **environment: str) -> multiprocessing.Process:
     """Start train_net.py with ``argv`` in a child.
 
-    ``environment``: LOSSES and STDERR (files), KILL and FAIL (see above), torchrun's variables.
+    ``environment``: LOSSES and STDERR (files), KILL, FAIL and NOTICE (see above), torchrun's
+    variables.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jigsaw_d2.engine.pretrain", "pygments.lexers"])

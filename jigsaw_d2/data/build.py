@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import shutil
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,7 @@ def _build_loader(
         positions,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available(),
-        worker_init_fn=_one_thread,
+        worker_init_fn=start_worker,
     )
 
 
@@ -276,7 +277,14 @@ def check_shared_memory(cfg: CfgNode, world_size: int, local_size: int) -> None:
         )
 
 
-def _one_thread(worker: int) -> None:
-    """A worker is one core's work: threads inside it would only compete with other workers."""
+def start_worker(worker: int) -> None:
+    """A worker is one core's work: threads inside it would only compete with other workers.
+
+    A signal to the whole job is for the training process alone, which needs the batch at hand and
+    ends its workers itself: SIGINT is ignored, and SIGTERM the first time.
+    """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    last = lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL)  # noqa: E731
+    signal.signal(signal.SIGTERM, last)

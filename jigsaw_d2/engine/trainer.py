@@ -39,6 +39,7 @@ from jigsaw_d2.engine.hooks import (
     MeterPrinter,
     WriterHook,
 )
+from jigsaw_d2.engine.interrupt import StopNotice
 from jigsaw_d2.engine.lr_schedule import build_lr_scheduler
 from jigsaw_d2.engine.precision import Precision, configure_backends
 from jigsaw_d2.engine.replay import sample_ids, save_step
@@ -104,6 +105,7 @@ class JigsawTrainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.resumed: dict[str, Any] = {}
+        self._notice = StopNotice()
         self.register_hooks(self.build_hooks())
 
     @classmethod
@@ -200,7 +202,7 @@ class JigsawTrainer(DefaultTrainer):
             ),
             hooks.LRScheduler(),
             build_erf_refresh_hook(cfg, model, self.store, self._macs),
-            CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD),
+            CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD, self._notice, cfg.TEST.EVAL_PERIOD),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
         ]
         if comm.is_main_process():
@@ -318,7 +320,8 @@ class JigsawTrainer(DefaultTrainer):
     def _evaluate(self) -> OrderedDict:
         start = time.perf_counter()
         average_statistics(self.checkpointer.model)
-        self._last_eval_results = self.test(self.cfg, self.checkpointer.model)
+        with self._notice.evaluating(self.device):
+            self._last_eval_results = self.test(self.cfg, self.checkpointer.model)
         images = self.cfg.INPUT.JIGSAW.EVAL_IMAGES if self._last_eval_results else 0
         if images:
             seconds = (time.perf_counter() - start) * comm.get_world_size()

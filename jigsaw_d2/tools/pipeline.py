@@ -134,7 +134,8 @@ class Pipeline:
             settings = {"annotations": file_digest(annotations), "seed": self.seed}
             settings |= {"options": [*options], **self._registered}
             stage = (f"extract {split}", (*argv, *options), folder, folder / "store", settings)
-            stages.append(Stage(*stage, "--overwrite"))
+            held_out = ("annotations",) if split == "val" else ()
+            stages.append(Stage(*stage, "--overwrite", held_out=held_out))
         return stages
 
     def pretraining(
@@ -183,12 +184,13 @@ class Pipeline:
         argv += ("--weights", str(weights or SCRATCH), *self._flags, *pairs)
         settings = {
             "weights": file_digest(weights) if weights else SCRATCH,
-            "annotations": [file_digest(data.train_json), file_digest(data.val_json)],
+            "annotations": file_digest(data.train_json),
+            "held_out": file_digest(data.val_json),
             **config_settings(cfg),
             **self._registered,
         }
-        steps = cfg.SOLVER.MAX_ITER
-        return Stage(title, argv, folder, folder / "results.json", settings, "--resume", steps)
+        stage = (title, argv, folder, folder / "results.json", settings, "--resume")
+        return Stage(*stage, cfg.SOLVER.MAX_ITER, ("held_out",), "--eval-only")
 
     def _detector_sizes(self, overrides: Sequence[str]) -> tuple[str, str]:
         """The detector's MIN_SIZE_TRAIN, of several their mean, and MAX_SIZE_TRAIN."""

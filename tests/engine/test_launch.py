@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -81,6 +83,48 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
         losses = read_losses(broken / f"losses{rank}")
         assert {i for i, _ in losses} == set(range(12))
         assert all(loss == expected[i] for i, loss in losses)
+
+
+def test_a_notice_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
+    options = tiny_options(tmp_path, "SOLVER.CHECKPOINT_PERIOD", 100)
+    argv = [*CONFIG, *options]
+    assert join(start_ranks(argv, tmp_path, NOTICE="TERM step 5")) == [143, 143]
+    # They ask each other after the steps 0, 4, 8 ...
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000008.pth"
+    assert join(start_ranks(["--resume", *argv], tmp_path)) == [0, 0]
+    for rank in (0, 1):
+        assert [i for i, _ in read_losses(tmp_path / f"losses{rank}")] == list(range(12))
+
+
+WAITING = """
+import os, pathlib, sys, time
+from jigsaw_d2.engine.interrupt import StopNotice
+from jigsaw_d2.engine.launch import launch_job
+
+def wait(folder):
+    notice = StopNotice()
+    notice.listen()
+    (pathlib.Path(folder) / str(os.getpid())).touch()
+    while not notice.number:
+        time.sleep(0.01)
+    sys.exit(128 + notice.number)
+
+if __name__ == "__main__":
+    launch_job(wait, 2, dist_url="auto", args=(sys.argv[1],), device="cpu")
+"""
+
+
+def test_a_notice_to_the_process_that_started_the_others_reaches_them(tmp_path):
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "job.py").write_text(WAITING)
+    command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "ranks")]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while len(list((tmp_path / "ranks").iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == 143 and "Traceback" not in said
 
 
 def test_a_rank_that_fails_does_not_wait_for_the_others(tmp_path):

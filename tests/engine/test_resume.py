@@ -98,6 +98,32 @@ def test_killed_at_a_moment_of_the_clocks_choosing(unbroken, tmp_path):
     assert_same_run(tmp_path, unbroken)
 
 
+@pytest.mark.parametrize(
+    "notice, status, checkpoint",
+    [
+        ("TERM step 7", 143, "model_0000007.pth"),
+        ("INT step 44", 130, "model_final.pth"),
+        ("TERM evaluation", 143, "model_before_evaluation.pth"),
+    ],
+)
+def test_told_to_stop_it_leaves_the_step_at_hand(unbroken, tmp_path, notice, status, checkpoint):
+    """No step is lost and none done twice; nothing says so in a traceback."""
+    argv, losses = [*CONFIG, *options(tmp_path)], str(tmp_path / "losses")
+    argv += ["SOLVER.CHECKPOINT_PERIOD", "100"]
+    said = tmp_path / "stderr"
+    assert train(argv, LOSSES=losses, NOTICE=notice, STDERR=str(said)) == status
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == checkpoint
+    assert "Traceback" not in said.read_text()
+    assert "stopped by SIG" in (tmp_path / "run" / "log.txt").read_text()
+    assert train(["--resume", *argv], LOSSES=losses) == 0
+    assert [i for i, _ in read_losses(tmp_path / "losses")] == list(range(45))
+    assert read_losses(tmp_path / "losses") == read_losses(unbroken / "losses")
+    ours, theirs = (
+        torch.load(f / "run" / "model_final.pth", weights_only=True) for f in (tmp_path, unbroken)
+    )
+    assert flat(ours["model"]) == flat(theirs["model"])
+
+
 def test_starting_over_an_existing_run_is_refused(unbroken, tmp_path):
     config = (unbroken / "run" / "config.yaml").read_text()
     argv = [*CONFIG, *options(unbroken), "SOLVER.BASE_LR", "7.0"]
