@@ -27,7 +27,7 @@ def build_model():
     torch.manual_seed(0)
     return JigsawPretrainer(
         backbone=tiny_backbone(),
-        in_feature="res5",
+        in_features=["res5"],
         num_classes=3,
         template=TINY,
         pixel_mean=[123.675, 116.28, 103.53],

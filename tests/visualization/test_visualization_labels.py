@@ -45,10 +45,10 @@ def test_loss_map_averages_to_the_loss(trained, tmp_path):
     model, cfg = load_pretrainer(CONFIG, str(tmp_path / "model_final.pth"), TINY)
     batch = rgb_stream(cfg, [str(tmp_path / "store")])[range(1)]
     images = normalise(batch["image"], cfg)
-    losses = cell_losses(model, images, batch["gt_classes"][0])
+    losses = cell_losses(model, images, batch["gt_classes"][0])["res5"]
     regions = model.cell_regions
     with torch.no_grad():
-        logits = model.cell_logits(images)
+        logits = model.cell_logits(images)["res5"]
         expected = erf_adaptive_loss(logits, batch["gt_classes"], model.erf_weights, regions)
     torch.testing.assert_close(region_means(losses, regions).mean(), expected)
 
