@@ -37,11 +37,16 @@ class Named(Backbone):
 class Halving(Backbone):
     """Five convolutions that halve the image: features "c1" to "c5" of stride 2 to 32."""
 
-    def __init__(self, channels: tuple[int, ...] = (8, 16, 16, 16, 16), norm: str = "BN") -> None:
+    def __init__(self, norm: str = "BN", kernel: int = 3) -> None:
         super().__init__()
-        pairs = zip((3, *channels), channels)
+        channels = (8, 16, 16, 16, 16)
         self.layers = nn.ModuleList(
-            Conv2d(a, b, 3, 2, 1, norm=get_norm(norm, b), activation=nn.ReLU()) for a, b in pairs
+            Conv2d(
+                *(inside, outside, kernel, 2, kernel // 2),
+                norm=get_norm(norm, outside),
+                activation=nn.ReLU(),
+            )
+            for inside, outside in zip((3, *channels), channels)
         )
         self._out_features = [f"c{n + 1}" for n in range(len(channels))]
         self._out_feature_strides = {f: 2 ** (n + 1) for n, f in enumerate(self._out_features)}
@@ -54,11 +59,11 @@ class Halving(Backbone):
         return features
 
 
-def small_pyramid(norm: str = "BN", seed: int = 0) -> FPN:
+def small_pyramid(norm: str = "BN", kernel: int = 3, seed: int = 0) -> FPN:
     """p3, p4 and p5 of 16 channels on ``Halving``."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return FPN(Halving(norm=norm), ["c3", "c4", "c5"], 16)
+        return FPN(Halving(norm, kernel), ["c3", "c4", "c5"], 16)
 
 
 def ones_conv(inputs: int, outputs: int, **geometry: int) -> nn.Conv2d:

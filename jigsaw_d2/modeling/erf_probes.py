@@ -3,9 +3,10 @@
 Where a cell sees depends on its row and on its column in much the same way in every column and row,
 and not smoothly: a pyramid enlarges coarse features by copying, so its cells move in steps. Probes
 on a grid of rows and columns miss the steps; here a regular lattice gives nearly every row and
-every column a probe of its own. On p3 of a ResNet-18's pyramid, of 28x28 cells, the weights that 49
-probes give differ from those of all cells by 0.002 on average and 0.017 at most; interpolated
-between 7x7 of them, by 0.004 and 0.048.
+every column a probe of its own. Of a random ResNet-18's pyramid the weights on p3, of 28x28 cells,
+that 49 probes give differ from those of all cells by 0.002 on average and 0.017 at most;
+interpolated between 7x7 of them, by 0.004 and 0.048. Trained networks of a few channels have cells
+that see by chance what their neighbours do not: 0.003 to 0.006 on average, 0.03 to 0.07 at most.
 
 Shape letters: h, w feature cells; S = 4 regions R1 top-left, R2 top-right, R3 bottom-left,
 R4 bottom-right.
@@ -21,7 +22,7 @@ MAX_PROBES = 49
 _GOLDEN = (math.sqrt(5) - 1) / 2
 # Standard deviations of the smoothing: cells that share a row or column, and the rest in the
 # feature's side. Chosen by the error above and of p4.
-_ROW_SIGMA, _MAP_SIGMA = 0.3, 0.12
+_ROW_SIGMA, _MAP_SIGMA = 0.3, 0.08
 
 
 def probe_cells(h: int, w: int) -> list[tuple[int, int]] | None:
@@ -73,7 +74,8 @@ def fill_between(region_sums: Tensor, cells: list[tuple[int, int]] | None) -> Te
     beside = beside + smooth(left - beside, tall, wide)
     corner = above * beside + smooth(r1 - top * left, tall, wide)
     parts = (corner, above - corner, beside - corner, 1 - above - beside + corner)
-    filled = torch.stack(parts, dim=-1).clamp_min(0) * (totals * known).sum() / known.sum()
+    mean = totals.where(known > 0, 0.0).sum() / known.sum()
+    filled = torch.stack(parts, dim=-1).clamp_min(0) * mean
     return torch.where(probed[..., None], region_sums, filled)
 
 
