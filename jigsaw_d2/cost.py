@@ -178,6 +178,7 @@ def backbone_macs(backbone: "CfgNode | nn.Module", height: int, width: int) -> i
         cfg.defrost()
         cfg.MODEL.DEVICE = "cpu"
         cfg.MODEL.RESNETS.NORM = "BN"  # exists everywhere, and does not change the count
+        cfg.MODEL.FPN.NORM = cfg.MODEL.FPN.NORM and "BN"
         backbone = build_backbone(cfg)
     backbone = copy.deepcopy(backbone).eval()
     parameter = next(backbone.parameters())

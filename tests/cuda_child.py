@@ -111,13 +111,15 @@ def configs(folder: Path) -> dict:
     """The shipped configurations with their own backbones, narrow; each trained, then resumed."""
     found = {}
     for name in sorted(set(shipped_configs().values())):
-        resnets = get_jigsaw_cfg(f"{name}.yaml").MODEL.RESNETS
+        model = get_jigsaw_cfg(f"{name}.yaml").MODEL
+        resnets = model.RESNETS
         width = 32 // resnets.NUM_GROUPS
         narrow = ("MODEL.RESNETS.STEM_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", width)
         if resnets.DEPTH > 34:
             narrow += ("MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.RESNETS.DEPTH", 50)
         run = (
-            folder / name, f"{name}.yaml", *narrow, "MODEL.BACKBONE.NAME", "build_resnet_backbone",
+            folder / name, f"{name}.yaml", *narrow, "MODEL.BACKBONE.NAME", model.BACKBONE.NAME,
+            "MODEL.FPN.OUT_CHANNELS", 8, "MODEL.JIGSAW.ERF.NUM_IMAGES", 3,
             "MODEL.JIGSAW.ERF.PERIOD", 3, "MODEL.JIGSAW.ERF.FIGURES", True,
             "SOLVER.IMS_PER_BATCH", 2, "INPUT.JIGSAW.EVAL_IMAGES", 2, "SOLVER.MAX_ITER",
         )  # fmt: skip

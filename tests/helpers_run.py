@@ -17,6 +17,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from helpers_networks import small_pyramid
 from helpers_store import make_store
 from torch import nn
 
@@ -60,6 +61,16 @@ def build_tiny_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TinyBackbone:
 def build_plain_tiny_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TinyBackbone:
     """Without dropout; with NORM "" its loss is a mean over images, each on its own."""
     return TinyBackbone(cfg.MODEL.RESNETS.NORM, dropout=0.0)
+
+
+@BACKBONE_REGISTRY.register()
+def build_tiny_pyramid(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    return small_pyramid(cfg.MODEL.RESNETS.NORM)
+
+
+# KEY VALUE pairs of a run with all that several features bring.
+PYRAMID = ("MODEL.BACKBONE.NAME", "build_tiny_pyramid", "MODEL.JIGSAW.IN_FEATURES")
+PYRAMID += (["p3", "p4", "p5"], "MODEL.JIGSAW.ERF.NUM_IMAGES", 4)
 
 
 def tiny_options(folder: Path, *overrides: object) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from detectron2.modeling import Backbone
+from detectron2.modeling import FPN, Backbone
 from torch import nn
 
 from jigsaw_d2.checkpoint.convert import read_tensors
@@ -26,7 +26,8 @@ class LoadReport:
 
     filled: tuple[str, ...]  # names in the network, each filled from the file
     mismatch: str  # what does not fit, in lines; "" where all has its counterpart and its use
-    no_room: tuple[str, ...]  # in the file, of stages that the network has not (RPN on C4: res5)
+    # In the file, of parts that the network has not (RPN on C4: res5; all C4: the pyramid).
+    no_room: tuple[str, ...]
     new_offsets: tuple[str, ...]  # of deformable stages, in the network, that start at zero
     new_modules: tuple[str, ...]  # the network's others with tensors; they keep their values
 
@@ -73,10 +74,13 @@ def load_backbone(
         theirs, more = _by_place(arrays, prefix)
         theirs |= {name: key for name, key in more.items() if name in pyramid}
         held = {name: arrays[key] for name, key in theirs.items()}
-    ours = body | {name: key for name, key in pyramid.items() if name in held}
+    # Of a pyramid each module that the file has, and that wholly; the others stay as they are.
+    modules = {name.split(".")[0] for name in held}
+    ours = body | {name: k for name, k in pyramid.items() if name.split(".")[0] in modules}
     fresh = {n for n in ours if new_offsets and ".conv2_offset." in n and n not in held}
-    absent_stages = set(STAGES) - {name.split(".")[0] for name in body}
-    no_room = sorted(name for name in held if name.split(".")[0] in absent_stages)
+    parts = {*STAGES, *(m for m in modules if m.startswith(("fpn_", "top_block")))}
+    absent = parts - {name.split(".")[0] for name in ours}
+    no_room = sorted(name for name in held if name.split(".")[0] in absent)
     shared = sorted(set(ours) & set(held))
     other_shape = [n for n in shared if held[n].shape != tuple(state[ours[n]].shape)]
     filled = {ours[name]: held[name] for name in shared if name not in other_shape}
@@ -142,6 +146,7 @@ def _other_use(module: nn.Module, metadata: WeightsMetadata | None, input_format
         "pixel_std": metadata.pixel_std,
         "input_format": metadata.input_format,
         "stride_in_1x1": metadata.architecture.stride_in_1x1,
+        "fuse_type": (metadata.levels or {}).get("fuse_type"),
     }
     done = {"input_format": input_format or getattr(module, "input_format", None)}
     for key in ("pixel_mean", "pixel_std"):
@@ -150,6 +155,8 @@ def _other_use(module: nn.Module, metadata: WeightsMetadata | None, input_format
     for name, block in module.named_modules():
         if name.endswith("res3.0") and hasattr(block, "conv3"):  # a bottleneck that strides
             done["stride_in_1x1"] = block.conv1.stride == (2, 2)
+        if isinstance(block, FPN):
+            done["fuse_type"] = block._fuse_type
     return [
         f"{key}: file {value}, network {done[key]}"
         for key, value in said.items()

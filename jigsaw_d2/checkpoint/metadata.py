@@ -103,7 +103,7 @@ def norm_family(norm: str) -> str:
 
 def fits(key: str, have: Any, need: Any) -> bool:
     """Whether value ``have`` of a config key serves weights that require ``need``."""
-    if key == "MODEL.RESNETS.NORM":
+    if key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM"):
         return norm_family(have) == norm_family(need)
     if isinstance(need, (list, tuple)) and isinstance(have, (list, tuple)):
         near = (abs(a - b) <= _PIXEL_TOLERANCE for a, b in zip(have, need))
@@ -188,6 +188,9 @@ class WeightsMetadata:
     dataset: str = ""  # of the pre-training; the hash is over its image ids
     dataset_hash: str = ""
     code_version: str = ""  # of the software that trained the weights
+    # {"trained": features that were classified} and of a feature pyramid {"norm": its family,
+    # "fuse_type", "out_channels"}; None, and then not in the file, where res5 alone was
+    levels: dict[str, Any] | None = field(default=None, hash=False)
     format_version: int = FORMAT_VERSION
     digest: str = ""  # SHA-256 over metadata and tensors; "" until they are written
 
@@ -195,6 +198,8 @@ class WeightsMetadata:
         """Plain Python values, which YAML, JSON and ``torch.load(weights_only=True)`` can read."""
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         values["architecture"] = {k: _plain(v) for k, v in asdict(self.architecture).items()}
+        if self.levels is None:
+            del values["levels"]  # as in older files, which keep their digest
         return values
 
     @classmethod
@@ -213,6 +218,7 @@ class WeightsMetadata:
                 "use the version of jigsaw_d2 that wrote the file"
             )
         odd = set(values) ^ {f.name for f in fields(cls)}
+        odd.discard("levels")
         if odd:
             raise CheckpointError(f"{where}: missing or unknown keys {sorted(odd)}")
         values = dict(values)
@@ -257,6 +263,11 @@ class WeightsMetadata:
             norm = self.architecture.norm
             required["MODEL.RESNETS.NORM"] = "FrozenBN" if norm == "BN" else norm
             required["MODEL.RESNETS.STRIDE_IN_1X1"] = self.architecture.stride_in_1x1
+        if self.levels and "norm" in self.levels:
+            norm = self.levels["norm"]
+            required["MODEL.FPN.NORM"] = "FrozenBN" if norm == "BN" else norm
+            required["MODEL.FPN.FUSE_TYPE"] = self.levels["fuse_type"]
+            required["MODEL.FPN.OUT_CHANNELS"] = self.levels["out_channels"]
         return required
 
     def sealed(self, tensors: Mapping[str, np.ndarray]) -> "WeightsMetadata":

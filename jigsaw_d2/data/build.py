@@ -45,8 +45,9 @@ class JigsawBatches(Dataset):
         """
         Returns:
             {"image": uint8 (N, 3, H, W), channels innermost in memory, as images are decoded;
-            "gt_classes" and "sample_ids": int64 (N, 4) in region order, "position": number of the
-            first image, "damaged": list of (id, reason)}.
+            "gt_classes" and "sample_ids": int64 (N, 4) in region order, "shown_boxes": int64
+            (N, 4, 4) if the mapper makes them, "position": number of the first image, "damaged":
+            list of (id, reason)}.
 
         Raises:
             DataError: the store was removed or replaced since it was opened.
@@ -70,10 +71,10 @@ class JigsawBatches(Dataset):
             )
             for position, out in zip(positions, images.numpy())
         ]
+        stacked = [k for k in ("gt_classes", "sample_ids", "shown_boxes") if k in made[0]]
         return {
             "image": images.permute(0, 3, 1, 2),
-            "gt_classes": torch.stack([image["gt_classes"] for image in made]),
-            "sample_ids": torch.stack([image["sample_ids"] for image in made]),
+            **{key: torch.stack([image[key] for image in made]) for key in stacked},
             "position": positions[0],
             "damaged": [entry for image in made for entry in image["damaged"]],
         }

@@ -37,6 +37,7 @@ class MeterHook(HookBase):
         images: int,
         pixels: int,
         macs: int,
+        pyramid_macs: int = 0,
         device: torch.device,
         world_size: int = 1,
         checkpoint_period: int = 0,
@@ -47,6 +48,7 @@ class MeterHook(HookBase):
             images: per step, over all ranks.
             pixels: per image.
             macs: multiply-accumulates of one image's forward pass.
+            pyramid_macs: those of them that a feature pyramid adds to its bottom-up network.
             device: whose memory is looked at.
             world_size: number of devices that work on a step.
             checkpoint_period: of the run; what a checkpoint holds is in the cost log before it.
@@ -55,6 +57,9 @@ class MeterHook(HookBase):
         self._images = images
         self._pixels = pixels
         self._macs = macs
+        self._facts = {"macs_per_image": macs}
+        if pyramid_macs:
+            self._facts["pyramid_macs_per_image"] = pyramid_macs
         self._device = device
         self._world_size = world_size
         self._checkpoint_period = checkpoint_period
@@ -95,7 +100,7 @@ class MeterHook(HookBase):
                 pixels=images * self._pixels,
                 flops=2 * self._macs * TRAIN_FORWARDS * images,
                 seconds=self._seconds * self._world_size,
-                macs_per_image=self._macs,
+                **self._facts,
             )
         self._steps, self._seconds = 0, 0.0
 

@@ -85,7 +85,9 @@ class JigsawTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         check_trainable(model)
         self.device = device = model.device
-        self._macs = backbone_macs(model.backbone, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE)
+        size, bottom_up = cfg.INPUT.JIGSAW.TEMPLATE_SIZE, getattr(model.backbone, "bottom_up", None)
+        self._macs = backbone_macs(model.backbone, *size)
+        self._pyramid_macs = self._macs - backbone_macs(bottom_up, *size) if bottom_up else 0
         self.cost_log = CostLog(cfg.OUTPUT_DIR, device_name(device), writes=comm.is_main_process())
         if cfg.MODEL.JIGSAW.ACTIVATION_CHECKPOINTING:
             checkpoint_activations(model.backbone)
@@ -196,6 +198,7 @@ class JigsawTrainer(DefaultTrainer):
                 images=cfg.SOLVER.IMS_PER_BATCH,
                 pixels=height * width,
                 macs=self._macs,
+                pyramid_macs=self._pyramid_macs,
                 device=self.device,
                 world_size=comm.get_world_size(),
                 checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,

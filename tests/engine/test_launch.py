@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.utils import comm
-from helpers_run import read_losses, start, tiny_options, torchrun_variables, train
+from helpers_run import PYRAMID, read_losses, start, tiny_options, torchrun_variables, train
 from torch.multiprocessing import ProcessRaisedException
 
 from jigsaw_d2.engine.launch import as_peer_lost, launch_job
@@ -55,6 +55,23 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
     assert len(one) == 12 and one[0] != one[-1]
     for rank in (0, 1):
         assert values(tmp_path / f"losses{rank}") == pytest.approx(one, rel=1e-5)
+
+
+def test_two_processes_train_a_pyramid_as_one_does(tmp_path):
+    """Gradients of every level are those of all images, and so are its ERF weights."""
+    several = (*PYRAMID, "MODEL.RESNETS.NORM", "", "MODEL.JIGSAW.LEVELS", "assign")
+    options = tiny_options(tmp_path, *several, "MODEL.JIGSAW.ASSIGN_BOX_SIZE", 8)
+    assert train([*CONFIG, *options], LOSSES=str(tmp_path / "one")) == 0
+    two = [*CONFIG, *options, "OUTPUT_DIR", str(tmp_path / "two")]
+    assert join(start_ranks(two, tmp_path)) == [0, 0]
+    assert values(tmp_path / "losses1") == pytest.approx(values(tmp_path / "one"), rel=1e-5)
+    one, both = (
+        torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"]
+        for name in ("run", "two")
+    )
+    assert {"erf_weights_p3", "backbone.fpn_lateral4.weight"} <= set(one)
+    for name, value in one.items():
+        torch.testing.assert_close(both[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_two_processes_accumulate_as_one_does(tmp_path):

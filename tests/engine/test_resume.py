@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_run import read_losses, start, tiny_options, train
+from helpers_run import PYRAMID, read_losses, start, tiny_options, train
 from helpers_store import make_store
 
 CONFIG = ["--config-file", "Base-JigsawPretrain.yaml"]
@@ -83,6 +83,31 @@ def test_killed_in_a_step_in_a_write_and_before_the_tag(unbroken, tmp_path):
     # The ledger counts what was spent: 45 steps, and those that kills made necessary twice.
     ledger = json.loads((run / "cost.json").read_text())["stages"]
     assert ledger["pretraining"]["images"] >= 45 * 4
+
+
+def test_several_features_resume_bit_for_bit(tmp_path):
+    """Each level's ERF weights come back; levels share out the samples, padding does not count."""
+    several = (*PYRAMID, "MODEL.JIGSAW.LEVELS", "assign", "MODEL.JIGSAW.ASSIGN_BOX_SIZE", 8)
+    several += ("MODEL.JIGSAW.IGNORE_PADDING", True, "MODEL.JIGSAW.SHARED_CLASSIFIER", False)
+    states = []
+    for name, kill in (("unbroken", ""), ("broken", "step 8")):
+        folder = tmp_path / name
+        folder.mkdir()
+        argv = [*CONFIG, *tiny_options(folder, *several)]
+        losses = str(folder / "losses")
+        assert train(argv, LOSSES=losses, KILL=kill) == (-9 if kill else 0)
+        if kill:
+            assert train(["--resume", *argv], LOSSES=losses) == 0
+        states.append(torch.load(folder / "run" / "model_final.pth", weights_only=True))
+    expected, losses = (dict(read_losses(tmp_path / n / "losses")) for n in ("unbroken", "broken"))
+    assert losses == expected and len(losses) == 12
+    assert flat(states[0]["model"]) == flat(states[1]["model"])
+    assert flat(states[0]["optimizer"]) == flat(states[1]["optimizer"])
+    cost = json.loads((tmp_path / "unbroken" / "run" / "cost.json").read_text())["stages"]
+    assert 0 < cost["pretraining"]["pyramid_macs_per_image"]
+    assert cost["pretraining"]["pyramid_macs_per_image"] < cost["pretraining"]["macs_per_image"]
+    text = (tmp_path / "unbroken" / "run" / "metrics.json").read_text()
+    assert "erf/p3_outside_share_R1" in text
 
 
 def test_killed_at_a_moment_of_the_clocks_choosing(unbroken, tmp_path):
