@@ -179,11 +179,6 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
         replace(_ERF, name=f"length x{factor:g}", length=factor) for factor in (0.25, 0.5, 1, 2)
     ),
 }
-# Of a detector that shall train within a minute: both sides within 128 pixels.
-SMALL_IMAGES = (
-    *("INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MAX_SIZE_TRAIN", "128"),
-    *("INPUT.MIN_SIZE_TEST", "128", "INPUT.MAX_SIZE_TEST", "128"),
-)
 PRESETS: dict[str, Plan] = {
     "smoke": Plan(
         preset="smoke",
@@ -192,18 +187,12 @@ PRESETS: dict[str, Plan] = {
         seeds=(0, 1, 2),
         pretrain_config="jigsaw_R_18_cpu.yaml",
         detector_config="finetune/faster_rcnn_R_18_FPN_small.yaml",
-        # Pre-training takes about 30 % of the total cost, as in Table 5 (1.73 of 5.8 GPU-days).
-        pretrain_iterations=160,
-        detection_iterations=260,
-        # Within minutes, more steps teach more than larger batches, and small images more than
-        # large ones: objects shrink to about 60 pixels, so the canvas shrinks with them.
+        pretrain_iterations=600,
+        detection_iterations=250,
         pretrain=(
-            *("SOLVER.IMS_PER_BATCH", "8", "SOLVER.BASE_LR", "0.025"),
-            *("INPUT.JIGSAW.TEMPLATE_SIZE", "[160, 160]"),
-            *("MODEL.JIGSAW.ERF.NUM_IMAGES", "4", "MODEL.JIGSAW.ERF.PERIOD", "80"),
-            *("INPUT.JIGSAW.EVAL_IMAGES", "16"),
+            *("INPUT.JIGSAW.FIT_TO", "auto", "SOLVER.IMS_PER_BATCH", "32"),
+            *("MODEL.JIGSAW.ERF.NUM_IMAGES", "4", "MODEL.JIGSAW.ERF.PERIOD", "200"),
         ),
-        detector=SMALL_IMAGES,
         evaluations=2,
     ),
     "small": Plan(
@@ -216,7 +205,7 @@ PRESETS: dict[str, Plan] = {
         pretrain_iterations=1000,
         detection_iterations=3000,
         pretrain=(
-            *("SOLVER.IMS_PER_BATCH", "32", "SOLVER.BASE_LR", "0.1"),
+            *("INPUT.JIGSAW.FIT_TO", "auto", "SOLVER.IMS_PER_BATCH", "32", "SOLVER.BASE_LR", "0.1"),
             *("SOLVER.WARMUP_ITERS", "100", "MODEL.JIGSAW.ERF.PERIOD", "200"),
         ),
         detector=(
