@@ -31,7 +31,8 @@ class Trainer:
         (clock,) = self.callbacks
         now[0] += 100  # start-up
         clock.on_train_start(self, None)
-        clock.on_train_epoch_start(self, None)
+        if not self.global_step:  # Lightning calls it for no epoch that it goes on with
+            clock.on_train_epoch_start(self, None)
         while self.global_step < self.max_steps and not self.should_stop:
             if not trial and str(self.global_step) == os.environ.get("DIES"):
                 raise SystemExit("killed")

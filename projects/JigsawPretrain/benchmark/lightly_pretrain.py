@@ -46,6 +46,7 @@ class Clock(pytorch_lightning.Callback):
         """What was lost since the checkpoint is done again, and counts once."""
         self.seconds *= trainer.global_step / max(1, self.done)
         self.done = trainer.global_step
+        self._mark = time.perf_counter()  # an epoch gone on with has no start
 
     def on_train_epoch_start(self, trainer, module) -> None:
         """Before the first batch is asked for."""
