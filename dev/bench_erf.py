@@ -7,8 +7,8 @@ refresh and an iteration (forward, backward, SGD step) of the same network are i
 process, in float32, on one core; medians of CPU seconds, which other work on the machine leaves be.
 The batch is computed in parts of ``--images``, so that both sides see tensors of the same size.
 Counted: a refresh runs every image forward once and backward to the input once a cell, a training
-iteration runs every image forward once and backward twice as much. ``--pyramid``: of p3 to p5, which
-share the images out and of which 49 cells at most are probed.
+iteration runs every image forward once and backward twice as much. ``--pyramid``: of p3 to p5,
+which share the images out and of which 49 cells at most are probed.
 """
 
 import argparse
