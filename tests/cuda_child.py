@@ -18,7 +18,7 @@ import detectron2.engine.defaults
 import fake_cuda
 import torch
 import torch._dynamo
-from helpers_run import tiny_options, torchrun_variables
+from helpers_run import PYRAMID, tiny_options, torchrun_variables
 from helpers_store import make_store
 from helpers_weights import C4, FPN, SMALL, make_coco
 
@@ -39,6 +39,10 @@ RUNS = PRECISIONS | {
     "accumulated": (
         *PRECISIONS["fp16"],
         *("MODEL.JIGSAW.ACTIVATION_CHECKPOINTING", True, "SOLVER.ACCUMULATION_STEPS", 2),
+    ),
+    "levels": (
+        *(*PRECISIONS["fp16"], *PYRAMID, "MODEL.JIGSAW.LEVELS", "assign"),
+        *("MODEL.JIGSAW.ASSIGN_BOX_SIZE", 8, "MODEL.JIGSAW.IGNORE_PADDING", True),
     ),
 }
 # Seconds after which a job has hung.

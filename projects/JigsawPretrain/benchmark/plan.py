@@ -165,6 +165,13 @@ def _variants(prefix: str, key: str, values: tuple[object, ...], base: Arm) -> t
 
 
 _ERF, _BLOCK = jigsaw_arm(), jigsaw_arm("block_wise")
+# The pyramid of the presets' FPN detector; boxes of a canvas of 160 pixels reach p5.
+_PYRAMID = (
+    *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.OUT_CHANNELS", "64"),
+    *("MODEL.RESNETS.OUT_FEATURES", "['res3', 'res4', 'res5']"),
+    *("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']"),
+    *("MODEL.JIGSAW.IN_FEATURES", "['p3', 'p4', 'p5']", "MODEL.JIGSAW.ASSIGN_BOX_SIZE", "32"),
+)
 ABLATIONS: dict[str, tuple[Arm, ...]] = {
     "objective": tuple(jigsaw_arm(objective) for objective in OBJECTIVES),  # Table 2
     # Table 1's best row is Table 2's block-wise one, so it was run with that objective.
@@ -173,6 +180,15 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
     "negatives": tuple(
         replace(_ERF, name=f"positives per negative {n}", extract=("--negative-ratio", str(n)))
         for n in (2, 10, 50)
+    ),
+    "levels": (  # Sec. 4.2 leaves it open
+        replace(_ERF, name="res5"),
+        *_variants(
+            "p3 to p5,",
+            "MODEL.JIGSAW.LEVELS",
+            ("all", "assign"),
+            replace(_ERF, pretrain=(*_ERF.pretrain, *_PYRAMID)),
+        ),
     ),
     "tau": _variants("tau", "MODEL.JIGSAW.TAU", (0.5, 0.6, 0.7, 0.8, 1.0), _ERF),  # Fig. 7a
     "iterations": tuple(  # Fig. 7b: 16k, 32k, 64k, 128k
