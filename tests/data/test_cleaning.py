@@ -166,6 +166,55 @@ def test_extraction_and_detectron2_see_the_same_objects(tmp_path: Path) -> None:
     assert reasons == {r for r, entry in made.log.to_dict().items() if entry["kind"] == "fault"}
 
 
+# What tools write for one object of one image, as they document it: image, annotation, categories.
+EXPORTS = {
+    "cvat": (
+        {"license": 0, "flickr_url": "", "coco_url": "", "date_captured": 0},
+        {"attributes": {"occluded": False}, "segmentation": []},
+        [{"id": 1, "name": "a", "supercategory": ""}],
+    ),
+    "label_studio": (
+        {"file_name": "../../label-studio/data/media/upload/1/a.png"},
+        {"id": 0, "category_id": 0, "ignore": 0, "segmentation": []},
+        [{"id": 0, "name": "a"}],
+    ),
+    "label_studio_windows": (
+        {"file_name": "images\\a.png"},
+        {"id": 0, "category_id": 0, "ignore": 0, "segmentation": []},
+        [{"id": 0, "name": "a"}],
+    ),
+    "roboflow": (
+        {"license": 1, "date_captured": "2024-01-01T00:00:00+00:00", "extra": {"name": "x.png"}},
+        {"id": 0, "bbox": [10, 10, 30.5, 20.25], "area": 617.6, "segmentation": []},
+        [{"id": 0, "name": "parts", "supercategory": "none"}, {"id": 1, "name": "a"}],
+    ),
+    "labelme2coco": (
+        {},
+        {"segmentation": [[10, 10, 40, 10, 40, 30]], "area": 300},
+        [{"id": 1, "name": "a", "supercategory": "a"}],
+    ),
+    "fiftyone": (
+        {"license": None, "coco_url": None},
+        {"category_id": 0, "score": None, "area": 600.0},
+        [{"id": 0, "name": "a", "supercategory": None}],
+    ),
+}
+
+
+@pytest.mark.parametrize("tool", EXPORTS)
+def test_exports_of_tools(tmp_path: Path, tool: str) -> None:
+    of_image, of_annotation, categories = EXPORTS[tool]
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (80, 60)).save(tmp_path / "images" / "a.png")
+    path = tmp_path / "result.json"
+    lists = {"images": [image() | of_image], "annotations": [whole() | of_annotation]}
+    path.write_text(json.dumps({"info": {}, "licenses": [], **lists, "categories": categories}))
+    made = clean_set(CocoSource(path, tmp_path / "images"))
+    assert made.objects == 1 and made.data.categories[-1] == "a"
+    (entry,) = made.to_coco()["annotations"]
+    assert entry["id"] > 0 and entry["iscrowd"] == 0 and entry["bbox"][:2] == [10, 10]
+
+
 def test_strict_stops_and_many_images_are_shared_out(tmp_path: Path) -> None:
     source = CocoSource(*make_bad_coco(tmp_path / "bad"))
     with pytest.raises(DataError, match="stopped because of --strict"):
