@@ -220,6 +220,8 @@ class CocoSource:
             if entry["id"] in names:
                 repeated = f"{self.json_file}: category {entry['id']} {entry['name']!r}"
                 log.add("category_id_repeated", repeated)
+            if not isinstance(entry["name"], str):
+                log.add("category_name_not_text", f"{self.json_file}: {entry['name']!r}")
             names.setdefault(entry["id"], str(entry["name"]))
         if not names:
             raise DataError(f'{self.json_file}: "categories" is empty, so there is no class')

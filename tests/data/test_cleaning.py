@@ -57,6 +57,9 @@ def test_a_good_set_is_left_as_it_is(tmp_path: Path) -> None:
         ({"id": "ann-1"}, "annotation_id_unusable", "id", 1),
         ({"id": -1}, "annotation_id_unusable", "id", 1),
         ({"bbox": ["10", "10", "30", "20"]}, "number_is_text", "bbox", BOX),
+        ({"area": "600"}, "number_is_text", "area", 600.0),
+        ({"iscrowd": "0"}, "number_is_text", "iscrowd", 0),
+        ({"iscrowd": "0", "bbox": ["10", 10, 30, 20]}, "number_is_text", "bbox", BOX),
         ({"category_id": "3"}, "id_of_other_kind", "category_id", 3),
         ({"image_id": "1"}, "id_of_other_kind", "image_id", 1),
         ({"segmentation": [[10, 10, 40, 30]]}, "segmentation_unusable", "segmentation", None),
@@ -78,6 +81,7 @@ def test_ignored_objects_and_crowds_are_crowds(tmp_path: Path, flag: dict) -> No
     made, content = clean(tmp_path, [image()], [whole(**flag), whole(bbox=[1, 1, 5, 5], id=8)])
     assert [a["iscrowd"] for a in content["annotations"]] == [1, 0]
     assert made.objects == 1 and "ignore" not in content["annotations"][0]
+    assert made.is_as_it_was == (flag == {"iscrowd": 1})  # all that Detectron2 reads rightly
 
 
 @pytest.mark.parametrize(
@@ -129,10 +133,11 @@ def test_a_byte_order_mark_and_text_ids(tmp_path: Path) -> None:
 def test_two_categories_of_one_name_are_told_apart(tmp_path: Path) -> None:
     path = write_json(tmp_path / "set.json", [], [])
     content = json.loads(path.read_text())
-    content["categories"] = [{"id": n, "name": t} for n, t in enumerate(("a", "a (2)", "a", "b"))]
+    content["categories"] = [{"id": n, "name": t} for n, t in enumerate(("a", "a (2)", "a", 5))]
     path.write_text(json.dumps(content))
     made = clean_set(CocoSource(path, tmp_path))
-    assert made.data.categories == ["a", "a (2)", "a (3)", "b"]
+    assert made.data.categories == ["a", "a (2)", "a (3)", "5"]
+    assert made.log.counts["category_name_not_text"] == 1
     assert made.log.counts["category_name_repeated"] == 1
 
 
