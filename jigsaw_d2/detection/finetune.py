@@ -195,6 +195,11 @@ class FinetuneTrainer(DefaultTrainer):
             *(hook for hook in made if isinstance(hook, hooks.PeriodicWriter)),
         ]
 
+    def train(self) -> None:
+        """Run to SOLVER.MAX_ITER and evaluate; a notice to stop is heeded until then."""
+        with self._notice:
+            super().train()
+
     def save_checkpoint(self, name: str) -> None:
         """Write ``name``.pth, with the random states of every rank, which all must call it."""
         states = gather_random_states(self._device)

@@ -156,9 +156,6 @@ class CheckpointHook(HookBase):
     def before_train(self) -> None:
         self._notice.listen()
 
-    def after_train(self) -> None:
-        self._notice.end()
-
     def after_step(self) -> None:
         iteration, done = self.trainer.iter, self.trainer.iter + 1
         number, name = self._notice.agreed(iteration), f"model_{iteration:07d}"

@@ -31,7 +31,7 @@ PATIENCE = 2.0
 
 
 class StopNotice:
-    """Remembers the signal that this process got while it listens.
+    """Remembers the signal that this process got while it listens; a context manager ends that.
 
     Attributes:
         number: of the signal; 0 = none.
@@ -46,8 +46,10 @@ class StopNotice:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
-    def end(self) -> None:
-        """Signals do again what they did before."""
+    def __enter__(self) -> "StopNotice":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

@@ -59,8 +59,10 @@ class JigsawCheckpointer(DetectionCheckpointer):
             with open_atomically(path) as stream:
                 torch.save({"model": self.model.state_dict(), **state}, stream)
             self.tag_last_checkpoint(path.name)
-        except (OSError, RuntimeError) as error:  # PyTorch's writer says the latter of a full disk
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except (OSError, RuntimeError) as error:  # the latter is PyTorch's writer, on a full disk
+            refused = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
+            reason = f"the disk is full, it seems ({str(error).splitlines()[0]})"
+            reason = refused.strerror if refused else reason
             raise RunError(
                 f"cannot write {path}: {reason}; {self.last_whole()} Make room, then the same "
                 "command with --resume goes on"

@@ -234,7 +234,8 @@ class JigsawTrainer(DefaultTrainer):
         """
         loader = self.build_train_loader(self.cfg, start_iter=self.start_iter, store=self.store)
         self._trainer.feed(loader)
-        super().train()
+        with self._notice:
+            super().train()
         return getattr(self, "_last_eval_results", None) if comm.is_main_process() else None
 
     def run_step(self) -> None:

@@ -113,7 +113,7 @@ class Pipeline:
         cleaned = clean_sets(cfg)
         check_sets(cfg, cleaned)
         for path, clean in zip((self.data.train_json, self.data.val_json), cleaned.values()):
-            say(describe(path, clean))
+            say(f"{describe(path, clean)}\n")
 
     def extraction(
         self, samples: Path, options: Sequence[str] = (), detector: Sequence[str] = ()

@@ -274,13 +274,13 @@ def test_on_from_a_whole_detector(tmp_path: Path, capsys) -> None:
         finetune(cfg, resume=True)
 
 
-@pytest.mark.parametrize("at", ["step", "evaluation"])
+@pytest.mark.parametrize("at", ["step", "evaluation", "last evaluation"])
 def test_told_to_stop_a_detector_goes_on_as_if_it_had_not_been(
     at: str, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ["SOLVER.MAX_ITER", "4", "TEST.EVAL_PERIOD", "2", "SOLVER.BASE_LR", "0.01"]
     more += ["SEED", "-1"]
-    given = settings(tmp_path, f"told_{at}", *more)
+    given = settings(tmp_path, f"told_{at.replace(' ', '_')}", *more)
 
     def final(folder: str) -> dict:
         checkpoint = torch.load(tmp_path / folder / "model_final.pth", weights_only=True)
@@ -291,8 +291,9 @@ def test_told_to_stop_a_detector_goes_on_as_if_it_had_not_been(
 
     def tell(self, *args):
         result = (step if at == "step" else test)(self, *args)
-        if not told and (at == "evaluation" or self.iter == 1):
-            told.append(os.kill(os.getpid(), signal.SIGTERM))
+        told.append(at == "evaluation" or len(told) == 1)  # in the second step or evaluation
+        if told[-1] and told.count(True) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         return result
 
     step, test = FinetuneTrainer.run_step, FinetuneTrainer.test.__func__
@@ -302,8 +303,8 @@ def test_told_to_stop_a_detector_goes_on_as_if_it_had_not_been(
         with pytest.raises(SystemExit) as stopped:
             finetune(setup_finetune(FPN, weights, given))
     assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    name = "model_0000001.pth" if at == "step" else "model_before_evaluation.pth"
-    assert (out / "last_checkpoint").read_text() == name
+    names = {"step": "model_0000001.pth", "evaluation": "model_before_evaluation.pth"}
+    assert (out / "last_checkpoint").read_text() == names.get(at, "model_final.pth")
     finetune(setup_finetune(FPN, weights, given), resume=True)
     resumed = final("out")
     seed = re.search(r"^SEED: (\d+)$", (out / "config.yaml").read_text(), re.MULTILINE)[1]

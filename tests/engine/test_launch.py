@@ -14,8 +14,8 @@ from detectron2.utils import comm
 from helpers_run import PYRAMID, read_losses, start, tiny_options, torchrun_variables, train
 from torch.multiprocessing import ProcessRaisedException
 
-from jigsaw_d2.engine.launch import as_peer_lost, launch_job
-from jigsaw_d2.io import ConfigError, PeerLostError, RunError
+from jigsaw_d2.engine.launch import as_peer_lost, explained, launch_job
+from jigsaw_d2.io import ConfigError, DataError, PeerLostError, RunError
 
 CONFIG = ["--config-file", "Base-JigsawPretrain.yaml"]
 # Its loss is a mean over images, none of which sees another: the same however they are shared out.
@@ -288,3 +288,24 @@ def test_one_process_is_called_directly(monkeypatch):
 
 def test_other_errors_are_left_alone():
     assert as_peer_lost(RuntimeError("Connection closed by peer"), 600) is None  # no peers here
+
+
+@pytest.mark.parametrize(
+    "error, kind, said",
+    [
+        (
+            "DataError:Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most "
+            "recent call last):\n  File ...\njigsaw_d2.io.DataError: the store changed: a.tar\n",
+            DataError,
+            "^the store changed: a.tar$",
+        ),
+        ("RuntimeError:DataLoader worker (pid 7) is killed by signal: Killed. ", RunError, "NUM_W"),
+        ("OutOfMemoryError:CUDA out of memory. Tried to", RunError, "lower SOLVER.IMS_PER_BATCH"),
+        ("RuntimeError:a bug of ours", RuntimeError, "^a bug of ours$"),
+    ],
+)
+def test_errors_of_workers_and_of_the_machine_are_told_in_words(error, kind, said):
+    name, _, text = error.partition(":")
+    raised = {"DataError": DataError, "OutOfMemoryError": torch.OutOfMemoryError}
+    with pytest.raises(kind, match=said), explained(600):
+        raise raised.get(name, RuntimeError)(text)

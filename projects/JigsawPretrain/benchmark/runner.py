@@ -103,7 +103,9 @@ class Comparison:
 
         Raises:
             ConfigError: the folder holds a comparison of other settings; nothing is changed there.
+            DataError: a set that some stage could not use.
         """
+        self.plan.pipeline(self.data).check_data(self.plan.detector)
         if pool:  # two runs must not cut the same store
             for arm in (arm for arm in self.plan.arms if arm.kind == "jigsaw"):
                 with suppress(JigsawError, OSError, NotYet):  # the run will say so
