@@ -1,6 +1,5 @@
 """Fine-tuning and evaluation of a detector, by Detectron2's own trainer and COCO evaluator."""
 
-import functools
 import json
 import logging
 import math
@@ -13,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, default_setup, hooks
@@ -26,11 +24,11 @@ from torch import nn
 from jigsaw_d2.checkpoint import detector
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.metadata import WeightsMetadata
-from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops, device_name, record_stage
 from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.detection.config import read_metadata
 from jigsaw_d2.detection.data import check_registered
 from jigsaw_d2.detection.loader import ResumableLoader
+from jigsaw_d2.detection.meter import ComputeMeter, CostLogHook, bare
 from jigsaw_d2.engine.hooks import CheckpointHook
 from jigsaw_d2.engine.interrupt import StopNotice
 from jigsaw_d2.engine.launch import explained, lock_output
@@ -45,71 +43,6 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 METADATA_NAMES = ("weights_metadata.yaml", "passport.yaml")  # the second: version 1 of ours
-
-
-class ComputeMeter:
-    """Counts seconds, images and their pixels, with padding, that enter a detector while open.
-
-    ``stage`` of the cost log: "finetuning", or "evaluation", which has no backward passes.
-    """
-
-    def __init__(self, model: nn.Module, output_dir: str, stage: str) -> None:
-        self._backbone, self._output_dir, self._stage = _bare(model).backbone, output_dir, stage
-        self.images, self.pixels, self.seconds = 0, 0, 0.0
-
-    @functools.cached_property
-    def flops_per_pixel(self) -> float:
-        """Of the backbone with FPN, backward pass included; proposals and RoI heads are not."""
-        forwards = TRAIN_FORWARDS if self._stage == "finetuning" else 1
-        return forwards * backbone_flops(self._backbone, 128, 128) / 128**2
-
-    def __enter__(self) -> "ComputeMeter":
-        self._handle = self._backbone.register_forward_pre_hook(self._note)
-        self._start = time.perf_counter()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds += time.perf_counter() - self._start
-        self._handle.remove()
-
-    def _note(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        images, _, height, width = inputs[0].shape
-        self.images += images
-        self.pixels += images * height * width
-
-    def book(self) -> None:
-        """Enter the job's share so far, taken as this rank's times the number of ranks."""
-        if comm.is_main_process() and self.images:
-            ranks = comm.get_world_size()
-            record_stage(
-                self._output_dir,
-                self._stage,
-                images=self.images * ranks,
-                pixels=self.pixels * ranks,
-                flops=self.flops_per_pixel * self.pixels * ranks,
-                seconds=self.seconds * ranks,
-                device=device_name(next(self._backbone.parameters()).device),
-            )
-        self.images, self.pixels, self.seconds = 0, 0, 0.0
-
-
-class CostLogHook(HookBase):
-    """Books the compute of training steps every 20 of them, so that a kill loses no more."""
-
-    def before_train(self) -> None:
-        output_dir = self.trainer.cfg.OUTPUT_DIR
-        self._meter = ComputeMeter(self.trainer.model, output_dir, "finetuning")
-
-    def before_step(self) -> None:
-        self._meter.__enter__()
-
-    def after_step(self) -> None:
-        self._meter.__exit__()
-        if (self.trainer.iter + 1) % 20 == 0:
-            self._meter.book()
-
-    def after_train(self) -> None:
-        self._meter.book()
 
 
 class FastCOCOEvaluator(COCOEvaluator):
@@ -162,9 +95,9 @@ class FinetuneTrainer(DefaultTrainer):
                 mine = states[comm.get_rank()]
                 self._trainer.data_loader.on_start = lambda: set_random_state(mine, self._device)
         elif self.origin == detector.ORIGIN:
-            detector.load_detector(_bare(self.model), self.cfg.MODEL.WEIGHTS, self.strict)
+            detector.load_detector(bare(self.model), self.cfg.MODEL.WEIGHTS, self.strict)
         elif self.cfg.MODEL.WEIGHTS:
-            model, offsets = _bare(self.model), self.cfg.MODEL.JIGSAW.NEW_OFFSETS
+            model, offsets = bare(self.model), self.cfg.MODEL.JIGSAW.NEW_OFFSETS
             load_backbone(model, self.cfg.MODEL.WEIGHTS, self.strict, new_offsets=offsets)
         else:
             logger.info("from scratch: every tensor is random")
@@ -262,7 +195,7 @@ class FinetuneTrainer(DefaultTrainer):
     @classmethod
     def test_all_scales(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """Evaluate with test-time augmentation, TEST.AUG (Fig. 8, "ms test"); keys end in _TTA."""
-        model = GeneralizedRCNNWithTTA(cfg, _bare(model))
+        model = GeneralizedRCNNWithTTA(cfg, bare(model))
         evaluators = [cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, model, evaluators)
         return OrderedDict((f"{task}_TTA", values) for task, values in results.items())
@@ -362,13 +295,6 @@ def _check_output(folder: Path, metadata: WeightsMetadata, resume: bool) -> None
                     f"{folder} was started from other weights ({earlier}); resume with the same "
                     "--weights"
                 )
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The detector inside its wrappers (several GPUs; test-time augmentation)."""
-    if isinstance(model, GeneralizedRCNNWithTTA):
-        return model.model
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def _finite(value: Any) -> Any:
