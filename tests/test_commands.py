@@ -58,6 +58,7 @@ def test_users_mistake_is_one_line_and_status_2(capsys):
         (OSError(errno.EROFS, "Read-only file system", "/o/a"), "/o/a: Read-only file system", 2),
         (OSError(errno.ENOSPC, "No space left"), "the system refuses: No space left", 2),
         (KeyboardInterrupt(), "stopped", 130),
+        (SystemExit(143), "stopped", 143),
     ],
 )
 def test_what_the_machine_refuses_or_a_user_stops_is_one_line(capsys, error, said, status):

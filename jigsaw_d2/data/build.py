@@ -8,8 +8,10 @@ r, r + R, r + 2R ...: so the images of a step do not depend on R, only who makes
 import itertools
 import logging
 import math
+import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -281,11 +283,17 @@ def check_shared_memory(cfg: CfgNode, world_size: int, local_size: int) -> None:
 def start_worker(worker: int) -> None:
     """A worker is one core's work: threads inside it would only compete with other workers.
 
-    A signal to the whole job is for the training process alone, which needs the batch at hand and
-    ends its workers itself: SIGINT is ignored, and SIGTERM the first time.
+    A signal to the whole job is for the training process alone, which needs the batch at hand: of
+    SIGINT and SIGTERM a worker heeds that one which its parent sends to end it.
     """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    last = lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL)  # noqa: E731
-    signal.signal(signal.SIGTERM, last)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_at_parents_word, daemon=True).start()
+
+
+def _end_at_parents_word() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from jigsaw_d2.io import JigsawError
 
+STOPPED = (130, 143)  # statuses after SIGINT, SIGTERM
+
 
 def run_command(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
     """Exit status of ``main(argv)``; what a user or the machine did wrong is one line, and 2."""
@@ -23,6 +25,9 @@ def run_command(main: Callable[[list[str] | None], int], argv: list[str] | None 
             raise
         sys.stderr.write(f"error: {error.filename or 'the system refuses'}: {error.strerror}\n")
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; what is finished is kept\n")
-        return 130
+    except (KeyboardInterrupt, SystemExit) as stop:
+        status = getattr(stop, "code", STOPPED[0])
+        if status in STOPPED:
+            sys.stderr.write("stopped; the same command, a training's with --resume, goes on\n")
+            return status
+        raise

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import subprocess
 from itertools import islice
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 from data.test_store import flip
 from detectron2.config import CfgNode
 from helpers_store import make_store
+from torch.utils.data import DataLoader
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data.build import (
@@ -18,6 +20,7 @@ from jigsaw_d2.data.build import (
     build_jigsaw_train_loader,
     check_shared_memory,
     fit_input,
+    start_worker,
 )
 from jigsaw_d2.data.fit import fit_template
 from jigsaw_d2.data.store import SampleStore
@@ -212,3 +215,18 @@ def test_fit_needs_to_know_the_images(store):
         fit_input(make_cfg(store, INPUT__JIGSAW__FIT_TO="auto"), store)
     with pytest.raises(ConfigError, match="use auto"):
         fit_input(make_cfg(store, INPUT__JIGSAW__FIT_TO="yes"), store)
+
+
+def test_workers_end_at_their_parent_s_word_alone() -> None:
+    """A job's signal reaches them, too, while the training process still needs its batch."""
+    batches = iter(DataLoader(list(range(1000)), num_workers=1, worker_init_fn=start_worker))
+    next(batches)
+    (worker,) = batches._workers
+    for name in ("TERM", "INT", "TERM"):  # of another process than the parent
+        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
+    next(batches)
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
