@@ -80,6 +80,7 @@ setup(
         "tabulate>=0.9",
     ],
     extras_require={
+        "timm": ["timm>=1.0.15"],
         "benchmark": ["scipy>=1.13", "submitit>=1.5.2"],
         "test": ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.90"],
         "lint": ["black>=24", "isort>=5.12", "flake8>=6"],

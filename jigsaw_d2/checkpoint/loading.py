@@ -4,17 +4,29 @@ Detectron2's own loading matches names by suffix and only warns about the rest; 
 loads trains all the same, and worse. Here all of it loads, or nothing does.
 """
 
+import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from detectron2.modeling import Backbone
 from torch import nn
 
 from jigsaw_d2.checkpoint.convert import read_tensors
 from jigsaw_d2.checkpoint.metadata import STAGES, WeightsMetadata, fits
+from jigsaw_d2.checkpoint.network import (
+    TOLERANCE,
+    compute_features,
+    difference,
+    fill,
+    find_prefix,
+    normalise,
+    picture,
+)
 from jigsaw_d2.io import WeightsError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +40,7 @@ class LoadReport:
     mismatch: str  # what does not fit, in lines; "" where all has its counterpart and its use
     no_room: tuple[str, ...]  # in the file, of stages that the network has not (RPN on C4: res5)
     new_offsets: tuple[str, ...]  # of deformable stages, in the network, that start at zero
+    new_outputs: tuple[str, ...]  # in the network, for outputs that the pre-training did not use
     new_modules: tuple[str, ...]  # the network's others with tensors; they keep their values
 
 
@@ -53,9 +66,10 @@ def load_backbone(
         trust: see ``read_weights``.
 
     Raises:
-        WeightsError: a tensor of the backbone is not in the file, a tensor of the file is not in
-            the backbone though its stage is, shapes differ, or the network normalises its input or
-            strides otherwise than the metadata says. Nothing is loaded then.
+        WeightsError: a tensor of the backbone is not in the file, though an output that was trained
+            depends on it; a tensor of the file is not in the backbone though its stage is; shapes
+            differ; the network normalises its input or strides otherwise than the metadata says, or
+            gives a fixed picture other features than the pre-training's. Nothing is loaded then.
         JigsawError: the file cannot be trusted or read.
     """
     arrays, metadata = read_tensors(file, trust)
@@ -66,11 +80,11 @@ def load_backbone(
             f"such with convert_weights.py --input {file} --output ..."
         )
     state = module.state_dict()
-    body, pyramid = _by_place(state, "" if alone else "backbone.")
+    prefix = find_prefix(state, arrays if metadata else ())
+    body, pyramid = _by_place(state, prefix, alone)
     held = arrays
     if metadata is None:
-        prefix = "backbone." if any(name.startswith("backbone.") for name in arrays) else ""
-        theirs, more = _by_place(arrays, prefix)
+        theirs, more = _by_place(arrays, find_prefix(arrays, body), alone)
         theirs |= {name: key for name, key in more.items() if name in pyramid}
         held = {name: arrays[key] for name, key in theirs.items()}
     ours = body | {name: key for name, key in pyramid.items() if name in held}
@@ -84,12 +98,27 @@ def load_backbone(
         f"{name}: file {held[name].shape}, network {tuple(state[ours[name]].shape)}"
         for name in other_shape
     ]
+    missing, new_outputs, other_features = sorted(set(ours) - set(held) - fresh), [], []
     mismatches = {
-        "In the network, not in the file": sorted(set(ours) - set(held) - fresh),
         "In the file, not in the network": sorted(set(held) - set(ours) - set(no_room)),
         "Other shapes": shapes,
         "Used otherwise than in the pre-training": _other_use(module, metadata, input_format),
     }
+    if metadata and metadata.network and not any(mismatches.values()):
+        zeros = {name: np.zeros(tuple(state[ours[name]].shape)) for name in fresh}
+        inputs = (held | zeros, metadata, input_format)
+        features = _features(module, prefix, *inputs)
+        if not missing:
+            other_features = _other_features(features, metadata.network)
+        elif metadata.network["in_feature"] in features.keys() & metadata.network["features"]:
+            changed = {
+                name: np.random.default_rng(0).random(state[ours[name]].shape) for name in missing
+            }
+            moved = _features(module, prefix, inputs[0] | changed, *inputs[1:])
+            if _keep_trained_outputs(features, moved, metadata.network):
+                missing, new_outputs = [], missing
+    mismatches["In the network, not in the file"] = missing
+    mismatches["Other features of a fixed picture"] = other_features
     report = LoadReport(
         filled=tuple(filled),
         mismatch="\n".join(
@@ -99,6 +128,7 @@ def load_backbone(
         ),
         no_room=tuple(no_room),
         new_offsets=tuple(sorted(ours[name] for name in fresh)),
+        new_outputs=tuple(ours[name] for name in new_outputs),
         new_modules=_modules(set(state) - set(ours.values())),
     )
     if strict and report.mismatch:
@@ -116,21 +146,88 @@ def load_backbone(
     return report
 
 
-def _by_place(names: Iterable[str], prefix: str) -> tuple[dict[str, str], dict[str, str]]:
-    """({name in a converted file: name here}, the same of what a pyramid adds to its backbone).
+def _by_place(
+    names: Iterable[str], prefix: str, alone: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    """({name in a converted file: name here}, the same of what a wrapper adds to its backbone).
 
-    A backbone's stages lie bare, inside an FPN (bottom_up), or, C4's res5, in the RoI heads.
+    A backbone's stages lie under ``prefix``, or, C4's res5, in the RoI heads. What lies beside it
+    within an FPN or the like is the wrapper's; beside a detector's backbone are its heads.
     """
     names = [name for name in names if not name.endswith("num_batches_tracked")]
     body = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+    outer = prefix.rstrip(".").rpartition(".")[0]
     pyramid: dict[str, str] = {}
-    if any(name.startswith("bottom_up.") for name in body):
-        pyramid = {n: key for n, key in body.items() if not n.startswith("bottom_up.")}
-        body = {n.removeprefix("bottom_up."): k for n, k in body.items() if n not in pyramid}
+    if prefix and (outer or alone):
+        outer += "." if outer else ""
+        beside = [n for n in names if n.startswith(outer) and not n.startswith(prefix)]
+        pyramid = {name.removeprefix(outer): name for name in beside}
     for name in names:
         if name.startswith("roi_heads.res5."):
             body[name.removeprefix("roi_heads.")] = name
     return body, pyramid
+
+
+def _features(
+    module: nn.Module,
+    prefix: str,
+    arrays: Mapping[str, np.ndarray],
+    metadata: WeightsMetadata,
+    input_format: str,
+) -> dict[str, torch.Tensor]:
+    """What the backbone in ``module`` would make of the fixed picture with ``arrays``.
+
+    {} where it does not run on a picture of the pre-training's size; the log says why.
+    """
+    network = metadata.network or {}
+    if not network["features"]:
+        return {}
+    body = fill(copy.deepcopy(module.get_submodule(prefix[:-1])), arrays)
+    head = copy.deepcopy(getattr(getattr(module, "roi_heads", None), "res5", None))
+    if head is not None:
+        fill(head, {n.removeprefix("res5."): a for n, a in arrays.items() if n.startswith("res5.")})
+    form = input_format or getattr(module, "input_format", None) or metadata.input_format
+    image = picture(*network["picture"], form, network["input_channels"])
+    source = module if hasattr(module, "pixel_mean") and hasattr(module, "pixel_std") else metadata
+    try:
+        return compute_features(body, normalise(image, source), head)
+    except Exception as error:  # a backbone of anyone's
+        logger.warning(
+            "the network does not run on a picture of %dx%d pixels (%s): what it computes is not "
+            "compared with the pre-training",
+            *(*network["picture"], f"{type(error).__name__}: {error}".splitlines()[0]),
+        )
+        return {}
+
+
+def _other_features(features: Mapping[str, torch.Tensor], network: Mapping[str, Any]) -> list[str]:
+    """The features that are not those of the pre-training."""
+    said = {name: value for name, value in network["features"].items() if name in features}
+    strided = {n: v["shape"] for n, v in said.items() if list(features[n].shape[1:]) != v["shape"]}
+    for name, shape in strided.items():  # a dilated res5 does so, which is a detector's choice
+        logger.warning(
+            "%s has another stride than in the pre-training (shape %s, not %s): not compared",
+            *(name, list(features[name].shape[1:]), shape),
+        )
+    apart = {n: difference(v, features[n]) for n, v in said.items() if n not in strided}
+    if features and not apart:
+        logger.warning("no feature of the pre-training's is an output here: none was compared")
+    return [f"{n}: {100 * d:.2g} % of its norm apart" for n, d in apart.items() if d > TOLERANCE]
+
+
+def _keep_trained_outputs(
+    features: Mapping[str, torch.Tensor],
+    moved: Mapping[str, torch.Tensor],
+    network: Mapping[str, Any],
+) -> bool:
+    """Whether outputs of lower levels than the trained one alone ``moved`` with some tensors."""
+    trained = network["in_feature"]
+    cells = features[trained].shape[2:].numel()
+    higher = [name for name, value in features.items() if value.shape[2:].numel() <= cells]
+    only = {"features": {trained: network["features"][trained]}}
+    return not _other_features(features, only) and all(
+        torch.equal(features[name], moved[name]) for name in higher
+    )
 
 
 def _other_use(module: nn.Module, metadata: WeightsMetadata | None, input_format: str) -> list[str]:
@@ -173,6 +270,9 @@ def _log(file: str | Path, report: LoadReport, alone: bool) -> None:
         stages = ", ".join(sorted({name.split(".")[0] for name in report.no_room}))
         left_out = len(report.no_room)
         logger.warning("%s: the network has no %s; left out %d tensors", file, stages, left_out)
+    if report.new_outputs:
+        names = ", ".join(report.new_outputs)
+        logger.warning("new, for outputs that the pre-training did not use: %s", names)
     if report.new_offsets:
         logger.info("%d offsets of deformable stages start at zero", len(report.new_offsets))
     if report.new_modules:

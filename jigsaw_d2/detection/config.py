@@ -23,6 +23,7 @@ from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
 from jigsaw_d2.config import add_jigsaw_config, find_config, refuse_code
 from jigsaw_d2.detection.data import prepare_data
 from jigsaw_d2.io import ConfigError, write_text
+from jigsaw_d2.modeling.backbones import library_of
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,10 @@ def apply_metadata(
             f"MODEL.JIGSAW.ORIGIN is {wanted!r}, but the weights are {metadata.origin!r}: this "
             "config is a row of the paper's tables that starts from other weights"
         )
-    network, use = metadata.architecture.required_config(), metadata.required_config()
+    network, use = metadata.network_config(), metadata.required_config()
+    library = library_of((metadata.network or {}).get("backbone", ""))
+    if library and library_of(cfg.MODEL.BACKBONE.NAME) != library:
+        network["MODEL.BACKBONE.NAME"] = cfg.MODEL.BACKBONE.NAME.replace("resnet", library)
     is_scratch = metadata.origin == "scratch"
     is_detector = metadata.origin == detector.ORIGIN
     if is_detector:

@@ -28,6 +28,7 @@ from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops, device_name, record_s
 from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.detection.config import read_metadata
 from jigsaw_d2.detection.data import check_registered
+from jigsaw_d2.engine.optimizer import build_optimizer
 from jigsaw_d2.io import RunError, write_text
 
 try:
@@ -156,6 +157,12 @@ class FinetuneTrainer(DefaultTrainer):
             return super().build_model(cfg)
         except AssertionError as error:
             raise RunError(f"Detectron2 cannot build this detector: {error}") from error
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Detectron2's SGD, or as the pre-training's by SOLVER.OPTIMIZER and LAYER_DECAY."""
+        is_plain = cfg.SOLVER.OPTIMIZER == "SGD" and cfg.SOLVER.LAYER_DECAY == 1
+        return super().build_optimizer(cfg, model) if is_plain else build_optimizer(cfg, model)
 
     def build_hooks(self) -> list[HookBase]:
         """The cost log's before Detectron2's, so that evaluations are no part of its steps."""
