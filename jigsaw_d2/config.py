@@ -87,9 +87,14 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Keep batch norm's statistics and weights, which the few images of a detector's batch spoil;
     # set for a detector whose weights have batch norm, refused in a pre-training.
     cfg.MODEL.TIMM.FREEZE_NORM = False
-    # The same keys for build_torchvision_backbone and so on: any of
+    cfg.MODEL.TORCHVISION = CfgNode()
+    # As of MODEL.TIMM, for build_torchvision_backbone and so on: any of
     # torchvision.models.list_models() that is a chain of modules.
-    cfg.MODEL.TORCHVISION = cfg.MODEL.TIMM.clone()
+    cfg.MODEL.TORCHVISION.NAME = ""
+    cfg.MODEL.TORCHVISION.KWARGS = []
+    cfg.MODEL.TORCHVISION.WEIGHTS = ""
+    cfg.MODEL.TORCHVISION.OUT_FEATURES = []
+    cfg.MODEL.TORCHVISION.FREEZE_NORM = False
 
     cfg.MODEL.JIGSAW.ERF = CfgNode()
     # Iterations between two refreshes of the weights of Eq. 2; Sec. 3.3: every 5k iterations.

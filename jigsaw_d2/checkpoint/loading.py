@@ -17,7 +17,13 @@ from detectron2.modeling import Backbone
 from torch import nn
 
 from jigsaw_d2.checkpoint.convert import read_tensors
-from jigsaw_d2.checkpoint.metadata import STAGES, WeightsMetadata, fits
+from jigsaw_d2.checkpoint.metadata import (
+    STAGES,
+    Shapes,
+    WeightsMetadata,
+    fits,
+    read_architecture,
+)
 from jigsaw_d2.checkpoint.network import (
     TOLERANCE,
     compute_features,
@@ -27,6 +33,7 @@ from jigsaw_d2.checkpoint.network import (
     normalise,
     picture,
 )
+from jigsaw_d2.checkpoint.positions import resize_positions
 from jigsaw_d2.io import WeightsError
 
 logger = logging.getLogger(__name__)
@@ -40,6 +47,7 @@ class LoadReport:
     mismatch: str  # what does not fit, in lines; "" where all has its counterpart and its use
     no_room: tuple[str, ...]  # in the file, of stages that the network has not (RPN on C4: res5)
     new_offsets: tuple[str, ...]  # of deformable stages, in the network, that start at zero
+    interpolated: tuple[str, ...]  # position embeddings, in the network, fitted to its grid
     new_outputs: tuple[str, ...]  # in the network, for outputs that the pre-training did not use
     new_modules: tuple[str, ...]  # the network's others with tensors; they keep their values
 
@@ -93,6 +101,10 @@ def load_backbone(
     no_room = sorted(name for name in held if name.split(".")[0] in absent_stages)
     shared = sorted(set(ours) & set(held))
     other_shape = [n for n in shared if held[n].shape != tuple(state[ours[n]].shape)]
+    grids = {n: resize_positions(n, held[n], tuple(state[ours[n]].shape)) for n in other_shape}
+    grids = {name: array for name, array in grids.items() if array is not None}
+    held = {**held, **grids}
+    other_shape = [name for name in other_shape if name not in grids]
     filled = {ours[name]: held[name] for name in shared if name not in other_shape}
     shapes = [
         f"{name}: file {held[name].shape}, network {tuple(state[ours[name]].shape)}"
@@ -104,7 +116,7 @@ def load_backbone(
         "Other shapes": shapes,
         "Used otherwise than in the pre-training": _other_use(module, metadata, input_format),
     }
-    if metadata and metadata.network and not any(mismatches.values()):
+    if metadata and metadata.network and not any(mismatches.values()) and not grids:
         zeros = {name: np.zeros(tuple(state[ours[name]].shape)) for name in fresh}
         inputs = (held | zeros, metadata, input_format)
         features = _features(module, prefix, *inputs)
@@ -119,15 +131,21 @@ def load_backbone(
                 missing, new_outputs = [], missing
     mismatches["In the network, not in the file"] = missing
     mismatches["Other features of a fixed picture"] = other_features
+    reasons = []
+    if missing or other_shape or mismatches["In the file, not in the network"]:
+        network = {name: tuple(state[key].shape) for name, key in body.items()}
+        reasons = _reasons({name: array.shape for name, array in held.items()}, network, module)
+    texts = ["\n    ".join([f"  Another network ({len(reasons)}):", *reasons])] if reasons else []
+    for title, lines in mismatches.items():
+        shown = lines[:3] if reasons else lines
+        shown = [*shown, "..."] if len(shown) < len(lines) else shown
+        texts += ["\n    ".join([f"  {title} ({len(lines)}):", *shown])] if lines else []
     report = LoadReport(
         filled=tuple(filled),
-        mismatch="\n".join(
-            "\n    ".join([f"  {title} ({len(lines)}):", *lines])
-            for title, lines in mismatches.items()
-            if lines
-        ),
+        mismatch="\n".join(texts),
         no_room=tuple(no_room),
         new_offsets=tuple(sorted(ours[name] for name in fresh)),
+        interpolated=tuple(ours[name] for name in grids),
         new_outputs=tuple(ours[name] for name in new_outputs),
         new_modules=_modules(set(state) - set(ours.values())),
     )
@@ -230,6 +248,33 @@ def _keep_trained_outputs(
     )
 
 
+def _reasons(file: Shapes, network: Shapes, module: nn.Module) -> list[str]:
+    """In a config's words, why tensors do not fit, and what helps; [] where that is not known."""
+    has_c4_head = hasattr(getattr(module, "roi_heads", None), "res5")
+    try:
+        said = read_architecture(file)
+    except WeightsError:
+        text = (
+            "a C4 detector ends in a res5 of Detectron2's ResNet, which the file has not: choose "
+        )
+        return [text + "an FPN config"] if has_c4_head else []
+    if said["depth"] in (18, 34) and has_c4_head:
+        return ["Detectron2's C4 detectors have no basic blocks, as depth 18 and 34: choose FPN"]
+    try:
+        found = read_architecture(network)
+    except WeightsError:
+        return []
+    lines = []
+    for key in sorted(said.keys() & found.keys()):
+        if said[key] != found[key]:
+            helps = "finetune_net.py --match-architecture takes it from the weights"
+            if key == "deform_on_per_stage" and not any(said[key]):
+                helps = "MODEL.JIGSAW.NEW_OFFSETS True starts the offsets at zero"
+            values = f"file {said[key] or 'none'}, network {found[key] or 'none'}"
+            lines.append(f"MODEL.RESNETS.{key.upper()}: {values}; {helps}")
+    return lines
+
+
 def _other_use(module: nn.Module, metadata: WeightsMetadata | None, input_format: str) -> list[str]:
     """What the network does otherwise than the pre-training did, though every shape may fit."""
     if metadata is None:
@@ -270,6 +315,13 @@ def _log(file: str | Path, report: LoadReport, alone: bool) -> None:
         stages = ", ".join(sorted({name.split(".")[0] for name in report.no_room}))
         left_out = len(report.no_room)
         logger.warning("%s: the network has no %s; left out %d tensors", file, stages, left_out)
+    if report.interpolated:
+        names = ", ".join(report.interpolated)
+        logger.warning(
+            "position embeddings interpolated to the network's grid, as ViTDet does: %s; its "
+            "features then differ and are not compared with the pre-training's",
+            names,
+        )
     if report.new_outputs:
         names = ", ".join(report.new_outputs)
         logger.warning("new, for outputs that the pre-training did not use: %s", names)

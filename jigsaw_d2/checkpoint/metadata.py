@@ -109,6 +109,9 @@ def fits(key: str, have: Any, need: Any) -> bool:
     """Whether value ``have`` of a config key serves weights that require ``need``."""
     if key == "MODEL.RESNETS.NORM":
         return norm_family(have) == norm_family(need)
+    if key.endswith(".KWARGS"):  # position embeddings are fitted to another size of images
+        have, need = ({k: v for k, v in pairs if k != "img_size"} for pairs in (have, need))
+        return have == need
     if isinstance(need, (list, tuple)) and isinstance(have, (list, tuple)):
         near = (abs(a - b) <= _PIXEL_TOLERANCE for a, b in zip(have, need))
         return len(have) == len(need) and all(near)

@@ -175,7 +175,7 @@ def normalise(image: Tensor, source: Any) -> Tensor:
 
 
 def numbers(feature: Tensor) -> dict[str, Any]:
-    """Shape, norm, and a few sums over all values, each weighted by a cosine of its position."""
+    """Its shape, norm, and some sums over all values, each weighted by a cosine of the position."""
     values = feature.double().flatten().cpu().numpy()
     position = np.arange(values.size, dtype=np.float64)
     sums = [float(values @ np.cos(frequency * position)) for frequency in _FREQUENCIES]

@@ -207,6 +207,8 @@ def apply_metadata(
             cfg.merge_from_list([key, value])
         else:
             conflicts.append(f"{key}: config {have}, weights {value}")
+            if key.endswith("DEFORM_ON_PER_STAGE") and not any(value):
+                conflicts[-1] += " (MODEL.JIGSAW.NEW_OFFSETS True starts the offsets at zero)"
     if conflicts and not force:
         raise ConfigError(
             f"config and weights contradict each other: {'; '.join(conflicts)}; leave the "

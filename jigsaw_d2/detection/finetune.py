@@ -28,7 +28,7 @@ from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops, device_name, record_s
 from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.detection.config import read_metadata
 from jigsaw_d2.detection.data import check_registered
-from jigsaw_d2.engine.optimizer import build_optimizer
+from jigsaw_d2.engine.optimizer import backbone_of, build_optimizer
 from jigsaw_d2.io import RunError, write_text
 
 try:
@@ -48,7 +48,8 @@ class ComputeMeter:
     """
 
     def __init__(self, model: nn.Module, output_dir: str, stage: str) -> None:
-        self._backbone, self._output_dir, self._stage = _bare(model).backbone, output_dir, stage
+        self._backbone, self._output_dir = backbone_of(_bare(model)), output_dir
+        self._stage = stage
         self.images, self.pixels, self.seconds = 0, 0, 0.0
 
     @functools.cached_property

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import Backbone
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 from torch.optim import Optimizer
@@ -43,7 +44,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         overrides={} if is_sgd else {name: {"weight_decay": 0.0} for name in _EMBEDDINGS},
     )
     if solver.LAYER_DECAY < 1:
-        backbone = getattr(model.backbone, "bottom_up", model.backbone)
+        backbone = backbone_of(model)
+        backbone = getattr(backbone, "bottom_up", backbone)
         groups = _by_layer(groups, layer_factors(backbone, solver.LAYER_DECAY))
     on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     options: dict[str, Any] = {
@@ -56,6 +58,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     kind = torch.optim.SGD if is_sgd else torch.optim.AdamW
     optimizer = maybe_add_gradient_clipping(cfg, kind)(groups, **options)
     return start_momentum(optimizer) if is_sgd else optimizer
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """``model.backbone``, or in a project's own architecture the first of Detectron2's kind."""
+    inside = (module for module in model.modules() if isinstance(module, Backbone))
+    return getattr(model, "backbone", None) or next(inside, model)
 
 
 def layer_factors(backbone: nn.Module, decay: float) -> dict[nn.Parameter, float]:
