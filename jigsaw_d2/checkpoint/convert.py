@@ -28,11 +28,13 @@ from jigsaw_d2.checkpoint.metadata import (
     read_architecture,
 )
 from jigsaw_d2.checkpoint.network import build_pretrained, describe
+from jigsaw_d2.checkpoint.plain_formats import to_module, to_timm
 from jigsaw_d2.config import AUTO_NORM, get_jigsaw_cfg
 from jigsaw_d2.io import CheckpointError, ConfigError, WeightsError, open_atomically, write_text
 
 logger = logging.getLogger(__name__)
 
+FORMATS = ("detectron2", "torchvision", "timm", "state_dict")
 METADATA_KEY = "jigsaw_metadata"
 _OLD_METADATA_KEY = "jigsaw_passport"  # version 1 of this software
 # Names of a ResNet's tensors. Of the stem only its convolution: Detectron2's converter of
@@ -64,7 +66,8 @@ def convert_checkpoint(
         path: see the head of this file; a folder stands for the file its ``last_checkpoint`` names.
         output: ``.pkl`` (numpy arrays, as Detectron2's own converters write) or ``.pth`` (tensors
             and plain values). Keys carry no prefix, so that one file serves every detector.
-        format: "detectron2", or "torchvision": a bare state dict, for ``.pth`` alone.
+        format: "detectron2"; or, for ``.pth`` alone, a bare state dict: "torchvision", "timm", or
+            "state_dict", of the backbone's own module.
         force: replace ``output`` if it exists.
         trust: unpickle anything in ``path``, which may run code from it.
 
@@ -73,11 +76,11 @@ def convert_checkpoint(
             network that torchvision does not have.
     """
     output = Path(output)
-    endings = {"detectron2": (".pkl", ".pth"), "torchvision": (".pth",)}.get(format)
-    if endings is None or output.suffix not in endings:
+    endings = {"detectron2": (".pkl", ".pth")} | dict.fromkeys(FORMATS[1:], (".pth",))
+    if output.suffix not in endings.get(format, ()):
         raise ConfigError(
-            f"{output}, format {format!r}: detectron2 is written as .pkl or .pth, torchvision as "
-            ".pth"
+            f"{output}, format {format!r}: detectron2 is written as .pkl or .pth, "
+            f"{', '.join(FORMATS[1:])} as .pth"
         )
     for written in (output, metadata_path(output)):
         check_free(written, force)
@@ -85,7 +88,11 @@ def convert_checkpoint(
     metadata = metadata.sealed(arrays)
     values = metadata.to_dict()
     contents: Mapping[str, Any]
-    if format == "torchvision":
+    if format == "timm" and not metadata.architecture.is_resnet:
+        contents = to_timm(arrays, metadata)
+    elif format == "state_dict":
+        contents = to_module(arrays)
+    elif format in ("torchvision", "timm"):  # timm's ResNets have torchvision's names
         contents = to_torchvision(arrays, metadata.architecture)
         # load_state_dict looks here for module names alone; so the metadata is no stray key
         contents._metadata = {METADATA_KEY: values}

@@ -114,7 +114,7 @@ def build_from_timm(node: CfgNode, channels: int) -> LibraryBackbone:
     Raises:
         ConfigError: timm is not installed, or has no such network, or not its features.
     """
-    timm = _import("timm")
+    timm = import_library("timm")
     options: dict[str, Any] = {
         "features_only": True,
         "in_chans": channels,
@@ -149,7 +149,7 @@ def build_from_torchvision(node: CfgNode, channels: int) -> LibraryBackbone:
     Raises:
         ConfigError: torchvision has no such network, or it is no chain, as a ViT is none.
     """
-    models = _import("torchvision").models
+    models = import_library("torchvision").models
     try:
         model = models.get_model(node.NAME, weights=None, **dict(node.KWARGS))
         if node.WEIGHTS:
@@ -205,7 +205,8 @@ def _known(name: str, names: list[str]) -> str:
     return name
 
 
-def _import(library: str) -> Any:
+def import_library(library: str) -> Any:
+    """timm or torchvision; raises ``ConfigError`` where it is not installed."""
     try:
         return __import__(library)
     except ImportError as error:
