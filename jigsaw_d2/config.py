@@ -41,6 +41,9 @@ def add_jigsaw_config(cfg: CfgNode) -> None:
     _add_solver_keys(cfg)
     # COCO-format datasets that every command registers: a list of [name, json file, image folder].
     cfg.DATASETS.COCO_FILES = []
+    # Fine-tuning of a keypoint detector on COCO_FILES: names of the keypoints in their order, of
+    # which left_... and right_... change places in a mirror; [] = those of the json's categories.
+    cfg.DATASETS.KEYPOINTS = []
 
 
 def _add_model_keys(cfg: CfgNode) -> None:
@@ -118,6 +121,9 @@ def _add_model_keys(cfg: CfgNode) -> None:
 
 
 def _add_input_keys(cfg: CfgNode) -> None:
+    # Function that reads an image file as an array (h, w, C), "module:name", where INPUT.FORMAT is
+    # C and a number ("C4") or a letter for each channel; "" = npy, tiff, png as they are.
+    cfg.INPUT.READER = ""
     cfg.INPUT.JIGSAW = CfgNode()
     # Canvas (height, width) in pixels, Fig. 4b; multiples of the feature's stride.
     cfg.INPUT.JIGSAW.TEMPLATE_SIZE = [224, 224]

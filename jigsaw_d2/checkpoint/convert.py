@@ -344,13 +344,15 @@ def to_torchvision(arrays: Mapping[str, np.ndarray], architecture: Architecture)
         "norm": "BN",
         "deform_on_per_stage": (False,) * 4,
         "stride_in_1x1": architecture.stride_in_1x1 if basic else False,  # there is no 1x1
+        "input_channels": 3,
         "stem_out_channels": 64,
         "res2_out_channels": 64 if basic else 256,
     }
+    ours = {**vars(architecture), "input_channels": arrays["stem.conv1.weight"].shape[1]}
     for key, value in theirs.items():
-        if getattr(architecture, key) != value:
+        if ours[key] != value:
             raise WeightsError(
-                f"torchvision has no such network: {key} is {getattr(architecture, key)}; "
+                f"torchvision has no such network: {key} is {ours[key]}; "
                 "write the Detectron2 format instead"
             )
     state: OrderedDict = OrderedDict()

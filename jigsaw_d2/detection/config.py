@@ -22,6 +22,7 @@ from jigsaw_d2.checkpoint.convert import check_free, read_converted, read_tensor
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
 from jigsaw_d2.config import add_jigsaw_config, find_config, refuse_code
 from jigsaw_d2.detection.data import prepare_data
+from jigsaw_d2.detection.kinds import fit_kind
 from jigsaw_d2.io import ConfigError, write_text
 from jigsaw_d2.modeling.backbones import library_of
 
@@ -131,6 +132,7 @@ def setup_finetune(
     apply_metadata(cfg, metadata, explicit=explicit, **options)
     cfg.MODEL.WEIGHTS = "" if metadata.origin == "scratch" else str(Path(weights).resolve())
     if here:
+        fit_kind(cfg)
         classes = prepare_data(cfg)
         fit_machine(cfg)
     else:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,20 +14,26 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, default_setup
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, coco_evaluation
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from pycocotools import cocoeval
+from pycocotools.coco import COCO
 from torch import nn
 
 from jigsaw_d2.checkpoint import detector
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.metadata import WeightsMetadata
 from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops, device_name, record_stage
+from jigsaw_d2.data.arrays import make_reader
 from jigsaw_d2.data.sources import register_coco_files
+from jigsaw_d2.detection.array_mapper import ArrayMapper
 from jigsaw_d2.detection.config import read_metadata
 from jigsaw_d2.detection.data import check_registered
+from jigsaw_d2.detection.kinds import build_evaluators, register_keypoints
 from jigsaw_d2.engine.optimizer import backbone_of, build_optimizer
 from jigsaw_d2.io import RunError, write_text
 
@@ -49,14 +55,14 @@ class ComputeMeter:
 
     def __init__(self, model: nn.Module, output_dir: str, stage: str) -> None:
         self._backbone, self._output_dir = backbone_of(_bare(model)), output_dir
-        self._stage = stage
+        self._stage, self._channels = stage, 3
         self.images, self.pixels, self.seconds = 0, 0, 0.0
 
     @functools.cached_property
     def flops_per_pixel(self) -> float:
         """Of the backbone with FPN, backward pass included; proposals and RoI heads are not."""
         forwards = TRAIN_FORWARDS if self._stage == "finetuning" else 1
-        return forwards * backbone_flops(self._backbone, 128, 128) / 128**2
+        return forwards * backbone_flops(self._backbone, 128, 128, self._channels) / 128**2
 
     def __enter__(self) -> "ComputeMeter":
         self._handle = self._backbone.register_forward_pre_hook(self._note)
@@ -68,7 +74,7 @@ class ComputeMeter:
         self._handle.remove()
 
     def _note(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        images, _, height, width = inputs[0].shape
+        images, self._channels, height, width = inputs[0].shape
         self.images += images
         self.pixels += images * height * width
 
@@ -107,6 +113,11 @@ class CostLogHook(HookBase):
         self._meter.book()
 
 
+def _coco_eval(truth: COCO, found: COCO, iou_type: str) -> object:
+    """Of keypoints pycocotools', for the fast one takes no sets of pycocotools' there."""
+    return (cocoeval.COCOeval if iou_type == "keypoints" else COCOeval)(truth, found, iou_type)
+
+
 class FastCOCOEvaluator(COCOEvaluator):
     """Detectron2's evaluator on faster-coco-eval (C++), or on pycocotools where that is absent."""
 
@@ -122,7 +133,7 @@ class FastCOCOEvaluator(COCOEvaluator):
         """Detectron2's metrics; the log says how long they took."""
         start = time.perf_counter()
         before = {n: getattr(coco_evaluation, n) for n in ("COCOeval", "COCOeval_opt")}
-        vars(coco_evaluation).update(dict.fromkeys(before, COCOeval))  # no caller can choose it
+        vars(coco_evaluation).update(dict.fromkeys(before, _coco_eval))  # no caller can choose it
         try:
             results = super().evaluate(img_ids)
         finally:
@@ -165,15 +176,27 @@ class FinetuneTrainer(DefaultTrainer):
         is_plain = cfg.SOLVER.OPTIMIZER == "SGD" and cfg.SOLVER.LAYER_DECAY == 1
         return super().build_optimizer(cfg, model) if is_plain else build_optimizer(cfg, model)
 
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
+        """Detectron2's, of arrays where INPUT.FORMAT says so."""
+        mapper = ArrayMapper(cfg, is_train=True) if make_reader(cfg) else None
+        return build_detection_train_loader(cfg, mapper=mapper)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
+        """Likewise."""
+        mapper = ArrayMapper(cfg, is_train=False) if make_reader(cfg) else None
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
     def build_hooks(self) -> list[HookBase]:
         """The cost log's before Detectron2's, so that evaluations are no part of its steps."""
         return [CostLogHook(), *super().build_hooks()]
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "") -> DatasetEvaluator:
-        """COCO's metrics for boxes and, where the detector has them, masks."""
+        """Of the set's kind; of COCO_FILES COCO's for boxes and what else the detector has."""
         output = Path(cfg.OUTPUT_DIR) / (folder or "inference")
-        return FastCOCOEvaluator(dataset_name, output_dir=str(output))
+        return build_evaluators(cfg, dataset_name, str(output), FastCOCOEvaluator)
 
     @classmethod
     def test(
@@ -216,6 +239,7 @@ def finetune(
         JigsawError: weights, config or data that do not fit.
     """
     register_coco_files(cfg)
+    register_keypoints(cfg)
     metadata, output = read_metadata(cfg.MODEL.WEIGHTS), Path(cfg.OUTPUT_DIR)
     if comm.is_main_process():
         _check_output(output, metadata, resume or eval_only)

@@ -84,7 +84,9 @@ class JigsawTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         check_trainable(model)
         self.device = device = model.device
-        self._macs = backbone_macs(model.backbone, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE)
+        self._macs = backbone_macs(
+            model.backbone, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE, len(cfg.MODEL.PIXEL_MEAN)
+        )
         self.cost_log = CostLog(cfg.OUTPUT_DIR, device_name(device), writes=comm.is_main_process())
         if cfg.MODEL.JIGSAW.ACTIVATION_CHECKPOINTING:
             checkpoint_activations(model.backbone)
