@@ -75,6 +75,7 @@ setup(
         "faster-coco-eval>=1.8",
         "matplotlib>=3.9",
         "fvcore>=0.1.5,<0.1.6",
+        "omegaconf>=2.1",
         "PyYAML>=6.0.1",
         "tqdm>=4.66",
         "tabulate>=0.9",

@@ -50,6 +50,19 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.JIGSAW = CfgNode()
     # Backbone feature that is classified cell by cell; Sec. 3.3: the last feature map.
     cfg.MODEL.JIGSAW.IN_FEATURE = "res5"
+    # Several features that are classified, such as ["p3", "p4", "p5"] of a feature pyramid, in
+    # place of IN_FEATURE; [] = that one alone (ours; the paper leaves it open, Sec. 4.2).
+    cfg.MODEL.JIGSAW.IN_FEATURES = []
+    # Several features: one 1x1 classifier for all of them, as RetinaNet's heads are, or one each.
+    cfg.MODEL.JIGSAW.SHARED_CLASSIFIER = True
+    # Several features: "all", the mean of their losses; or "assign", where each region's loss
+    # counts on the one to which Detectron2 would send a box of the shown size.
+    cfg.MODEL.JIGSAW.LEVELS = "all"
+    # LEVELS "assign": side in pixels of a box for p4; one half as large goes to p3. Detectron2's
+    # own number is for images of 800 pixels; the paper's canvas shows boxes of at most 160.
+    cfg.MODEL.JIGSAW.ASSIGN_BOX_SIZE = 224
+    # Leave cells out of the loss on which there is nothing but padding (ours).
+    cfg.MODEL.JIGSAW.IGNORE_PADDING = False
     # Object categories without background, as Detectron2 counts; background becomes the last
     # index. 0: taken from the sample store when training starts.
     cfg.MODEL.JIGSAW.NUM_CLASSES = 0
@@ -318,13 +331,33 @@ def scale_to_batch(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def resolve_norm(cfg: CfgNode, world_size: int) -> str:
+def in_features(cfg: CfgNode) -> list[str]:
+    """The features that are classified: IN_FEATURES, or where that is empty IN_FEATURE.
+
+    Raises:
+        ConfigError: one is named twice, or the two keys contradict each other.
+    """
+    jigsaw = cfg.MODEL.JIGSAW
+    several = list(jigsaw.IN_FEATURES) or [jigsaw.IN_FEATURE]
+    if len(set(several)) < len(several):
+        raise ConfigError(f"MODEL.JIGSAW.IN_FEATURES is {several}: name each feature once")
+    if jigsaw.IN_FEATURE not in (*several, "res5"):
+        raise ConfigError(
+            f"MODEL.JIGSAW.IN_FEATURE is {jigsaw.IN_FEATURE} and IN_FEATURES {several}; set one of "
+            "the two (IN_FEATURES [] is none)"
+        )
+    return several
+
+
+def resolve_norm(cfg: CfgNode, world_size: int, part: str = "RESNETS") -> str:
     """The norm that MODEL.RESNETS.NORM stands for on this machine, said in the log when chosen.
+
+    ``part`` "FPN": MODEL.FPN.NORM, by the same rules.
 
     "auto" is SyncBN where several GPUs see few images each, and BN elsewhere. A synchronised norm
     on one process or on a CPU, where it cannot run, becomes BN, which computes the same there.
     """
-    norm = cfg.MODEL.RESNETS.NORM
+    norm = cfg.MODEL[part].NORM
     on_gpu = str(cfg.MODEL.DEVICE).startswith("cuda")
     can_sync = on_gpu and world_size > 1
     images = cfg.SOLVER.IMS_PER_BATCH // (world_size * cfg.SOLVER.ACCUMULATION_STEPS)
@@ -333,21 +366,21 @@ def resolve_norm(cfg: CfgNode, world_size: int) -> str:
         where = f"{world_size} process(es) on {'GPU' if on_gpu else 'CPU'}, {images} images each"
         if chosen == "SyncBN":
             where += f"; from {MIN_IMAGES_PER_GPU} on it would be BN, faster: SyncBN waits a layer"
-        logger.info("MODEL.RESNETS.NORM auto -> %s (%s)", chosen, where)
+        logger.info("MODEL.%s.NORM auto -> %s (%s)", part, chosen, where)
         return chosen
     if norm in _SYNC_NORMS and world_size == 1:
-        logger.info("MODEL.RESNETS.NORM %s -> BN: one process has nothing to synchronise", norm)
+        logger.info("MODEL.%s.NORM %s -> BN: one process has nothing to synchronise", part, norm)
         return "BN"
     if norm in _SYNC_NORMS and not on_gpu:
         raise ConfigError(
-            f"MODEL.RESNETS.NORM is {norm}, which does not run on MODEL.DEVICE {cfg.MODEL.DEVICE}; "
+            f"MODEL.{part}.NORM is {norm}, which does not run on MODEL.DEVICE {cfg.MODEL.DEVICE}; "
             "choose BN, GN or auto"
         )
     return norm
 
 
 def check_trainable_config(cfg: CfgNode) -> None:
-    """Refuse settings that freeze layers, or that do not build the classified feature.
+    """Refuse settings that freeze layers, or that do not build the classified features.
 
     Detectron2's defaults do both: they are made for fine-tuning.
 
@@ -361,14 +394,15 @@ def check_trainable_config(cfg: CfgNode) -> None:
         )
     if cfg.MODEL.BACKBONE.NAME != "build_resnet_backbone":
         return  # what others make of these keys is seen on the built network
-    resnets, feature = cfg.MODEL.RESNETS, cfg.MODEL.JIGSAW.IN_FEATURE
+    resnets, features = cfg.MODEL.RESNETS, in_features(cfg)
     if resnets.NORM == "FrozenBN":
         raise ConfigError(
             "MODEL.RESNETS.NORM is FrozenBN: statistics would stay those of no data; "
             "set BN, SyncBN, GN or auto"
         )
-    if feature not in resnets.OUT_FEATURES:
+    absent = sorted(set(features) - set(resnets.OUT_FEATURES))
+    if absent:
         raise ConfigError(
             f"MODEL.RESNETS.OUT_FEATURES is {list(resnets.OUT_FEATURES)} without "
-            f"MODEL.JIGSAW.IN_FEATURE {feature}, which would not be built; add it"
+            f"{', '.join(absent)} of MODEL.JIGSAW.IN_FEATURE(S), which would not be built; add it"
         )

@@ -181,6 +181,7 @@ def backbone_macs(
         cfg.defrost()
         cfg.MODEL.DEVICE, channels = "cpu", len(cfg.MODEL.PIXEL_MEAN)
         cfg.MODEL.RESNETS.NORM = "BN"  # exists everywhere, and does not change the count
+        cfg.MODEL.FPN.NORM = cfg.MODEL.FPN.NORM and "BN"
         backbone = build_backbone(cfg)
     backbone = copy.deepcopy(backbone).eval()
     parameter = next(backbone.parameters())

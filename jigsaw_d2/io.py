@@ -4,6 +4,7 @@ Imports nothing of the project, and no torch.
 """
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,26 @@ def open_atomically(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         os.fsync(folder)  # makes the renaming itself durable
     finally:
         os.close(folder)
+
+
+def lock_folder(folder: Path, name: str = ".lock") -> IO:
+    """Keep other processes from writing ``folder`` until the returned file is closed.
+
+    The kernel lets go of it however this process ends; unlike a lock of flock, one of lockf does
+    not live on in worker processes. Where the disk knows no locks, nothing is kept away.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    stream = open(folder / name, "a")
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        stream.close()
+        raise RunError(f"another process is writing {folder}; wait for it, or end it") from None
+    except OSError:
+        pass
+    return stream
 
 
 def write_text(path: str | Path, text: str) -> None:

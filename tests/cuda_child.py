@@ -18,7 +18,7 @@ import detectron2.engine.defaults
 import fake_cuda
 import torch
 import torch._dynamo
-from helpers_run import tiny_options, torchrun_variables
+from helpers_run import PYRAMID, tiny_options, torchrun_variables
 from helpers_store import make_store
 from helpers_weights import C4, FPN, SMALL, make_coco
 
@@ -39,6 +39,10 @@ RUNS = PRECISIONS | {
     "accumulated": (
         *PRECISIONS["fp16"],
         *("MODEL.JIGSAW.ACTIVATION_CHECKPOINTING", True, "SOLVER.ACCUMULATION_STEPS", 2),
+    ),
+    "levels": (
+        *(*PRECISIONS["fp16"], *PYRAMID, "MODEL.JIGSAW.LEVELS", "assign"),
+        *("MODEL.JIGSAW.ASSIGN_BOX_SIZE", 8, "MODEL.JIGSAW.IGNORE_PADDING", True),
     ),
 }
 # Seconds after which a job has hung.
@@ -111,13 +115,15 @@ def configs(folder: Path) -> dict:
     """The shipped configurations with their own backbones, narrow; each trained, then resumed."""
     found = {}
     for name in sorted(set(shipped_configs().values())):
-        resnets = get_jigsaw_cfg(f"{name}.yaml").MODEL.RESNETS
+        model = get_jigsaw_cfg(f"{name}.yaml").MODEL
+        resnets = model.RESNETS
         width = 32 // resnets.NUM_GROUPS
         narrow = ("MODEL.RESNETS.STEM_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", width)
         if resnets.DEPTH > 34:
             narrow += ("MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.RESNETS.DEPTH", 50)
         run = (
-            folder / name, f"{name}.yaml", *narrow, "MODEL.BACKBONE.NAME", "build_resnet_backbone",
+            folder / name, f"{name}.yaml", *narrow, "MODEL.BACKBONE.NAME", model.BACKBONE.NAME,
+            "MODEL.FPN.OUT_CHANNELS", 8, "MODEL.JIGSAW.ERF.NUM_IMAGES", 3,
             "MODEL.JIGSAW.ERF.PERIOD", 3, "MODEL.JIGSAW.ERF.FIGURES", True,
             "SOLVER.IMS_PER_BATCH", 2, "INPUT.JIGSAW.EVAL_IMAGES", 2, "SOLVER.MAX_ITER",
         )  # fmt: skip

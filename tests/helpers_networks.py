@@ -2,7 +2,8 @@
 
 import numpy as np
 import torch
-from detectron2.modeling import Backbone, build_backbone
+from detectron2.layers import Conv2d, get_norm
+from detectron2.modeling import FPN, Backbone, build_backbone
 from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
@@ -31,6 +32,38 @@ class Named(Backbone):
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"out": self.layers(images)}
+
+
+class Halving(Backbone):
+    """Five convolutions that halve the image: features "c1" to "c5" of stride 2 to 32."""
+
+    def __init__(self, norm: str = "BN", kernel: int = 3) -> None:
+        super().__init__()
+        channels = (8, 16, 16, 16, 16)
+        self.layers = nn.ModuleList(
+            Conv2d(
+                *(inside, outside, kernel, 2, kernel // 2),
+                norm=get_norm(norm, outside),
+                activation=nn.ReLU(),
+            )
+            for inside, outside in zip((3, *channels), channels)
+        )
+        self._out_features = [f"c{n + 1}" for n in range(len(channels))]
+        self._out_feature_strides = {f: 2 ** (n + 1) for n, f in enumerate(self._out_features)}
+        self._out_feature_channels = dict(zip(self._out_features, channels))
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = {}
+        for name, layer in zip(self._out_features, self.layers):
+            features[name] = images = layer(images)
+        return features
+
+
+def small_pyramid(norm: str = "BN", kernel: int = 3, seed: int = 0) -> FPN:
+    """p3, p4 and p5 of 16 channels on ``Halving``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return FPN(Halving(norm, kernel), ["c3", "c4", "c5"], 16)
 
 
 def ones_conv(inputs: int, outputs: int, **geometry: int) -> nn.Conv2d:

@@ -17,6 +17,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from helpers_networks import small_pyramid
 from helpers_store import make_store
 from torch import nn
 
@@ -60,6 +61,16 @@ def build_tiny_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TinyBackbone:
 def build_plain_tiny_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TinyBackbone:
     """Without dropout; with NORM "" its loss is a mean over images, each on its own."""
     return TinyBackbone(cfg.MODEL.RESNETS.NORM, dropout=0.0)
+
+
+@BACKBONE_REGISTRY.register()
+def build_tiny_pyramid(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    return small_pyramid(cfg.MODEL.RESNETS.NORM)
+
+
+# KEY VALUE pairs of a run with all that several features bring.
+PYRAMID = ("MODEL.BACKBONE.NAME", "build_tiny_pyramid", "MODEL.JIGSAW.IN_FEATURES")
+PYRAMID += (["p3", "p4", "p5"], "MODEL.JIGSAW.ERF.NUM_IMAGES", 4)
 
 
 def tiny_options(folder: Path, *overrides: object) -> list[str]:
@@ -111,12 +122,25 @@ class RecordingTrainer(JigsawTrainer):
             f.write(f"{self.iter} {float(loss).hex()}\n")
         if os.environ.get("KILL") == f"step {self.iter}":
             die()
+        notify(f"step {self.iter}")
+
+    @classmethod
+    def test(cls, *args: object) -> object:
+        notify("evaluation")
+        return super().test(*args)
 
 
 def read_losses(path: Path) -> list[tuple[int, str]]:
     """(iteration, loss as hexadecimal float) in the order of the steps."""
     lines = path.read_text().splitlines()
     return [(int(line.split()[0]), line.split()[1]) for line in lines]
+
+
+def notify(point: str) -> None:
+    """Send this process the signal of NOTICE, such as "TERM step 7", if it is for this point."""
+    name, _, wanted = os.environ.get("NOTICE", "").partition(" ")
+    if wanted == point:
+        os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
 
 
 def die() -> None:
@@ -150,6 +174,8 @@ def _command(argv: list[str], environment: dict[str, str]) -> None:
         if "STDERR" in environment:
             sys.stderr = open(environment["STDERR"], "a", buffering=1)
         code = run_command(jigsaw_d2.tools.pretrain.main, argv)
+    except SystemExit as stop:
+        code = stop.code
     except BaseException:
         traceback.print_exc()
     sys.stderr.flush()
@@ -159,7 +185,8 @@ def _command(argv: list[str], environment: dict[str, str]) -> None:
 def start(argv: list[str], **environment: str) -> multiprocessing.Process:
     """Start train_net.py with ``argv`` in a child.
 
-    ``environment``: LOSSES and STDERR (files), KILL and FAIL (see above), torchrun's variables.
+    ``environment``: LOSSES and STDERR (files), KILL, FAIL and NOTICE (see above), torchrun's
+    variables.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jigsaw_d2.engine.pretrain", "pygments.lexers"])

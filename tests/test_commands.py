@@ -1,5 +1,6 @@
 """Dispatch, help and error reporting shared by every command."""
 
+import errno
 import importlib
 import subprocess
 import sys
@@ -49,6 +50,23 @@ def test_users_mistake_is_one_line_and_status_2(capsys):
 
     assert run_command(fails, []) == 2
     assert capsys.readouterr().err == "error: the store is gone\n"
+
+
+@pytest.mark.parametrize(
+    "error, said, status",
+    [
+        (OSError(errno.EROFS, "Read-only file system", "/o/a"), "/o/a: Read-only file system", 2),
+        (OSError(errno.ENOSPC, "No space left"), "the system refuses: No space left", 2),
+        (KeyboardInterrupt(), "stopped", 130),
+    ],
+)
+def test_what_the_machine_refuses_or_a_user_stops_is_one_line(capsys, error, said, status):
+    def fails(argv):
+        raise error
+
+    assert run_command(fails, []) == status
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
 
 
 def test_our_own_mistake_keeps_its_traceback():

@@ -1,10 +1,12 @@
 """io.py: a file is there whole, or what was there before is."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from jigsaw_d2.io import open_atomically, write_text
+from jigsaw_d2.io import lock_folder, open_atomically, write_text
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -36,3 +38,12 @@ def test_a_symbolic_link_is_followed(tmp_path):
     write_text(link, "text é")
     assert link.is_symlink()
     assert (tmp_path / "elsewhere" / "real.txt").read_text(encoding="utf-8") == "text é"
+
+
+def test_a_folder_is_locked_against_other_processes_alone(tmp_path):
+    code = "import sys, pathlib, jigsaw_d2.io as io; io.lock_folder(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with lock_folder(tmp_path):
+        refused = subprocess.run(command, capture_output=True, text=True)
+    assert "RunError: another process is writing" in refused.stderr
+    assert subprocess.run(command).returncode == 0

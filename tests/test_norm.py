@@ -87,13 +87,16 @@ def test_frozen_layers_of_a_built_network_are_named():
         check_trainable(net)
 
 
-def test_a_feature_pyramid_is_refused_with_the_way_out():
-    """Until its levels are trained too, most of its parameters would learn nothing."""
-    options = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.JIGSAW.IN_FEATURE", "p5")
-    fpn = ("MODEL.FPN.IN_FEATURES", "['res4', 'res5']", "MODEL.RESNETS.OUT_FEATURES")
-    cfg = cfg_with(*options, *fpn, "['res4', 'res5']", "MODEL.DEVICE", "cpu")
+def test_a_pyramids_norm_is_handled_as_the_backbones():
+    cfg = cfg_with("MODEL.DEVICE", "cuda", "SOLVER.IMS_PER_BATCH", "64", "MODEL.FPN.NORM", "auto")
+    assert resolve_norm(cfg, 8, "FPN") == "SyncBN" and resolve_norm(cfg, 1, "FPN") == "BN"
+    assert resolve_norm(cfg_with(), 1, "FPN") == ""  # Detectron2's pyramids have none
+    features = ("MODEL.RESNETS.OUT_FEATURES", "['res4', 'res5']")
+    pyramid = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.NORM", "FrozenBN")
+    pyramid += ("MODEL.FPN.IN_FEATURES", "['res4', 'res5']", *features, "MODEL.DEVICE", "cpu")
+    cfg = cfg_with(*pyramid, "MODEL.JIGSAW.IN_FEATURES", "['p4', 'p5']")
     cfg.MODEL.RESNETS.NORM, cfg.MODEL.JIGSAW.NUM_CLASSES = "BN", 2
-    with pytest.raises(ConfigError, match="p5 is a level of a feature pyramid.*build_resnet_back"):
+    with pytest.raises(ConfigError, match="4 frozen batch norms .backbone.fpn_lateral4.norm"):
         check_trainable(build_model(cfg))
 
 

@@ -6,6 +6,13 @@ import yaml
 from jigsaw_d2.config import config_dir, get_jigsaw_cfg
 
 R50 = "jigsaw_R_50.yaml"
+PYRAMID = {
+    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
+    "MODEL.JIGSAW.IN_FEATURES": ["p3", "p4", "p5"],
+    "MODEL.JIGSAW.ASSIGN_BOX_SIZE": 64,
+}
 # File -> (what it builds on, the keys it changes beside OUTPUT_DIR).
 ROWS = {
     "jigsaw_R_18.yaml": (R50, {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64}),
@@ -18,6 +25,8 @@ ROWS = {
         R50,
         {"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, True, True, True]},
     ),
+    "jigsaw_R_50_FPN.yaml": (R50, PYRAMID),
+    "jigsaw_R_18_FPN_cpu.yaml": ("jigsaw_R_18_cpu.yaml", {**PYRAMID, "MODEL.FPN.OUT_CHANNELS": 64}),
     "jigsaw_R_50_GN.yaml": (R50, {"MODEL.RESNETS.NORM": "GN"}),
     "jigsaw_R_50_global.yaml": (R50, {"MODEL.JIGSAW.OBJECTIVE": "global"}),
     "jigsaw_R_50_block_wise.yaml": (R50, {"MODEL.JIGSAW.OBJECTIVE": "block_wise"}),

@@ -25,6 +25,7 @@ from jigsaw_d2.checkpoint.metadata import (
     Architecture,
     WeightsMetadata,
     check_architecture,
+    norm_family,
     read_architecture,
 )
 from jigsaw_d2.checkpoint.network import build_pretrained, describe
@@ -40,6 +41,8 @@ _OLD_METADATA_KEY = "jigsaw_passport"  # version 1 of this software
 # Names of a ResNet's tensors. Of the stem only its convolution: Detectron2's converter of
 # torchvision's files leaves a stray stem.fc there.
 _RESNET_NAME = re.compile(r"(stem\.conv1|res[2-5]\.\d+)\.")
+# Of what Detectron2's FPN adds to its bottom-up network.
+_PYRAMID_NAME = re.compile(r"(fpn_(lateral|output)\d|top_block)\.")
 # 255 x the constants of torchvision's ImageNet training, RGB.
 _TORCHVISION_INPUT = ("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 # MSRA's networks see BGR pixels with the mean taken off and no division, as FAIR's with group norm
@@ -56,6 +59,7 @@ def convert_checkpoint(
     path: str | Path,
     output: str | Path,
     *,
+    origin: str = "",
     format: str = "detectron2",
     force: bool = False,
     trust: bool = False,
@@ -66,6 +70,7 @@ def convert_checkpoint(
         path: see the head of this file; a folder stands for the file its ``last_checkpoint`` names.
         output: ``.pkl`` (numpy arrays, as Detectron2's own converters write) or ``.pth`` (tensors
             and plain values). Keys carry no prefix, so that one file serves every detector.
+        origin: of weights in torchvision's form that ImageNet did not train: where they are from.
         format: "detectron2"; or, for ``.pth`` alone, a bare state dict: "torchvision", "timm", or
             "state_dict", of the backbone's own module.
         force: replace ``output`` if it exists.
@@ -85,6 +90,15 @@ def convert_checkpoint(
     for written in (output, metadata_path(output)):
         check_free(written, force)
     arrays, metadata = read_backbone(path, trust)
+    if origin:
+        if metadata.origin != "imagenet" or origin in ("jigsaw", "scratch", "detector"):
+            raise ConfigError(f"{path}: origin {origin!r}, but the file says {metadata.origin!r}")
+        metadata = replace(metadata, origin=origin, dataset="")
+    if format == "torchvision" and metadata.levels:
+        count = len(arrays)
+        arrays = {n: array for n, array in arrays.items() if not _PYRAMID_NAME.match(n)}
+        metadata = replace(metadata, levels=None)
+        logger.info("torchvision's network is no pyramid: left out %d tensors", count - len(arrays))
     metadata = metadata.sealed(arrays)
     values = metadata.to_dict()
     contents: Mapping[str, Any]
@@ -110,6 +124,8 @@ def convert_checkpoint(
             torch.save(contents, stream)
     write_text(metadata_path(output), metadata.to_yaml())
     logger.info("%s: %d tensors of the backbone, digest %s", output, len(arrays), metadata.digest)
+    if metadata.levels:
+        logger.info("trained by the features %s", ", ".join(metadata.levels["trained"]))
     return metadata
 
 
@@ -220,10 +236,11 @@ def _known_resnet(metadata: WeightsMetadata, cfg: CfgNode, arrays: Arrays) -> We
 def _from_training(data: Mapping[str, Any], where: str) -> tuple[Arrays, WeightsMetadata, CfgNode]:
     """From what the trainer writes; classifier, ERF and the norms' counters are left out.
 
-    Also the config of that training.
+    The network at the bottom of a pyramid is named as it is by itself. Also the config of that
+    training.
     """
     arrays = {
-        name.removeprefix("backbone."): _array(value)
+        name.removeprefix("backbone.").removeprefix("bottom_up."): _array(value)
         for name, value in data["model"].items()
         if name.startswith("backbone.") and not name.endswith("num_batches_tracked")
     }
@@ -250,6 +267,7 @@ def _from_training(data: Mapping[str, Any], where: str) -> tuple[Arrays, Weights
             dataset=str(store["dataset"]),
             dataset_hash=str(store["image_ids_hash"]),
             code_version=str(record["code_version"]),
+            levels=_levels(model, arrays),
         )
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(
@@ -257,13 +275,24 @@ def _from_training(data: Mapping[str, Any], where: str) -> tuple[Arrays, Weights
             "written by train_net.py?"
         ) from None
     architecture = metadata.architecture
-    stray = [name for name in arrays if not _RESNET_NAME.match(name)]
+    parts = (_RESNET_NAME, _PYRAMID_NAME)
+    stray = [name for name in arrays if not any(part.match(name) for part in parts)]
     if architecture.is_resnet and stray:
         raise WeightsError(f"{where}: the ResNet holds tensors of no stage: {stray[:4]}")
     if architecture.norm == AUTO_NORM:  # chosen when training started
         norm = read_architecture(_shapes(arrays))["norm"]
         metadata = replace(metadata, architecture=replace(architecture, norm=norm))
     return arrays, metadata, cfg
+
+
+def _levels(model: Mapping[str, Any], arrays: Arrays) -> dict[str, Any] | None:
+    """``WeightsMetadata.levels`` from the MODEL node of a pre-training's config."""
+    trained = list(model["JIGSAW"].get("IN_FEATURES", ())) or [model["JIGSAW"]["IN_FEATURE"]]
+    if any(_PYRAMID_NAME.match(name) for name in arrays):
+        fpn = model["FPN"]
+        pyramid = {"norm": norm_family(fpn["NORM"]), "fuse_type": fpn["FUSE_TYPE"]}
+        return {"trained": trained, **pyramid, "out_channels": int(fpn["OUT_CHANNELS"])}
+    return {"trained": trained} if len(trained) > 1 else None
 
 
 def from_torchvision(tensors: Mapping[str, Any]) -> tuple[Arrays, WeightsMetadata]:
@@ -348,7 +377,9 @@ def to_torchvision(arrays: Mapping[str, np.ndarray], architecture: Architecture)
         "stem_out_channels": 64,
         "res2_out_channels": 64 if basic else 256,
     }
-    ours = {**vars(architecture), "input_channels": arrays["stem.conv1.weight"].shape[1]}
+    ours = {**vars(architecture), "input_channels": 3}
+    if "stem.conv1.weight" in arrays:
+        ours["input_channels"] = arrays["stem.conv1.weight"].shape[1]
     for key, value in theirs.items():
         if ours[key] != value:
             raise WeightsError(

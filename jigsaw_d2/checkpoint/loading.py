@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.modeling import Backbone
+from detectron2.modeling import FPN, Backbone
 from torch import nn
 
 from jigsaw_d2.checkpoint.convert import read_tensors
@@ -45,7 +45,8 @@ class LoadReport:
 
     filled: tuple[str, ...]  # names in the network, each filled from the file
     mismatch: str  # what does not fit, in lines; "" where all has its counterpart and its use
-    no_room: tuple[str, ...]  # in the file, of stages that the network has not (RPN on C4: res5)
+    # In the file, of parts that the network has not (RPN on C4: res5; all C4: the pyramid).
+    no_room: tuple[str, ...]
     new_offsets: tuple[str, ...]  # of deformable stages, in the network, that start at zero
     interpolated: tuple[str, ...]  # position embeddings, in the network, fitted to its grid
     new_outputs: tuple[str, ...]  # in the network, for outputs that the pre-training did not use
@@ -95,10 +96,13 @@ def load_backbone(
         theirs, more = _by_place(arrays, find_prefix(arrays, body), alone)
         theirs |= {name: key for name, key in more.items() if name in pyramid}
         held = {name: arrays[key] for name, key in theirs.items()}
-    ours = body | {name: key for name, key in pyramid.items() if name in held}
+    # Of a pyramid each module that the file has, and that wholly; the others stay as they are.
+    modules = {name.split(".")[0] for name in held}
+    ours = body | {name: k for name, k in pyramid.items() if name.split(".")[0] in modules}
     fresh = {n for n in ours if new_offsets and ".conv2_offset." in n and n not in held}
-    absent_stages = set(STAGES) - {name.split(".")[0] for name in body}
-    no_room = sorted(name for name in held if name.split(".")[0] in absent_stages)
+    parts = {*STAGES, *(m for m in modules if m.startswith(("fpn_", "top_block")))}
+    absent = parts - {name.split(".")[0] for name in ours}
+    no_room = sorted(name for name in held if name.split(".")[0] in absent)
     shared = sorted(set(ours) & set(held))
     other_shape = [n for n in shared if held[n].shape != tuple(state[ours[n]].shape)]
     grids = {n: resize_positions(n, held[n], tuple(state[ours[n]].shape)) for n in other_shape}
@@ -122,7 +126,9 @@ def load_backbone(
         features = _features(module, prefix, *inputs)
         if not missing:
             other_features = _other_features(features, metadata.network)
-        elif metadata.network["in_feature"] in features.keys() & metadata.network["features"]:
+        elif set(missing) <= set(body) and metadata.network["in_feature"] in (
+            features.keys() & metadata.network["features"]
+        ):
             changed = {
                 name: np.random.default_rng(0).random(state[ours[name]].shape) for name in missing
             }
@@ -284,6 +290,7 @@ def _other_use(module: nn.Module, metadata: WeightsMetadata | None, input_format
         "pixel_std": metadata.pixel_std,
         "input_format": metadata.input_format,
         "stride_in_1x1": metadata.architecture.stride_in_1x1,
+        "fuse_type": (metadata.levels or {}).get("fuse_type"),
     }
     done = {"input_format": input_format or getattr(module, "input_format", None)}
     for key in ("pixel_mean", "pixel_std"):
@@ -292,6 +299,8 @@ def _other_use(module: nn.Module, metadata: WeightsMetadata | None, input_format
     for name, block in module.named_modules():
         if name.endswith("res3.0") and hasattr(block, "conv3"):  # a bottleneck that strides
             done["stride_in_1x1"] = block.conv1.stride == (2, 2)
+        if isinstance(block, FPN):
+            done["fuse_type"] = block._fuse_type
     return [
         f"{key}: file {value}, network {done[key]}"
         for key, value in said.items()

@@ -107,7 +107,7 @@ def norm_family(norm: str) -> str:
 
 def fits(key: str, have: Any, need: Any) -> bool:
     """Whether value ``have`` of a config key serves weights that require ``need``."""
-    if key == "MODEL.RESNETS.NORM":
+    if key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM"):
         return norm_family(have) == norm_family(need)
     if key.endswith(".KWARGS"):  # position embeddings are fitted to another size of images
         have, need = ({k: v for k, v in pairs if k != "img_size"} for pairs in (have, need))
@@ -179,7 +179,8 @@ def check_architecture(said: Architecture, shapes: Shapes) -> None:
 class WeightsMetadata:
     """Where weights come from, and what a network needs to use them."""
 
-    origin: str  # "jigsaw", "imagenet", "scratch" (no weights at all), "detector" (a whole one)
+    # "jigsaw", "imagenet", "scratch" (no weights at all), "detector" (a whole one), or as named
+    origin: str
     architecture: Architecture
     input_format: str  # "RGB" or "BGR": order of the channels that the first convolution sees
     pixel_mean: tuple[float, ...]  # per channel in that order, in units of 0..255 pixels
@@ -196,6 +197,9 @@ class WeightsMetadata:
     code_version: str = ""  # of the software that trained the weights
     # What the backbone is and computes, see ``network.describe``; None in files of version 1
     network: dict[str, Any] | None = field(default=None, hash=False)
+    # {"trained": features that were classified} and of a feature pyramid {"norm": its family,
+    # "fuse_type", "out_channels"}; None, and then not in the file, where res5 alone was
+    levels: dict[str, Any] | None = field(default=None, hash=False)
     format_version: int = FORMAT_VERSION
     digest: str = ""  # SHA-256 over metadata and tensors; "" until they are written
 
@@ -205,6 +209,8 @@ class WeightsMetadata:
         values["architecture"] = {k: _plain(v) for k, v in asdict(self.architecture).items()}
         if self.format_version == 1:
             values = {key: value for key, value in values.items() if key not in _SINCE_2}
+        if self.levels is None:
+            del values["levels"]  # as in older files, which keep their digest
         return values
 
     @classmethod
@@ -223,7 +229,7 @@ class WeightsMetadata:
                 "use the version of jigsaw_d2 that wrote the file"
             )
         expected = {f.name for f in fields(cls)} - set(_SINCE_2 if version == 1 else ())
-        odd = set(values) ^ expected
+        odd = (set(values) ^ expected) - {"levels"}
         if odd:
             raise CheckpointError(f"{where}: missing or unknown keys {sorted(odd)}")
         values = dict(values)
@@ -271,6 +277,11 @@ class WeightsMetadata:
         network = self.network or {"config": {}}
         for library in {key.split(".")[1] for key in network["config"] if network["batch_norm"]}:
             required[f"MODEL.{library}.FREEZE_NORM"] = True
+        if self.levels and "norm" in self.levels:
+            norm = self.levels["norm"]
+            required["MODEL.FPN.NORM"] = "FrozenBN" if norm == "BN" else norm
+            required["MODEL.FPN.FUSE_TYPE"] = self.levels["fuse_type"]
+            required["MODEL.FPN.OUT_CHANNELS"] = self.levels["out_channels"]
         return required
 
     def network_config(self) -> dict[str, Any]:

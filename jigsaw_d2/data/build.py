@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import shutil
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,9 @@ class JigsawBatches(Dataset):
         """
         Returns:
             {"image": uint8 (N, 3, H, W), channels innermost in memory, as images are decoded, or of
-            the store's channels and the mapper's ``dtype``;
-            "gt_classes" and "sample_ids": int64 (N, 4) in region order, "position": number of the
-            first image, "damaged": list of (id, reason)}.
+            the store's channels and the mapper's ``dtype``; "gt_classes" and "sample_ids": int64
+            (N, 4) in region order, "shown_boxes": int64 (N, 4, 4) if the mapper makes them,
+            "position": number of the first image, "damaged": list of (id, reason)}.
 
         Raises:
             DataError: the store was removed or replaced since it was opened.
@@ -71,10 +72,10 @@ class JigsawBatches(Dataset):
             )
             for position, out in zip(positions, images.numpy())
         ]
+        stacked = [k for k in ("gt_classes", "sample_ids", "shown_boxes") if k in made[0]]
         return {
             "image": images.permute(0, 3, 1, 2),
-            "gt_classes": torch.stack([image["gt_classes"] for image in made]),
-            "sample_ids": torch.stack([image["sample_ids"] for image in made]),
+            **{key: torch.stack([image[key] for image in made]) for key in stacked},
             "position": positions[0],
             "damaged": [entry for image in made for entry in image["damaged"]],
         }
@@ -252,7 +253,7 @@ def _build_loader(
         positions,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available(),
-        worker_init_fn=_one_thread,
+        worker_init_fn=start_worker,
     )
 
 
@@ -278,7 +279,14 @@ def check_shared_memory(cfg: CfgNode, world_size: int, local_size: int) -> None:
         )
 
 
-def _one_thread(worker: int) -> None:
-    """A worker is one core's work: threads inside it would only compete with other workers."""
+def start_worker(worker: int) -> None:
+    """A worker is one core's work: threads inside it would only compete with other workers.
+
+    A signal to the whole job is for the training process alone, which needs the batch at hand and
+    ends its workers itself: SIGINT is ignored, and SIGTERM the first time.
+    """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    last = lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL)  # noqa: E731
+    signal.signal(signal.SIGTERM, last)

@@ -8,7 +8,7 @@ expect it.
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jigsaw_d2.data.arrays import ArrayReader
@@ -21,6 +21,7 @@ from jigsaw_d2.data.sources import (
     RegisteredSource,
     SourceData,
     SourceImage,
+    is_set,
 )
 from jigsaw_d2.data.workers import start_workers
 from jigsaw_d2.io import DataError
@@ -40,6 +41,7 @@ class CleanSet:
 
     data: SourceData
     log: ExtractionLog
+    _differs: bool = field(default=False, init=False)  # some annotation, from its entry
 
     @property
     def objects(self) -> int:
@@ -49,7 +51,7 @@ class CleanSet:
     @property
     def is_as_it_was(self) -> bool:
         """Whether Detectron2 reads the same from the set's own json; asks after ``to_coco``."""
-        return HARMLESS.issuperset(self.log.to_dict())
+        return HARMLESS.issuperset(self.log.to_dict()) and not self._differs
 
     def class_counts(self) -> list[int]:
         """Objects of each class."""
@@ -92,6 +94,9 @@ class CleanSet:
     ) -> dict:
         where = f"{image.path}: annotation {number}"
         box = [float(value) for value in entry["bbox"]]
+        texts = [isinstance(entry.get(key), str) for key in ("area", "iscrowd")]
+        if any(texts) and not any(isinstance(value, str) for value in entry["bbox"]):
+            self.log.add("number_is_text", where)
         if "iscrowd" not in entry:
             self.log.add("annotation_iscrowd_missing", where)
         try:
@@ -109,6 +114,9 @@ class CleanSet:
             "area": area,
             "iscrowd": int(annotation.crowd),
         }
+        self._differs |= any(entry.get(key) != value for key, value in made.items())
+        if is_set(entry.get("ignore", 0)):
+            self.log.add("annotation_ignored", where)
         if outline := entry.get("segmentation"):
             kept = usable_segmentation(outline, image.size)
             if kept != outline:

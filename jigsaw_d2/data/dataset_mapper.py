@@ -40,6 +40,7 @@ class JigsawDatasetMapper:
         flip_prob: float = 0.5,
         context: bool = True,
         image_format: str = "RGB",
+        with_boxes: bool = False,
         seed: int = 0,
     ) -> None:
         """
@@ -49,6 +50,7 @@ class JigsawDatasetMapper:
             flip_prob: probability of a horizontal flip, per sample.
             context: False shows a positive's annotated box without what is stored around it.
             image_format: channel order of the result, "RGB" or "BGR"; or the store's channels.
+            with_boxes: the result has "shown_boxes" too.
             seed: with a position, fixes every draw.
 
         Raises:
@@ -69,6 +71,7 @@ class JigsawDatasetMapper:
             )
         self.store, self.template = store, template
         self.method, self.context, self.image_format = method, context, image_format
+        self.with_boxes = with_boxes
         self.scale_range, self.flip_prob, self.seed = (float(low), float(high)), flip_prob, seed
         self.classes = store.classes
         self.windows = None if context else annotated_windows(store)
@@ -78,7 +81,7 @@ class JigsawDatasetMapper:
     @classmethod
     def from_config(cls, cfg: CfgNode, store: SampleStore, seed: int | None = None) -> dict:
         """Arguments of ``__init__`` by their keys; ``seed`` None: ``SEED``, 0 at least."""
-        options = cfg.INPUT.JIGSAW
+        options, jigsaw = cfg.INPUT.JIGSAW, cfg.MODEL.JIGSAW
         return {
             "store": store,
             "template": JigsawTemplate(*options.TEMPLATE_SIZE, *options.TEMPLATE_SPLIT),
@@ -87,6 +90,7 @@ class JigsawDatasetMapper:
             "flip_prob": options.FLIP_PROB,
             "context": options.CONTEXT,
             "image_format": cfg.INPUT.FORMAT,
+            "with_boxes": jigsaw.IGNORE_PADDING or jigsaw.LEVELS == "assign",
             "seed": max(cfg.SEED, 0) if seed is None else seed,
         }
 
@@ -113,7 +117,8 @@ class JigsawDatasetMapper:
         Returns:
             {"image": uint8 (3, H, W) tensor, channels innermost in memory; "gt_classes" and
             "sample_ids": int64 (4,) tensors in region order; "damaged": list of (id, reason) of
-            the samples that were replaced}.
+            the samples that were replaced; if asked for, "shown_boxes": ``used_boxes``, int64
+            (4, 4)}.
 
         Raises:
             DamagedSampleError: a sample cannot be decoded and nothing may replace it.
@@ -133,12 +138,15 @@ class JigsawDatasetMapper:
             )
         if self.image_format == "BGR":
             cv2.cvtColor(out, cv2.COLOR_RGB2BGR, out)
-        return {
+        made = {
             "image": torch.from_numpy(out.transpose(2, 0, 1)),
             "gt_classes": torch.tensor([self.classes.item(i) for i in shown]),
             "sample_ids": torch.tensor(shown),
             "damaged": damaged,
         }
+        if self.with_boxes:
+            made["shown_boxes"] = torch.from_numpy(self.used_boxes(record["position"], shown))
+        return made
 
     def region_slots(self, sample_ids: Sequence[int]) -> tuple[int, int, int, int]:
         """Which of the draws S, S, T, W goes to R1, R2, R3, R4; at equal areas the first to R1."""

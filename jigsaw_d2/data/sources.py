@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 UNKNOWN_CLASS = -1
+CLEANED_FOLDER = "datasets"  # of OUTPUT_DIR, see detection/data.py
 # What a COCO json must hold: of each entry these keys, with values of these types. What a value
 # says is checked where it is used: a box, a size or a name may be wrong, an id may not.
 ID = (int, float, str)
@@ -110,12 +111,13 @@ def unique_names(names: list[str], log: ExtractionLog) -> list[str]:
 def find_image(root: Path, name: str, log: ExtractionLog) -> str:
     """Path of an image that a json names as another machine had it, or as it stands."""
     path, other = root / name, PureWindowsPath(name)
+    elsewhere = bool(other.anchor) or other.parts[:1] == ("..",)
     parts = other.parts[1:] if other.anchor else other.parts
-    if not other.anchor and "\\" not in name and parts[:1] != (root.name,) or path.exists():
+    if not elsewhere and "\\" not in name and parts[:1] != (root.name,) or path.exists():
         return str(path)
     # As slashes; without the folder that was given already; by itself, from another machine.
     tried = [parts, *([parts[1:]] if parts[:1] == (root.name,) else [])]
-    tried += [parts[-1:]] if other.anchor else []
+    tried += [parts[-1:]] if elsewhere else []
     for found in (root.joinpath(*t) for t in tried):
         if found.is_file():
             log.add("image_path_mended", f"{name!r}: {found}")
@@ -218,6 +220,8 @@ class CocoSource:
             if entry["id"] in names:
                 repeated = f"{self.json_file}: category {entry['id']} {entry['name']!r}"
                 log.add("category_id_repeated", repeated)
+            if not isinstance(entry["name"], str):
+                log.add("category_name_not_text", f"{self.json_file}: {entry['name']!r}")
             names.setdefault(entry["id"], str(entry["name"]))
         if not names:
             raise DataError(f'{self.json_file}: "categories" is empty, so there is no class')
@@ -329,9 +333,11 @@ class RegisteredSource:
 
 
 def _same(known: object, json_file: str, image_root: str) -> bool:
-    """Whether what a name stands for has the same content, as a cleaned set of two runs has."""
-    path, root = known.get("json_file"), known.get("image_root")
-    return root == image_root and Path(path).is_file() and filecmp.cmp(path, json_file, False)
+    """Whether a name stands for the cleaned set that another run made of the same files."""
+    path = Path(known.get("json_file") or "")
+    are_cleaned = path.parent.name == Path(json_file).parent.name == CLEANED_FOLDER
+    is_there = known.get("image_root") == image_root and are_cleaned and path.is_file()
+    return is_there and filecmp.cmp(path, json_file, shallow=False)
 
 
 def register_coco_files(cfg: "CfgNode") -> list[str]:

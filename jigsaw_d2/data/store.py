@@ -32,6 +32,7 @@ FORMAT = "jigsaw-d2 sample store"
 VERSION = 1
 HEADER_NAME = "header.json"
 INDEX_NAME = "index.npy"
+PARTIAL_NAME = ".partial"  # within a mount point; elsewhere beside the store
 BLOCK = 512  # bytes; tar headers and contents are multiples of it
 # How a sample is encoded: ``format`` of its record, and the suffix of its member.
 JPEG, PNG, PPM, PGM, NPY = range(5)
@@ -68,8 +69,13 @@ class DamagedSampleError(DataError):
 
 
 def check_free(path: str | os.PathLike, overwrite: bool) -> None:
-    """Raises DataError where a store may not be written: something is there already."""
-    if Path(path).exists() and not overwrite:
+    """Raises DataError where a store may not be written: something is there already.
+
+    An empty folder, or an empty disk that is mounted there, may become one.
+    """
+    path, nothing = Path(path), (PARTIAL_NAME, "lost+found")
+    is_free = path.is_dir() and all(file.name.startswith(nothing) for file in path.iterdir())
+    if path.exists() and not is_free and not overwrite:
         raise DataError(f"{path} exists; --overwrite replaces it, or choose another folder")
 
 

@@ -1,7 +1,6 @@
 """Write a sample store: shards first, then the index, then the header, then the final name."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import numpy as np
 from jigsaw_d2.data import store
 from jigsaw_d2.data.samples import group_codes
 from jigsaw_d2.data.store import RECORD
-from jigsaw_d2.io import RunError, open_atomically, write_text
+from jigsaw_d2.io import RunError, lock_folder, open_atomically, write_text
 
 DEFAULT_SHARD_SIZE = 256 << 20
 END_OF_ARCHIVE = bytes(2 * store.BLOCK)
@@ -75,6 +74,9 @@ def _disk_errors(path: Path) -> Iterator[None]:
 class StoreWriter:
     """Writes under ``<path>.partial`` and renames when whole; use as a context manager.
 
+    A symbolic link is followed. A mount point, such as a volume of Docker's, cannot be renamed: the
+    partial folder lies within it, and its files are moved up, the header last.
+
     The partial folder holds the store to be (``store/``) and what a later run needs to go on.
     Leaving the block without ``finish`` leaves that alone behind; a writer with the same
     ``resume_key`` takes its finished shards over.
@@ -105,8 +107,10 @@ class StoreWriter:
         resume_key: str = "",
     ) -> None:
         store.check_free(path, overwrite)
-        self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.path = Path(os.path.realpath(path))
+        self._is_mount = os.path.ismount(self.path)
+        beside = self.path.with_name(self.path.name + ".partial")
+        self.partial = self.path / store.PARTIAL_NAME if self._is_mount else beside
         self.folder = self.partial / "store"
         self.categories, self.header = list(categories), dict(header or {})
         self.shard_size, self.resume_key = shard_size, resume_key
@@ -115,14 +119,7 @@ class StoreWriter:
         self._records, self._open_records, self._file = [], [], None
         with _disk_errors(self.partial):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.partial / LOCK_NAME, "a")
-            try:
-                # The kernel lets go of it however this process ends; unlike a lock of flock, one of
-                # lockf does not live on in worker processes.
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                self._lock.close()
-                raise RunError(f"another process is writing {self.partial}; wait for it") from None
+            self._lock = lock_folder(self.partial, LOCK_NAME)
             self._take_over()
 
     def _take_over(self) -> None:
@@ -224,11 +221,18 @@ class StoreWriter:
 
     def _replace(self) -> None:
         """Rename the finished folder; an old store steps aside first and goes last."""
-        old = self.path.with_name(self.path.name + ".old")
+        old = self.partial.with_suffix(".old")
         shutil.rmtree(old, ignore_errors=True)
-        if self.path.exists():
-            os.replace(self.path, old)
-        os.replace(self.folder, self.path)
+        if self._is_mount:
+            old.mkdir()
+            names = [store.HEADER_NAME, store.INDEX_NAME, "shard-*.tar"]
+            _move([file for name in names for file in self.path.glob(name)], old)
+            files = list(self.folder.iterdir())
+            _move(sorted(files, key=lambda file: file.name == store.HEADER_NAME), self.path)
+        else:
+            if self.path.exists():
+                os.replace(self.path, old)
+            os.replace(self.folder, self.path)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.partial, ignore_errors=True)
 
@@ -241,3 +245,8 @@ class StoreWriter:
             with contextlib.suppress(OSError):
                 self._file.close()
         self._lock.close()
+
+
+def _move(files: Sequence[Path], folder: Path) -> None:
+    for file in files:
+        os.replace(file, folder / file.name)

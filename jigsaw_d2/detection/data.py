@@ -19,7 +19,7 @@ from jigsaw_d2.data.cleaning import (
     usable_segmentation,
 )
 from jigsaw_d2.data.report import FAULT
-from jigsaw_d2.data.sources import CocoSource, RegisteredSource, register_coco_files
+from jigsaw_d2.data.sources import CLEANED_FOLDER, CocoSource, RegisteredSource, register_coco_files
 from jigsaw_d2.io import ConfigError, DataError, write_text
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def _write_cleaned(folder: Path, name: str, json_file: str, clean: CleanSet) -> 
         logger.info("%s", said)
         return json_file
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-    path = (folder / "datasets" / f"{Path(name).name}-{digest}.json").resolve()
+    path = (folder / CLEANED_FOLDER / f"{Path(name).name}-{digest}.json").resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, content)
     logger.warning("%s\n\ntraining and evaluation read what is left from %s", said, path)

@@ -4,7 +4,9 @@ import functools
 import json
 import logging
 import math
+import re
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,8 +16,8 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase, default_setup
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase, default_setup, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, coco_evaluation
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
@@ -34,7 +36,12 @@ from jigsaw_d2.detection.array_mapper import ArrayMapper
 from jigsaw_d2.detection.config import read_metadata
 from jigsaw_d2.detection.data import check_registered
 from jigsaw_d2.detection.kinds import build_evaluators, register_keypoints
+from jigsaw_d2.detection.loader import ResumableLoader
+from jigsaw_d2.engine.hooks import CheckpointHook
+from jigsaw_d2.engine.interrupt import StopNotice
+from jigsaw_d2.engine.launch import explained, lock_output
 from jigsaw_d2.engine.optimizer import backbone_of, build_optimizer
+from jigsaw_d2.engine.state import JigsawCheckpointer, gather_random_states, set_random_state
 from jigsaw_d2.io import RunError, write_text
 
 try:
@@ -150,10 +157,23 @@ class FinetuneTrainer(DefaultTrainer):
     strict = True
     origin = ""  # of MODEL.WEIGHTS
 
+    def __init__(self, cfg: CfgNode) -> None:
+        """As Detectron2's; checkpoints appear whole or not at all, a signal leaves one."""
+        self._notice = StopNotice()
+        super().__init__(cfg)
+        model, trainer = self.checkpointer.model, weakref.proxy(self)
+        self.checkpointer = JigsawCheckpointer(model, cfg.OUTPUT_DIR, trainer=trainer)
+        self._device = next(model.parameters()).device
+
     def resume_or_load(self, resume: bool = True) -> None:
         """The last checkpoint of OUTPUT_DIR if ``resume`` and there is one, else MODEL.WEIGHTS."""
         if resume and self.checkpointer.has_checkpoint():
-            super().resume_or_load(resume=True)
+            rest = self.checkpointer.resume_or_load("", resume=True)
+            self.start_iter = self._trainer.data_loader.start_iter = self.iter + 1
+            states = rest.get("random_states", [])
+            if len(states) == comm.get_world_size():
+                mine = states[comm.get_rank()]
+                self._trainer.data_loader.on_start = lambda: set_random_state(mine, self._device)
         elif self.origin == detector.ORIGIN:
             detector.load_detector(_bare(self.model), self.cfg.MODEL.WEIGHTS, self.strict)
         elif self.cfg.MODEL.WEIGHTS:
@@ -177,20 +197,76 @@ class FinetuneTrainer(DefaultTrainer):
         return super().build_optimizer(cfg, model) if is_plain else build_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
-        """Detectron2's, of arrays where INPUT.FORMAT says so."""
-        mapper = ArrayMapper(cfg, is_train=True) if make_reader(cfg) else None
-        return build_detection_train_loader(cfg, mapper=mapper)
+    def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
+        """Detectron2's batches, which a resumed run goes on with; of arrays by INPUT.FORMAT."""
+        return ResumableLoader(cfg, ArrayMapper(cfg, is_train=True) if make_reader(cfg) else None)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
-        """Likewise."""
+        """Detectron2's, of arrays where INPUT.FORMAT says so."""
         mapper = ArrayMapper(cfg, is_train=False) if make_reader(cfg) else None
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     def build_hooks(self) -> list[HookBase]:
-        """The cost log's before Detectron2's, so that evaluations are no part of its steps."""
-        return [CostLogHook(), *super().build_hooks()]
+        """Detectron2's, but for checkpoints; the cost log's first, as it counts steps alone."""
+        period, eval_period = self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD
+        replaced = (hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
+        made = super().build_hooks()
+        return [
+            CostLogHook(),
+            *(hook for hook in made if not isinstance(hook, replaced)),
+            CheckpointHook(period, self._notice, eval_period),
+            hooks.EvalHook(eval_period, self._evaluate),
+            *(hook for hook in made if isinstance(hook, hooks.PeriodicWriter)),
+        ]
+
+    def train(self) -> None:
+        """Run to SOLVER.MAX_ITER and evaluate; a notice to stop is heeded until then."""
+        with self._notice:
+            super().train()
+
+    def save_checkpoint(self, name: str) -> None:
+        """Write ``name``.pth, with the random states of every rank, which all must call it."""
+        states = gather_random_states(self._device)
+        if comm.is_main_process():
+            state = {"trainer": self.state_dict(), "iteration": self.iter}
+            self.checkpointer.save(name, **state, random_states=states)
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the optimizer's state, which Detectron2 0.6 forgets."""
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of a checkpoint that Detectron2 0.6 wrote, without it."""
+        super().load_state_dict(state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+
+    def _evaluate(self) -> dict[str, Any]:
+        with self._notice.evaluating(self._device):
+            self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
+
+    def run_step(self) -> None:
+        """One step of Detectron2's.
+
+        Raises:
+            RunError: the losses, or the boxes that were found, are not finite any more.
+        """
+        try:
+            super().run_step()
+        except (FloatingPointError, AssertionError) as error:
+            text = " ".join(str(error).split())
+            if isinstance(error, AssertionError) and "infinite or NaN" not in text:
+                raise
+            bad = re.findall(r"'(\w+)': (?:np\.float64\()?(?:nan|-?inf)", text)
+            raise RunError(
+                f"iteration {self.iter}: the detector diverged: "
+                f"{', '.join(bad) + ' not finite' if bad else text}; nothing was updated. Start "
+                f"again in another OUTPUT_DIR with a lower SOLVER.BASE_LR (now "
+                f"{self.cfg.SOLVER.BASE_LR:g}), a longer SOLVER.WARMUP_ITERS or "
+                f"SOLVER.CLIP_GRADIENTS.ENABLED True; here, {self.checkpointer.last_whole()}"
+            ) from None
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "") -> DatasetEvaluator:
@@ -238,6 +314,11 @@ def finetune(
         RunError: a run is in OUTPUT_DIR, or none to go on with; Detectron2 lacks what is asked.
         JigsawError: weights, config or data that do not fit.
     """
+    with lock_output(cfg.OUTPUT_DIR, eval_only), explained(cfg.SOLVER.PEER_TIMEOUT):
+        return _finetune(cfg, resume, eval_only, force)
+
+
+def _finetune(cfg: CfgNode, resume: bool, eval_only: bool, force: bool) -> dict[str, Any]:
     register_coco_files(cfg)
     register_keypoints(cfg)
     metadata, output = read_metadata(cfg.MODEL.WEIGHTS), Path(cfg.OUTPUT_DIR)
@@ -251,6 +332,7 @@ def finetune(
             "set it to False, or choose a Faster or Mask R-CNN"
         )
     setup_logger(str(output), comm.get_rank(), name="jigsaw_d2", abbrev_name="jigsaw")
+    cfg = _settle_seed(cfg, resume)
     default_setup(cfg, SimpleNamespace(config_file="", eval_only=eval_only, resume=resume))
     if comm.is_main_process():
         write_text(output / METADATA_NAMES[0], metadata.to_yaml())
@@ -274,6 +356,21 @@ def finetune(
     if results:
         write_text(output / "results.json", json.dumps(_finite(results), indent=1) + "\n")
     return results
+
+
+def _settle_seed(cfg: CfgNode, resume: bool) -> CfgNode:
+    """A SEED below 0 becomes that of the run to resume, or a new one; the same on every rank."""
+    if cfg.SEED >= 0:
+        return cfg
+    seed, path = comm.shared_random_seed(), Path(cfg.OUTPUT_DIR) / "config.yaml"
+    if resume and path.is_file():
+        earlier = re.search(r"^SEED: (\d+)$", path.read_text(), re.MULTILINE)
+        seed = int(earlier[1]) if earlier else seed
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = seed
+    cfg.freeze()
+    return cfg
 
 
 def _check_output(folder: Path, metadata: WeightsMetadata, resume: bool) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from detectron2.config import CfgNode
@@ -25,6 +25,7 @@ from jigsaw_d2.modeling.erf import (
     region_weights,
     unwrap,
 )
+from jigsaw_d2.modeling.erf_probes import fill_between, probe_cells
 from jigsaw_d2.modeling.losses import OBJECTIVES
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ class ErfRefreshHook(HookBase):
     iterations, and which images, follow from the iteration alone, and drift is taken against
     the model's buffers; so a resumed run does exactly what the unbroken one did. Each rank measures
     its share of the images; the weights of rank 0 are given to all.
+
+    Several features share the images out among them, and of each at most 49 cells are probed: so
+    all of them together cost no more than one.
     """
 
     def __init__(
@@ -95,8 +99,23 @@ class ErfRefreshHook(HookBase):
         self._max_drift = max_drift
         self._amp_dtype = amp_dtype
         self._figures = figures
+        levels = self._model.levels
+        if num_images < len(levels):
+            raise ConfigError(
+                f"MODEL.JIGSAW.ERF.NUM_IMAGES is {num_images}, too few for {', '.join(levels)}"
+            )
+        # Of the paper's one feature every cell; None = all.
+        self._cells = {
+            name: probe_cells(*level.cell_regions.shape) if len(levels) > 1 else None
+            for name, level in levels.items()
+        }
         # One forward pass, and one backward pass to the input a cell: as many products again.
-        self._flops = 2 * macs * (1 + self._model.cell_regions.numel())
+        passes = (
+            len(self._images_of(name, 0))
+            * (1 + len(self._cells[name] or level.cell_regions.flatten()))
+            for name, level in levels.items()
+        )
+        self._flops = 2 * macs * sum(passes)
 
     def before_train(self) -> None:
         """For the first iteration of this run."""
@@ -124,42 +143,61 @@ class ErfRefreshHook(HookBase):
             The drift: mean absolute change of the weights against those in force.
         """
         start = time.perf_counter()
-        model = self._model
-        average_statistics(model)  # one network is measured, by parts
-        measured = self._measure(iteration, self._amp_dtype)
-        if self._amp_dtype and not measured.region_sums.isfinite().all():
-            logger.warning("ERF not finite in %s; measured again without AMP", self._amp_dtype)
-            measured = self._measure(iteration, None)
-        sums = measured.region_sums
-        weights = region_weights(sums, model.cell_regions, model.tau).to(model.erf_weights)
-        _broadcast(sums, weights)
-        drift = (weights - model.erf_weights).abs().mean().item()
-        first = not model.erf_region_sums.any()
+        average_statistics(self._model)  # one network is measured, by parts
+        levels = self._model.levels
+        found = {name: self._measure_level(name, iteration) for name in levels}
+        weights = {name: self._weights(name, measured) for name, measured in found.items()}
+        changes = ((weights[name] - level.erf_weights).abs() for name, level in levels.items())
+        drift = sum(change.mean().item() for change in changes) / len(levels)
+        first = not any(level.erf_region_sums.any() for level in levels.values())
         installed = least_drift is None or drift > least_drift
         if installed:
-            model.erf_weights.copy_(weights)
-            model.erf_region_sums.copy_(sums)
+            for name, level in levels.items():
+                level.erf_weights.copy_(weights[name])
+                level.erf_region_sums.copy_(found[name].region_sums)
         seconds = time.perf_counter() - start
         self._record(seconds)
         if comm.is_main_process():
-            self._report(iteration, measured, drift, seconds, first, installed)
+            self._report(iteration, found, drift, seconds, first, installed)
         return drift
 
-    def _measure(self, iteration: int, amp_dtype: torch.dtype | None) -> ErfMeasurement:
+    def _measure_level(self, name: str, iteration: int) -> ErfMeasurement:
+        """As ``_measure``, once more where that overflows; of every cell, the same on all ranks."""
+        measured = self._measure(name, iteration, self._amp_dtype)
+        if self._amp_dtype and not measured.region_sums.isfinite().all():
+            logger.warning("ERF not finite in %s; measured again without AMP", self._amp_dtype)
+            measured = self._measure(name, iteration, None)
+        return measured
+
+    def _weights(self, name: str, measured: ErfMeasurement) -> Tensor:
+        """Eq. 2 of what was measured; that and the weights become those of rank 0."""
+        level = self._model.levels[name]
+        weights = region_weights(measured.region_sums, level.cell_regions, self._model.tau)
+        weights = weights.to(level.erf_weights)
+        _broadcast(measured.region_sums, weights)
+        return weights
+
+    def _images_of(self, name: str, iteration: int) -> range:
+        """Positions of the images by which a feature is measured: its part of NUM_IMAGES."""
+        features, first = self._model.in_features, iteration * self._num_images
+        index = features.index(name)
+        ends = (self._num_images * (index + n) // len(features) for n in (0, 1))
+        return range(*(first + end for end in ends))
+
+    def _measure(self, name: str, iteration: int, amp_dtype: torch.dtype | None) -> ErfMeasurement:
         """Mean over the images of all ranks; maps, if any, of this rank's images alone."""
-        model = self._model
-        first = iteration * self._num_images
-        last = first + self._num_images
-        positions = range(first + comm.get_rank(), last, comm.get_world_size())
-        total = torch.zeros_like(model.erf_region_sums)
+        model, images = self._model, self._images_of(name, iteration)
+        positions = images[comm.get_rank() :: comm.get_world_size()]
+        total = torch.zeros_like(model.levels[name].erf_region_sums)
         maps = None
         if positions:
             measured = measure_erf(
                 model.backbone,
                 model.preprocess(self._load_images(positions)),
                 model.template,
-                model.in_feature,
+                name,
                 self._grad,
+                cells=self._cells[name],
                 batch_size=BATCH_SIZES[model.device.type],
                 with_maps=self._figures and comm.is_main_process(),
                 amp_dtype=amp_dtype,
@@ -168,40 +206,48 @@ class ErfRefreshHook(HookBase):
             maps = measured.region_maps
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(total)
-        return ErfMeasurement(total / self._num_images, maps, self._num_images)
+        filled = fill_between(total / len(images), self._cells[name])
+        return ErfMeasurement(filled, maps, len(images))
 
     def _report(
         self,
         iteration: int,
-        measured: ErfMeasurement,
+        found: Mapping[str, ErfMeasurement],
         drift: float,
         seconds: float,
         first: bool,
         installed: bool,
     ) -> None:
         """Log and event storage; the summary shows the weights in force from now on."""
-        model, storage = self._model, self.trainer.storage
-        sums, regions = measured.region_sums.cpu(), model.cell_regions.cpu()
-        outside = outside_shares(sums, regions).tolist()
+        storage, levels = self.trainer.storage, self._model.levels
         if not first:
             storage.put_scalar("erf/drift", drift, smoothing_hint=False)
-        for r, share in enumerate(outside):
-            storage.put_scalar(f"erf/outside_share_R{r + 1}", share, smoothing_hint=False)
         storage.put_scalar("erf/seconds", seconds, smoothing_hint=False)
+        shares, tables = {}, []
+        for name, level in levels.items():
+            sums, regions = found[name].region_sums.cpu(), level.cell_regions.cpu()
+            shares[name] = region_shares(sums, regions)
+            title = f"{name}_" if len(levels) > 1 else ""
+            for r, share in enumerate(outside_shares(sums, regions).tolist()):
+                storage.put_scalar(f"erf/{title}outside_share_R{r + 1}", share, False)
+            tables += [name] if title else []
+            tables.append(format_summary(sums, level.erf_weights.cpu(), regions))
         change = "first measurement" if first else f"drift {drift:.4f}"
         verb = "ERF weights renewed" if installed else "ERF probed, weights kept"
-        table = format_summary(sums, model.erf_weights.cpu(), regions)
         logger.info(
             "%s at iteration %d: %d images, %.1f s, %s%s",
-            *(verb, iteration, measured.num_images, seconds, change),
-            f"\n{table}" if installed else "",
+            *(verb, iteration, self._num_images, seconds, change),
+            "".join(f"\n{table}" for table in tables) if installed else "",
         )
-        if installed and measured.region_maps is not None:
+        maps = {name: found[name].region_maps for name in levels}
+        maps = {name: each for name, each in maps.items() if each is not None}
+        if installed and maps:
             from jigsaw_d2.visualization.erf import erf_figure  # brings matplotlib in
             from jigsaw_d2.visualization.figures import figure_pixels
 
-            shares = region_shares(sums, regions)
-            figure = erf_figure([""], [measured.region_maps], [shares], model.template)
+            names = list(maps) if len(levels) > 1 else [""]
+            rows = (list(maps.values()), [shares[name] for name in maps])
+            figure = erf_figure(names, *rows, self._model.template)
             storage.put_image("erf/regions", figure_pixels(figure))
 
     def _record(self, seconds: float) -> None:
@@ -214,7 +260,7 @@ class ErfRefreshHook(HookBase):
             "erf_refresh",
             images=self._num_images,
             pixels=self._num_images * height * width,
-            flops=self._num_images * self._flops,
+            flops=self._flops,
             seconds=seconds * comm.get_world_size(),
         )
 

@@ -2,18 +2,25 @@
 
 import logging
 import resource
+import signal
+import sys
 import time
 from pathlib import Path
 
 import torch
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicWriter
+from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from jigsaw_d2.cost import TRAIN_FORWARDS, CostLog
+from jigsaw_d2.engine.interrupt import StopNotice
 from jigsaw_d2.engine.state import WRITE_PERIOD, set_random_state
 
 logger = logging.getLogger(__name__)
+
+# Written before an evaluation that no other checkpoint precedes, and again before the next.
+BEFORE_EVALUATION = "model_before_evaluation"
 
 
 class MeterHook(HookBase):
@@ -30,6 +37,7 @@ class MeterHook(HookBase):
         images: int,
         pixels: int,
         macs: int,
+        pyramid_macs: int = 0,
         device: torch.device,
         world_size: int = 1,
         checkpoint_period: int = 0,
@@ -40,6 +48,7 @@ class MeterHook(HookBase):
             images: per step, over all ranks.
             pixels: per image.
             macs: multiply-accumulates of one image's forward pass.
+            pyramid_macs: those of them that a feature pyramid adds to its bottom-up network.
             device: whose memory is looked at.
             world_size: number of devices that work on a step.
             checkpoint_period: of the run; what a checkpoint holds is in the cost log before it.
@@ -48,6 +57,9 @@ class MeterHook(HookBase):
         self._images = images
         self._pixels = pixels
         self._macs = macs
+        self._facts = {"macs_per_image": macs}
+        if pyramid_macs:
+            self._facts["pyramid_macs_per_image"] = pyramid_macs
         self._device = device
         self._world_size = world_size
         self._checkpoint_period = checkpoint_period
@@ -88,7 +100,7 @@ class MeterHook(HookBase):
                 pixels=images * self._pixels,
                 flops=2 * self._macs * TRAIN_FORWARDS * images,
                 seconds=self._seconds * self._world_size,
-                macs_per_image=self._macs,
+                **self._facts,
             )
         self._steps, self._seconds = 0, 0.0
 
@@ -128,20 +140,40 @@ class MeterPrinter(EventWriter):
 
 
 class CheckpointHook(HookBase):
-    """model_XXXXXXX.pth every ``period`` iterations, model_final.pth after the last.
+    """model_XXXXXXX.pth every ``period`` iterations and at a notice, model_final.pth at the end.
 
     Runs on every rank, for each has a random state to save; rank 0 writes.
     """
 
-    def __init__(self, period: int) -> None:
-        self._period = period
+    def __init__(self, period: int, notice: StopNotice | None = None, eval_period: int = 0) -> None:
+        """
+        Args:
+            notice: to stop, which is listened to while training.
+            eval_period: of evaluations, before each of which the state is written.
+        """
+        self._period, self._notice, self._eval_period = period, notice or StopNotice(), eval_period
+
+    def before_train(self) -> None:
+        self._notice.listen()
 
     def after_step(self) -> None:
-        iteration = self.trainer.iter
-        if iteration + 1 >= self.trainer.max_iter:
-            self.trainer.save_checkpoint("model_final")
-        elif self._period > 0 and (iteration + 1) % self._period == 0:
-            self.trainer.save_checkpoint(f"model_{iteration:07d}")
+        iteration, done = self.trainer.iter, self.trainer.iter + 1
+        number, name = self._notice.agreed(iteration), f"model_{iteration:07d}"
+        if done >= self.trainer.max_iter:
+            name = "model_final"
+        elif not number and not (self._period > 0 and done % self._period == 0):
+            evaluates = self._eval_period > 0 and done % self._eval_period == 0
+            name = BEFORE_EVALUATION if evaluates else ""
+        if name:
+            self.trainer.save_checkpoint(name)
+        if number:
+            comm.synchronize()  # the first process that ends takes the others with it
+            logger.info(
+                "stopped by %s: %s.pth holds all of iteration %d; the same command with --resume "
+                "goes on from there",
+                *(signal.Signals(number).name, name, iteration),
+            )
+            sys.exit(128 + number)
 
 
 class ContinueHook(HookBase):

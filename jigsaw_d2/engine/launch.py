@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from jigsaw_d2.io import ConfigError, JigsawError, PeerLostError, RunError, write_text
+from jigsaw_d2.engine.interrupt import STATUSES, passed_on
+from jigsaw_d2.io import ConfigError, JigsawError, PeerLostError, RunError, lock_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +78,14 @@ def launch_job(
         if not on_gpu:
             stack.enter_context(_hidden_gpus())
         try:
-            launch(
-                *(_run_and_leave, num_gpus, num_machines, machine_rank, dist_url),
-                *((folder, timeout, main_func, *args), limit),
-            )
+            with passed_on():
+                launch(
+                    *(_run_and_leave, num_gpus, num_machines, machine_rank, dist_url),
+                    *((folder, timeout, main_func, *args), limit),
+                )
         except ProcessExitedException as error:
+            if error.exit_code in STATUSES:
+                sys.exit(error.exit_code)
             raise PeerLostError(
                 f"process {error.error_index} of this machine ended ({error.msg.splitlines()[0]}); "
                 "the others were stopped; start again with --resume"
@@ -116,11 +121,14 @@ def _run_and_leave(folder: str, timeout: float, main_func: Callable[..., Any], *
         comm._get_global_gloo_group = lambda: side
     try:
         main_func(*args)
-    except JigsawError as error:
+    except (JigsawError, OSError) as error:
         if folder:
             rank = comm.get_local_rank()
             content = [isinstance(error, PeerLostError), f"process {rank}: {error}"]
             write_text(Path(folder) / f"{rank}.json", json.dumps(content))
+        raise
+    except SystemExit:  # of a notice to stop
+        leave_group()
         raise
     leave_group()
 
@@ -158,6 +166,58 @@ def _join_torchrun(timeout: float, on_gpu: bool) -> None:
         if machine == mine:
             comm._LOCAL_PROCESS_GROUP = group
     logger.info("joined torchrun: rank %d of %d", comm.get_rank(), comm.get_world_size())
+
+
+def lock_output(output_dir: str, eval_only: bool) -> contextlib.AbstractContextManager:
+    """A lock of OUTPUT_DIR, which the main process of a training holds against another one.
+
+    Raises:
+        RunError: another job is writing it.
+    """
+    if eval_only or not comm.is_main_process():
+        return contextlib.nullcontext()
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    return lock_folder(Path(output_dir))
+
+
+class _OurErrorsInALine(logging.Filter):
+    """Detectron2's loop logs the traceback of every error; ours say all there is to say."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, (JigsawError, OSError))
+
+
+logging.getLogger("detectron2.engine.train_loop").addFilter(_OurErrorsInALine())
+
+
+@contextlib.contextmanager
+def explained(timeout: float) -> Iterator[None]:
+    """Inside, errors of the machine, of workers and of peers become ours, in words.
+
+    Args:
+        timeout: SOLVER.PEER_TIMEOUT.
+    """
+    try:
+        yield
+    except (JigsawError, RuntimeError) as error:
+        text = str(error)
+        if "Original Traceback" in text and isinstance(error, JigsawError):  # from a worker
+            raise type(error)(text.strip().splitlines()[-1].partition(": ")[2]) from None
+        if "DataLoader worker" in text and not isinstance(error, JigsawError):
+            raise RunError(
+                f"a worker process of the loader died ({text.splitlines()[0]}): lower "
+                "DATALOADER.NUM_WORKERS if memory or /dev/shm is full; --resume goes on"
+            ) from error
+        if isinstance(error, torch.OutOfMemoryError):
+            raise RunError(
+                f"out of GPU memory ({text.splitlines()[0]}): lower SOLVER.IMS_PER_BATCH or the "
+                "size of the images"
+            ) from error
+        lost = as_peer_lost(error, timeout)
+        if lost is None:
+            raise
+        raise lost from error
 
 
 def as_peer_lost(error: RuntimeError, timeout: float) -> PeerLostError | None:

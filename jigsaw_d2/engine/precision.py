@@ -102,8 +102,9 @@ def settle_precision(cfg: CfgNode) -> CfgNode:
 def _time_candidates(cfg: CfgNode) -> dict[tuple[str, bool], float]:
     """Seconds of a step by (dtype, channels_last), for as many as the time allows."""
     device = torch.device(cfg.MODEL.DEVICE)
-    if "Sync" in cfg.MODEL.RESNETS.NORM:
-        cfg.MODEL.RESNETS.NORM = "BN"  # this process is alone in its trial
+    for part in (cfg.MODEL.RESNETS, cfg.MODEL.FPN):
+        if "Sync" in part.NORM:
+            part.NORM = "BN"  # this process is alone in its trial
     begun, seconds = time.perf_counter(), {}
     cuda = [torch.cuda.current_device()] if device.type == "cuda" else []
     configure_backends(cfg)
@@ -144,11 +145,13 @@ def _noise_batch(cfg: CfgNode, device: torch.device) -> dict[str, torch.Tensor]:
     solver = cfg.SOLVER
     count = max(solver.IMS_PER_BATCH // (comm.get_world_size() * solver.ACCUMULATION_STEPS), 1)
     count = min(count, _CPU_IMAGES) if device.type == "cpu" else count
-    shape = (count, len(cfg.MODEL.PIXEL_MEAN), *cfg.INPUT.JIGSAW.TEMPLATE_SIZE)
+    height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
+    shape = (count, len(cfg.MODEL.PIXEL_MEAN), height, width)
     # Noise: on blank images batch norm makes subnormal numbers, with which a CPU crawls.
     return {
         "image": torch.randint(256, shape, dtype=torch.uint8, device=device),
         "gt_classes": torch.zeros(count, 4, dtype=torch.int64, device=device),
+        "shown_boxes": torch.tensor([0, 0, width, height], device=device).expand(count, 4, 4),
     }
 
 

@@ -12,7 +12,7 @@ from detectron2.utils.logger import setup_logger
 from jigsaw_d2.config import find_config, get_jigsaw_cfg
 from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.engine.hooks import FirstBatchHook
-from jigsaw_d2.engine.launch import as_peer_lost
+from jigsaw_d2.engine.launch import explained, lock_output
 from jigsaw_d2.engine.run_config import check_held_out, open_store, resolve_config
 from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.io import RunError
@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 def run(args: argparse.Namespace) -> None:
     """The work of one process."""
-    cfg = setup(args)
-    try:
+    given = load_config(args)
+    with lock_output(given.OUTPUT_DIR, args.eval_only), explained(given.SOLVER.PEER_TIMEOUT):
+        cfg = setup(args)
         trainer = JigsawTrainer(cfg)
         if args.eval_only:
             evaluate_only(trainer, args.resume)
@@ -32,11 +33,6 @@ def run(args: argparse.Namespace) -> None:
         if comm.is_main_process():
             trainer.register_hooks([FirstBatchHook()])
         trainer.train()
-    except RuntimeError as error:
-        lost = as_peer_lost(error, cfg.SOLVER.PEER_TIMEOUT)
-        if lost is None:
-            raise
-        raise lost from error
 
 
 def load_config(args: argparse.Namespace) -> CfgNode:

@@ -12,7 +12,13 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 from detectron2.utils import comm
 
-from jigsaw_d2.config import check_trainable_config, resolve_norm, scale_to_batch
+from jigsaw_d2.config import (
+    check_trainable_config,
+    get_jigsaw_cfg,
+    in_features,
+    resolve_norm,
+    scale_to_batch,
+)
 from jigsaw_d2.data.arrays import channels_of
 from jigsaw_d2.data.build import fit_input
 from jigsaw_d2.data.store import SampleStore
@@ -58,7 +64,8 @@ def resolve_config(
     cfg.defrost()
     _check_batch(cfg, world_size)
     use_device(cfg, world_size)
-    cfg.MODEL.RESNETS.NORM = resolve_norm(cfg, world_size)
+    for part in ("RESNETS", "FPN"):
+        cfg.MODEL[part].NORM = resolve_norm(cfg, world_size, part)
     classes = len(store.categories)
     if cfg.MODEL.JIGSAW.NUM_CLASSES not in (0, classes):
         raise ConfigError(
@@ -70,7 +77,8 @@ def resolve_config(
     check_trainable_config(cfg)
     if cfg.INPUT.JIGSAW.FIT_TO:
         with torch.device("meta"):
-            stride = build_backbone(cfg).output_shape()[cfg.MODEL.JIGSAW.IN_FEATURE].stride
+            shapes = build_backbone(cfg).output_shape()
+        stride = max(shapes[name].stride for name in in_features(cfg))
         fit_input(cfg, store, stride, explicit)
     if cfg.SEED < 0 or not is_settled(cfg):
         decided = comm.all_gather(_decide(cfg) if comm.is_main_process() else [])[0]
@@ -165,7 +173,10 @@ def warn_of_changes(cfg: CfgNode, saved: str) -> list[str]:
         cfg: of this run.
         saved: YAML of the run that wrote the checkpoint.
     """
-    now, then = dict(_flat(yaml.safe_load(cfg.dump()))), dict(_flat(yaml.safe_load(saved)))
+    # Keys that are newer than the checkpoint had, in effect, their defaults.
+    texts = (cfg.dump(), get_jigsaw_cfg().dump(), saved)
+    now, defaults, then = (dict(_flat(yaml.safe_load(text))) for text in texts)
+    then = defaults | then
     lines = [
         f"{key}: {then.get(key)} -> {now.get(key)}"
         for key in sorted(set(now) | set(then))

@@ -55,9 +55,24 @@ class JigsawCheckpointer(DetectionCheckpointer):
         """Write ``name``.pth and then let ``last_checkpoint`` name it."""
         path = Path(self.save_dir) / f"{name}.pth"
         logger.info("saving checkpoint to %s", path)
-        with open_atomically(path) as stream:
-            torch.save({"model": self.model.state_dict(), **state}, stream)
-        self.tag_last_checkpoint(path.name)
+        try:
+            with open_atomically(path) as stream:
+                torch.save({"model": self.model.state_dict(), **state}, stream)
+            self.tag_last_checkpoint(path.name)
+        except (OSError, RuntimeError) as error:  # the latter is PyTorch's writer, on a full disk
+            refused = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
+            reason = f"the disk is full, it seems ({str(error).splitlines()[0]})"
+            reason = refused.strerror if refused else reason
+            raise RunError(
+                f"cannot write {path}: {reason}; {self.last_whole()} Make room, then the same "
+                "command with --resume goes on"
+            ) from error
+
+    def last_whole(self) -> str:
+        """Which checkpoint a resume would go on from, as a sentence."""
+        if not self.has_checkpoint():
+            return "there is no earlier checkpoint."
+        return f"{Path(self.get_checkpoint_file()).name} is whole."
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """As Detectron2's, but the old tag holds until the new one is on the disk."""

@@ -231,9 +231,10 @@ class TrainStep:
         idle = [name for name, p in parameters if p.requires_grad and p.grad is None]
         if idle:
             raise ConfigError(
-                f"{len(idle)} parameters receive no gradient, for MODEL.JIGSAW.IN_FEATURE does not "
-                f"depend on them: {', '.join(idle[:5])}{' ...' if len(idle) > 5 else ''}; let the "
-                "backbone build that output alone (MODEL.RESNETS.OUT_FEATURES or the like)"
+                f"{len(idle)} parameters receive no gradient, for MODEL.JIGSAW.IN_FEATURE(S) do "
+                f"not depend on them: {', '.join(idle[:5])}{' ...' if len(idle) > 5 else ''}; let "
+                "the backbone build those outputs alone (MODEL.RESNETS.OUT_FEATURES, "
+                "MODEL.FPN.IN_FEATURES or the like)"
             )
 
     def _without_sync(self) -> contextlib.AbstractContextManager:

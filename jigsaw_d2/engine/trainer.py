@@ -38,6 +38,7 @@ from jigsaw_d2.engine.hooks import (
     MeterPrinter,
     WriterHook,
 )
+from jigsaw_d2.engine.interrupt import StopNotice
 from jigsaw_d2.engine.lr_schedule import build_lr_scheduler
 from jigsaw_d2.engine.optimizer import build_optimizer
 from jigsaw_d2.engine.precision import Precision, configure_backends
@@ -84,9 +85,10 @@ class JigsawTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         check_trainable(model)
         self.device = device = model.device
-        self._macs = backbone_macs(
-            model.backbone, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE, len(cfg.MODEL.PIXEL_MEAN)
-        )
+        size, bottom_up = cfg.INPUT.JIGSAW.TEMPLATE_SIZE, getattr(model.backbone, "bottom_up", None)
+        size = (*size, len(cfg.MODEL.PIXEL_MEAN))
+        self._macs = backbone_macs(model.backbone, *size)
+        self._pyramid_macs = self._macs - backbone_macs(bottom_up, *size) if bottom_up else 0
         self.cost_log = CostLog(cfg.OUTPUT_DIR, device_name(device), writes=comm.is_main_process())
         if cfg.MODEL.JIGSAW.ACTIVATION_CHECKPOINTING:
             checkpoint_activations(model.backbone)
@@ -106,6 +108,7 @@ class JigsawTrainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.resumed: dict[str, Any] = {}
+        self._notice = StopNotice()
         self.register_hooks(self.build_hooks())
 
     @classmethod
@@ -174,13 +177,14 @@ class JigsawTrainer(DefaultTrainer):
                 images=cfg.SOLVER.IMS_PER_BATCH,
                 pixels=height * width,
                 macs=self._macs,
+                pyramid_macs=self._pyramid_macs,
                 device=self.device,
                 world_size=comm.get_world_size(),
                 checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
             ),
             hooks.LRScheduler(),
             build_erf_refresh_hook(cfg, model, self.store, self._macs),
-            CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD),
+            CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD, self._notice, cfg.TEST.EVAL_PERIOD),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
         ]
         if comm.is_main_process():
@@ -209,7 +213,8 @@ class JigsawTrainer(DefaultTrainer):
         """
         loader = self.build_train_loader(self.cfg, start_iter=self.start_iter, store=self.store)
         self._trainer.feed(loader)
-        super().train()
+        with self._notice:
+            super().train()
         return getattr(self, "_last_eval_results", None) if comm.is_main_process() else None
 
     def run_step(self) -> None:
@@ -298,7 +303,8 @@ class JigsawTrainer(DefaultTrainer):
     def _evaluate(self) -> OrderedDict:
         start = time.perf_counter()
         average_statistics(self.checkpointer.model)
-        self._last_eval_results = self.test(self.cfg, self.checkpointer.model)
+        with self._notice.evaluating(self.device):
+            self._last_eval_results = self.test(self.cfg, self.checkpointer.model)
         images = self.cfg.INPUT.JIGSAW.EVAL_IMAGES if self._last_eval_results else 0
         if images:
             seconds = (time.perf_counter() - start) * comm.get_world_size()

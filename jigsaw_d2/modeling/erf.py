@@ -31,9 +31,10 @@ GRAD_WORDS = {"abs": "absolute value", "relu": "positive part"}
 class ErfMeasurement:
     """Mean over ``num_images`` images of what was measured.
 
-    region_sums: float64 (h, w, S), the part of each cell's ERF inside each region.
-    region_maps: float32 (S, H, W), the ERF of all cells of each region together; None unless
-        asked for.
+    region_sums: float64 (h, w, S), the part of each cell's ERF inside each region; zero in cells
+        that were not measured.
+    region_maps: float32 (S, H, W), the ERF of all measured cells of each region together; None
+        unless asked for.
     """
 
     region_sums: Tensor
@@ -65,6 +66,7 @@ def measure_erf(
     feature: str = "res5",
     grad: str = "abs",
     *,
+    cells: Sequence[tuple[int, int]] | None = None,
     with_maps: bool = False,
     batch_size: int = 16,
     amp_dtype: torch.dtype | None = None,
@@ -81,6 +83,7 @@ def measure_erf(
         template: the regions.
         feature: which of the backbone's outputs, of any stride.
         grad: "abs" or "relu", how signed gradients become an ERF.
+        cells: (row, column) of those that are measured; None = all.
         with_maps: return ``region_maps`` too; they need no further passes.
         batch_size: images per pass; bounds the memory.
         amp_dtype: precision of the passes; None = that of the network. Sums are float64 always.
@@ -98,14 +101,18 @@ def measure_erf(
         device = _device_of(network, images)
         maps = torch.zeros(NUM_REGIONS, *images.shape[2:], device=device)
         for chunk in images.split(batch_size):
-            shape, cell_maps = _cell_maps(network, chunk.to(device), feature, grad, amp_dtype)
+            shape, cell_maps = _cell_maps(
+                network, chunk.to(device), feature, grad, amp_dtype, cells
+            )
             owners = _owners(template, shape) if with_maps else []
             for cell, erf in cell_maps:
                 sums[cell] = sums.get(cell, 0) + _sum_regions(erf, template)
                 if with_maps:
                     maps[owners[cell]] += erf.sum(dim=0)
     count = len(images)
-    region_sums = torch.stack([sums[cell] for cell in sorted(sums)]).view(*shape, NUM_REGIONS)
+    region_sums = torch.zeros(shape[0] * shape[1], NUM_REGIONS, dtype=torch.float64, device=device)
+    region_sums[list(sums)] = torch.stack(list(sums.values()))
+    region_sums = region_sums.view(*shape, NUM_REGIONS)
     return ErfMeasurement(region_sums / count, maps / count if with_maps else None, count)
 
 

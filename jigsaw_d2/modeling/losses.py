@@ -26,12 +26,13 @@ class Canvas(NamedTuple):
     """What objectives know of a Jigsaw image beside its classes.
 
     cell_regions: int64 (h, w); area_shares: float (S,), adding up to 1; erf_weights: float
-    (S, h, w) of Eq. 2.
+    (S, h, w) of Eq. 2; used: bool (N, h, w), the cells that count, or None where all do.
     """
 
     cell_regions: Tensor
     area_shares: Tensor
     erf_weights: Tensor
+    used: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,6 @@ class Objective:
     region_losses: Callable[[Tensor, Tensor, Canvas], Tensor]
     reduce: Callable[[Tensor, Canvas], Tensor]
     needs_erf: bool = False
-
-    def loss(self, logits: Tensor, gt_classes: Tensor, canvas: Canvas) -> Tensor:
-        """Scalar for cell logits (N, K, h, w)."""
-        return self.reduce(self.region_losses(logits, gt_classes, canvas), canvas)
 
 
 def soft_labels(weights: Tensor, gt_classes: Tensor, num_classes: int) -> Tensor:
@@ -72,7 +69,11 @@ def soft_labels(weights: Tensor, gt_classes: Tensor, num_classes: int) -> Tensor
 
 
 def erf_adaptive_region_losses(
-    logits: Tensor, gt_classes: Tensor, weights: Tensor, cell_regions: Tensor
+    logits: Tensor,
+    gt_classes: Tensor,
+    weights: Tensor,
+    cell_regions: Tensor,
+    used: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy with the soft label of Eq. 1 at every cell, mean over each region's cells.
 
@@ -81,16 +82,19 @@ def erf_adaptive_region_losses(
         gt_classes: int64 (N, S).
         weights: float (S, h, w) of Eq. 2.
         cell_regions: int64 (h, w).
+        used: bool (N, h, w), the cells that the mean is over; None = all.
 
     Returns:
         float (N, S).
     """
     with _full_precision(logits):
         nll = _nll_of_regions(logits, gt_classes)  # (N, S, h, w)
-        return region_means((weights * nll).sum(dim=1), cell_regions)
+        return region_means((weights * nll).sum(dim=1), cell_regions, used)
 
 
-def block_wise_region_losses(logits: Tensor, gt_classes: Tensor, cell_regions: Tensor) -> Tensor:
+def block_wise_region_losses(
+    logits: Tensor, gt_classes: Tensor, cell_regions: Tensor, used: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of each region's average-pooled logits with the region's own class.
 
     Pooling logits equals pooling features: the average commutes with the 1x1 convolution.
@@ -99,18 +103,23 @@ def block_wise_region_losses(logits: Tensor, gt_classes: Tensor, cell_regions: T
         float (N, S).
     """
     with _full_precision(logits):
-        pooled = region_means(_widen(logits), cell_regions)  # (N, K, S)
+        used = None if used is None else used[:, None]
+        pooled = region_means(_widen(logits), cell_regions, used)  # (N, K, S)
         return F.cross_entropy(pooled, gt_classes, reduction="none")
 
 
-def global_region_losses(logits: Tensor, gt_classes: Tensor) -> Tensor:
-    """-log p of each region's class, p from the average over all cells.
+def global_region_losses(logits: Tensor, gt_classes: Tensor, used: Tensor | None = None) -> Tensor:
+    """-log p of each region's class, p from the average over all cells, or the ``used`` ones.
 
     Returns:
         float (N, S), not yet weighted by area.
     """
     with _full_precision(logits):
-        return _nll_of_regions(_widen(logits).mean(dim=(2, 3)), gt_classes)
+        logits = _widen(logits)
+        if used is None:
+            return _nll_of_regions(logits.mean(dim=(2, 3)), gt_classes)
+        count = used.sum(dim=(1, 2)).clamp_min(1)[:, None]
+        return _nll_of_regions((logits * used[:, None]).sum(dim=(2, 3)) / count, gt_classes)
 
 
 def erf_adaptive_loss(
@@ -152,30 +161,32 @@ def combine_global(region_losses: Tensor, area_shares: Tensor) -> Tensor:
 OBJECTIVES = {
     "erf_adaptive": Objective(
         lambda logits, gt_classes, canvas: erf_adaptive_region_losses(
-            logits, gt_classes, canvas.erf_weights, canvas.cell_regions
+            logits, gt_classes, canvas.erf_weights, canvas.cell_regions, canvas.used
         ),
         lambda region_losses, canvas: region_losses.mean(),
         needs_erf=True,
     ),
     "block_wise": Objective(
         lambda logits, gt_classes, canvas: block_wise_region_losses(
-            logits, gt_classes, canvas.cell_regions
+            logits, gt_classes, canvas.cell_regions, canvas.used
         ),
         lambda region_losses, canvas: region_losses.mean(),
     ),
     "global": Objective(
-        lambda logits, gt_classes, canvas: global_region_losses(logits, gt_classes),
+        lambda logits, gt_classes, canvas: global_region_losses(logits, gt_classes, canvas.used),
         lambda region_losses, canvas: combine_global(region_losses, canvas.area_shares),
     ),
 }
 
 
-def region_means(values: Tensor, cell_regions: Tensor) -> Tensor:
+def region_means(values: Tensor, cell_regions: Tensor, used: Tensor | None = None) -> Tensor:
     """Mean over the cells of each region.
 
     Args:
         values: float (..., h, w).
         cell_regions: int64 (h, w); every region needs at least one cell, else its mean is nan.
+        used: bool that broadcasts to ``values``, the cells that count; None = all. The mean over
+            none of a region's cells is 0.
 
     Returns:
         float (..., S).
@@ -184,6 +195,10 @@ def region_means(values: Tensor, cell_regions: Tensor) -> Tensor:
     # round to 10 bits.
     cells = values.flatten(-2)
     members = [(cell_regions.flatten() == r).to(values.dtype) for r in range(NUM_REGIONS)]
+    if used is not None:
+        counted = [m * used.flatten(-2) for m in members]
+        members = [m / m.sum(dim=-1, keepdim=True).clamp_min(1) for m in counted]
+        return torch.stack([(cells * m).sum(dim=-1) for m in members], dim=-1)
     return torch.stack([(cells * (m / m.sum())).sum(dim=-1) for m in members], dim=-1)
 
 

@@ -12,9 +12,17 @@ from jigsaw_d2.io import JigsawError
 
 
 def run_command(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
-    """Exit status of ``main(argv)``; a user's mistake becomes one line on stderr and status 2."""
+    """Exit status of ``main(argv)``; what a user or the machine did wrong is one line, and 2."""
     try:
         return main(argv)
     except (JigsawError, FileNotFoundError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except OSError as error:
+        if error.errno is None:
+            raise
+        sys.stderr.write(f"error: {error.filename or 'the system refuses'}: {error.strerror}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; what is finished is kept\n")
+        return 130

@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     formats = ("detectron2", "torchvision", "timm", "state_dict")
     add("--format", choices=formats, default=formats[0], help="default: %(default)s")
     add("--force", action="store_true", help="replace files that exist")
+    add("--origin", default="", help="of torchvision weights that ImageNet did not train: whence")
     text = "write a config with which Detectron2's plain tools/train_net.py fine-tunes them"
     add("--write-config", metavar="OUT.yaml", help=text)
     text = "detection config for --write-config, which KEY VALUE pairs change: zoo name or path"
@@ -55,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
     arguments.import_registered(args.register)
     metadata = convert_checkpoint(
-        args.input, args.output, format=args.format, force=args.force, trust=args.trust
+        *(args.input, args.output),
+        **{name: getattr(args, name) for name in ("origin", "format", "force", "trust")},
     )
     out = sys.stdout
     out.write(f"# {args.output}: metadata, also in {args.output}.yaml\n{metadata.to_yaml()}")

@@ -32,6 +32,14 @@ TRIAL_STEPS = {"cpu": 12, "cuda": 60}
 SHOWN_METRICS = ("AP", "AP50", "AP75")
 
 
+def trial_overrides() -> list[str]:
+    """KEY VALUE pairs that make a training so short that it tells its speed alone."""
+    steps = str(TRIAL_STEPS["cuda" if torch.cuda.is_available() else "cpu"])
+    short = ["SOLVER.MAX_ITER", steps, "SOLVER.WARMUP_ITERS", "0", "TEST.EVAL_PERIOD", "0"]
+    short += ["SOLVER.BASE_LR", "0.001"]  # the speed is the same, and nothing can diverge
+    return [*short, "SOLVER.REFERENCE_BATCH_SIZE", "0", "SOLVER.STEPS", "()"]
+
+
 @dataclass
 class Job:
     """What to do, and what came of it.
@@ -153,10 +161,7 @@ class Job:
 
     def trial(self) -> Trial:
         """Wall-clock speeds of both trainings, from a few steps of each; needs the samples."""
-        steps = str(TRIAL_STEPS["cuda" if torch.cuda.is_available() else "cpu"])
-        short = ["SOLVER.MAX_ITER", steps, "SOLVER.WARMUP_ITERS", "0", "TEST.EVAL_PERIOD", "0"]
-        short += ["SOLVER.BASE_LR", "0.001"]  # the speed is the same, and nothing can diverge
-        short += ["SOLVER.REFERENCE_BATCH_SIZE", "0", "SOLVER.STEPS", "()"]
+        short = trial_overrides()
         ours = self._pretraining("trial/pretrain", "trial of the pre-training", *short)
         detector = self._finetuning("trial/detector", "trial of the detector", None, *short)
         first, second = self._do(ours).folder, self._do(detector).folder

@@ -113,7 +113,7 @@ class Pipeline:
         cleaned = clean_sets(cfg)
         check_sets(cfg, cleaned)
         for path, clean in zip((self.data.train_json, self.data.val_json), cleaned.values()):
-            say(describe(path, clean))
+            say(f"{describe(path, clean)}\n")
 
     def extraction(
         self, samples: Path, options: Sequence[str] = (), detector: Sequence[str] = ()
@@ -134,7 +134,8 @@ class Pipeline:
             settings = {"annotations": file_digest(annotations), "seed": self.seed}
             settings |= {"options": [*options], **self._registered}
             stage = (f"extract {split}", (*argv, *options), folder, folder / "store", settings)
-            stages.append(Stage(*stage, "--overwrite"))
+            held_out = ("annotations",) if split == "val" else ()
+            stages.append(Stage(*stage, "--overwrite", held_out=held_out))
         return stages
 
     def pretraining(
@@ -164,11 +165,11 @@ class Pipeline:
         steps = scale_to_batch(cfg).SOLVER.MAX_ITER
         return Stage(title, argv, folder, folder / "model_final.pth", settings, "--resume", steps)
 
-    def conversion(self, checkpoint: Path, folder: Path) -> Stage:
-        """Turn a checkpoint of pre-training into ``folder``/backbone.pkl."""
+    def conversion(self, checkpoint: Path, folder: Path, origin: str = "") -> Stage:
+        """Turn a checkpoint of pre-training into ``folder``/backbone.pkl; ``origin`` as there."""
         output = folder / "backbone.pkl"
         argv = ("convert", "--input", str(checkpoint), "--output", str(output))
-        argv += tuple(self._flags)
+        argv += (*self._flags, *(("--origin", origin) if origin else ()))
         settings = {"checkpoint": file_digest(checkpoint), **self._registered}
         return Stage("convert", argv, folder, output, settings, "--force")
 
@@ -183,12 +184,13 @@ class Pipeline:
         argv += ("--weights", str(weights or SCRATCH), *self._flags, *pairs)
         settings = {
             "weights": file_digest(weights) if weights else SCRATCH,
-            "annotations": [file_digest(data.train_json), file_digest(data.val_json)],
+            "annotations": file_digest(data.train_json),
+            "held_out": file_digest(data.val_json),
             **config_settings(cfg),
             **self._registered,
         }
-        steps = cfg.SOLVER.MAX_ITER
-        return Stage(title, argv, folder, folder / "results.json", settings, "--resume", steps)
+        stage = (title, argv, folder, folder / "results.json", settings, "--resume")
+        return Stage(*stage, cfg.SOLVER.MAX_ITER, ("held_out",), "--eval-only")
 
     def _detector_sizes(self, overrides: Sequence[str]) -> tuple[str, str]:
         """The detector's MIN_SIZE_TRAIN, of several their mean, and MAX_SIZE_TRAIN."""

@@ -7,6 +7,7 @@ shown, and nothing that a stage has made is ever deleted.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import shlex
 import signal
@@ -16,6 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from jigsaw_d2.io import ConfigError, RunError, write_text
 
@@ -33,12 +35,16 @@ class Stage:
 
     Attributes:
         title: what it does, for people.
-        argv: the command line behind ``python -m jigsaw_d2``.
+        argv: the command line behind ``program``.
         folder: written by this stage alone.
         output: file or folder in it that exists when the stage has succeeded.
         settings: {name: JSON-able value}: what the result depends on, inputs by their digests.
         resume: flag with which the command goes on in a folder that it left half done.
         iterations: of training, to tell progress by; 0 where there is none.
+        held_out: names of settings that the result is scored by and does not come from: where they
+            alone differ, the output steps aside and is made anew ...
+        evaluate: ... with this flag if the stage was done, else as an interrupted one goes on.
+        program: whose first word "python" is this interpreter; another is its path.
     """
 
     title: str
@@ -48,11 +54,14 @@ class Stage:
     settings: Mapping[str, object]
     resume: str
     iterations: int = 0
+    held_out: tuple[str, ...] = ()
+    evaluate: str = ""
+    program: tuple[str, ...] = ("python", "-m", "jigsaw_d2")
 
     @property
     def command(self) -> str:
         """The command line as a user would type it."""
-        return f"python -m jigsaw_d2 {shlex.join(self.argv)}"
+        return shlex.join([*self.program, *self.argv])
 
     def is_done(self) -> bool:
         """Whether this stage has finished, with whichever settings."""
@@ -72,15 +81,22 @@ class Stage:
         known = self._read()
         if known is None and self.folder.exists() and any(self.folder.iterdir()):
             raise ConfigError(f"{self.folder} holds files of something else: choose another folder")
+        flags = [self.resume] if known else []
         if known is not None and (self.output.exists() or any(self.folder.glob("*.pth"))):
-            check_same(known["settings"], self.settings, self.folder)
+            changed = changed_settings(known["settings"], self.settings)
+            if not set(changed) <= set(self.held_out):
+                check_same(known["settings"], self.settings, self.folder)
+            if changed and self.output.exists():
+                flags = [self.evaluate or self.resume]
+                say(f"{self.title}: the held-out set changed; {self._step_aside()} is what was")
         before = known["seconds"] if known else 0.0
         if self.is_done():
             say(f"{self.title}: done before, in {before:.0f} s")
             return before
         say(f"{self.title}: {'resumed' if known else 'started'}")
-        argv = [self.argv[0], *([self.resume] if known else []), *self.argv[1:]]
+        argv = [self.argv[0], *flags, *self.argv[1:]]
         self.folder.mkdir(parents=True, exist_ok=True)
+        _lock_log(self).close()  # before stage.json says that this process is at work
         started, done = time.monotonic(), False
         self._write(before, done)
         try:
@@ -94,19 +110,37 @@ class Stage:
         say(f"{self.title}: finished in {seconds:.0f} s")
         return seconds
 
+    def _step_aside(self) -> Path:
+        """Rename the output to OUTPUT.1 or the next free number, which is returned."""
+        _lock_log(self).close()
+        stem, suffix = self.output.stem, self.output.suffix
+        names = (self.output.with_name(f"{stem}.{n}{suffix}") for n in itertools.count(1))
+        free = next(path for path in names if not path.exists())
+        self.output.rename(free)
+        return free
+
     def _read(self) -> dict | None:
         path = self.folder / "stage.json"
         if not path.is_file():
             return None
         try:
             known = json.loads(path.read_text())
+            settings = known["settings"]
+            if isinstance(settings.get("annotations"), list):  # as one setting, before 0.2
+                settings["annotations"], settings["held_out"] = settings["annotations"]
             return {key: known[key] for key in ("settings", "seconds", "done")}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{path} is not of this version: choose another folder") from None
 
     def _write(self, seconds: float, done: bool) -> None:
         content = {"settings": self.settings, "seconds": seconds, "done": done}
         write_text(self.folder / "stage.json", json.dumps(content, indent=1) + "\n")
+
+
+def changed_settings(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
+    """Names of the settings that differ, sorted."""
+    new = json.loads(json.dumps(new))  # tuples as JSON gives them back
+    return sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
 
 
 def check_same(old: Mapping[str, object], new: Mapping[str, object], place: Path) -> None:
@@ -115,8 +149,7 @@ def check_same(old: Mapping[str, object], new: Mapping[str, object], place: Path
     Raises:
         ConfigError: showing each setting that differs, old -> new.
     """
-    new = json.loads(json.dumps(new))  # tuples as JSON gives them back
-    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    names = changed_settings(old, new)
     if names:
         changes = [f"{n}: {old.get(n, '(default)')} -> {new.get(n, '(default)')}" for n in names]
         raise ConfigError(
@@ -125,8 +158,23 @@ def check_same(old: Mapping[str, object], new: Mapping[str, object], place: Path
         )
 
 
+def _lock_log(stage: Stage) -> IO:
+    """``stage.log``, which no other process can open so until it is closed, here and in children.
+
+    Raises:
+        RunError: another process is at work in the folder.
+    """
+    sink = (stage.folder / "stage.log").open("ab")
+    try:
+        fcntl.flock(sink, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sink.close()
+        raise RunError(f"another process is at work in {stage.folder}: wait for it") from None
+    return sink
+
+
 def run_subprocess(stage: Stage, argv: list[str]) -> None:
-    """Run ``python -m jigsaw_d2`` in a process of its own, its output going to ``stage.log``.
+    """Run a stage's program in a process of its own, its output going to ``stage.log``.
 
     The process holds the log locked, so that no second one works in the same folder, not even
     beside one whose caller was killed.
@@ -135,12 +183,9 @@ def run_subprocess(stage: Stage, argv: list[str]) -> None:
         RunError: it ended with another status than 0, or another one is at work there.
     """
     log = stage.folder / "stage.log"
-    with log.open("ab") as sink:
-        try:
-            fcntl.flock(sink, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"another process is at work in {stage.folder}: wait for it") from None
-        command = [sys.executable, "-u", "-m", "jigsaw_d2", *argv]
+    with _lock_log(stage) as sink:
+        python, *module = stage.program
+        command = [sys.executable if python == "python" else python, "-u", *module, *argv]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
         try:
             said = ""
@@ -154,6 +199,8 @@ def run_subprocess(stage: Stage, argv: list[str]) -> None:
         finally:  # Ctrl-C and SIGTERM too: no orphan may go on writing into the folder
             process.terminate()
             status = process.wait()
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):  # told to stop, and it said so
+        sys.exit(status)
     if status != 0:
         end = log.read_text(errors="replace").strip().splitlines()[-15:] or ["no words"]
         raise RunError(

@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--store", nargs="+", default=[], help="sample store(s): measure on Jigsaw images")
     add("--images", nargs="+", default=[], help="or on image files or folders; default: noise")
     add("--num-images", type=int, default=16, help="images to average over (default 16)")
-    text = "one for all networks, or one each; default: MODEL.JIGSAW.IN_FEATURE of the config"
+    text = "one for all networks, or one each; default: all that the config classifies"
     add("--feature", nargs="+", default=[""], help=text)
     text = "sign of gradients: abs counts both"
     add("--grad", choices=("abs", "relu"), default="abs", help=text)

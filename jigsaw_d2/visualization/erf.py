@@ -15,10 +15,12 @@ from matplotlib.image import AxesImage
 from tabulate import tabulate
 from torch import Tensor
 
+from jigsaw_d2.config import in_features
 from jigsaw_d2.data.template import REGIONS, JigsawTemplate
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import erf
+from jigsaw_d2.modeling.erf_probes import fill_between, probe_cells
 from jigsaw_d2.visualization import inputs
 from jigsaw_d2.visualization.figures import draw_box, save_figure
 
@@ -149,25 +151,32 @@ def run(args: argparse.Namespace) -> list[Path]:
             f"{count} --weights, {len(args.config_file)} --config-file, {len(args.feature)} "
             f"--feature and {len(args.names)} --names do not go together"
         )
-    images, measured, rows = None, [], []
+    jobs = []  # one a network and feature
     for config, feature, weights, name in zip(configs, features, args.weights, names):
-        feature = feature or load_detection_config(config, args.opts).MODEL.JIGSAW.IN_FEATURE
+        levels = [feature] if feature else in_features(load_detection_config(config, args.opts))
+        several = len(levels) > 1
+        jobs += [(config, p, weights, f"{name} {p}" if several else name, several) for p in levels]
+    images, measured, rows = None, [], []
+    for config, feature, weights, name, several in jobs:
         options = {"seed": args.seed, "device": args.device}
         network, cfg = inputs.load_network(config, feature, weights, args.opts, **options)
         template = JigsawTemplate(*cfg.INPUT.JIGSAW.TEMPLATE_SIZE, *cfg.INPUT.JIGSAW.TEMPLATE_SPLIT)
         if images is None:
             images = _choose_images(args, cfg, template)
         seen = inputs.normalise(images, cfg) if images.dtype == torch.uint8 else images
-        found = erf.measure_erf(network, seen, template, feature, args.grad, with_maps=True)
         regions = template.cell_regions(network.output_shape()[feature].stride)
-        regions = regions.to(found.region_sums.device)
-        shares = erf.region_shares(found.region_sums, regions).cpu()
+        cells = probe_cells(*regions.shape) if several else None
+        how = {"cells": cells, "with_maps": True}
+        found = erf.measure_erf(network, seen, template, feature, args.grad, **how)
+        sums = fill_between(found.region_sums, cells)
+        regions = regions.to(sums.device)
+        shares = erf.region_shares(sums, regions).cpu()
         measured.append((found.region_maps, shares))
-        outside = erf.outside_shares(found.region_sums, regions).tolist()
+        outside = erf.outside_shares(sums, regions).tolist()
         rows.append({"name": name, "config": config, "weights": weights, "feature": feature})
         rows[-1] |= {"shares": shares.tolist(), "outside": outside}
     definition = erf.DEFINITION.format(grad=erf.GRAD_WORDS[args.grad], images=len(images))
-    figure = erf_figure(names, *zip(*measured), template, definition)
+    figure = erf_figure([row["name"] for row in rows], *zip(*measured), template, definition)
     numbers = Path(args.output).with_suffix(".json")
     written = [save_figure(figure, args.output), numbers]
     numbers.write_text(json.dumps({"definition": definition, "networks": rows}, indent=1) + "\n")

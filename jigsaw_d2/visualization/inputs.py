@@ -57,7 +57,8 @@ def load_network(
     """
     cfg = load_detection_config(config_file, overrides, trust)
     cfg.MODEL.DEVICE = device or default_device()
-    cfg.MODEL.RESNETS.NORM = resolve_norm(cfg, 1)
+    for part in ("RESNETS", "FPN"):
+        cfg.MODEL[part].NORM = resolve_norm(cfg, 1, part)
     file = None if weights == "random" else PathManager.get_local_path(weights)
     metadata = None if file is None else read_tensors(file, trust)[1]
     if metadata is not None:

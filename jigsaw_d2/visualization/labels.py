@@ -1,4 +1,4 @@
-"""Soft labels and losses of one Jigsaw image, cell by cell (Fig. 5)."""
+"""Soft labels and losses of one Jigsaw image, cell by cell (Fig. 5), of each classified feature."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -23,6 +23,9 @@ from jigsaw_d2.modeling import losses
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
 from jigsaw_d2.visualization.figures import draw_box, save_figure
 from jigsaw_d2.visualization.inputs import default_device, normalise, rgb_stream
+
+# More cells than these have no room for their values.
+MOST_NUMBERS = 200
 
 
 def labels_figure(
@@ -69,11 +72,11 @@ def labels_figure(
 def _draw_cells(
     panel: Axes, values: np.ndarray, template: JigsawTemplate, top: float, colours: str
 ) -> AxesImage:
-    """Cells over the canvas on a scale from 0 to ``top``, each with its number at its centre."""
+    """Cells over the canvas on a scale from 0 to ``top``; if they are few, with their numbers."""
     extent = (-0.5, template.width - 0.5, template.height - 0.5, -0.5)
     drawn = panel.imshow(values, vmin=0, vmax=top, extent=extent, cmap=colours)
     height, width = template.height / values.shape[0], template.width / values.shape[1]
-    for (row, column), value in np.ndenumerate(values):
+    for (row, column), value in np.ndenumerate(values) if values.size <= MOST_NUMBERS else ():
         x, y = (column + 0.5) * width - 0.5, (row + 0.5) * height - 0.5
         colour = "black" if value > 0.6 * top else "white"
         panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
@@ -81,7 +84,7 @@ def _draw_cells(
 
 
 def run(args: argparse.Namespace) -> list[Path]:
-    """One figure a position."""
+    """One figure a position and feature."""
     model, cfg = load_pretrainer(args.config_file, args.weights, args.opts, args.device)
     names = [*SampleStore(list(args.store)).categories, "background"]
     if len(names) != model.num_classes + 1:
@@ -96,24 +99,28 @@ def run(args: argparse.Namespace) -> list[Path]:
         if len(args.position) > 1:
             path = path.with_stem(f"{path.stem}-{position}")
         batch = stream[range(position, position + 1)]
-        loss_map = cell_losses(model, normalise(batch["image"], cfg), batch["gt_classes"][0])
+        loss_maps = cell_losses(model, normalise(batch["image"], cfg), batch["gt_classes"][0])
         shown = [names[c] for c in batch["gt_classes"][0].tolist()]
-        maps = (model.erf_weights.cpu(), loss_map.cpu(), model.cell_regions.cpu())
-        figure = labels_figure(batch["image"][0], shown, *maps, model.template)
-        written.append(save_figure(figure, path))
+        for name, level in model.levels.items():
+            maps = (level.erf_weights.cpu(), loss_maps[name].cpu(), level.cell_regions.cpu())
+            figure = labels_figure(batch["image"][0], shown, *maps, model.template)
+            ending = f"-{name}" if len(loss_maps) > 1 else ""
+            written.append(save_figure(figure, path.with_stem(path.stem + ending)))
     return written
 
 
 @torch.no_grad()
-def cell_losses(model: JigsawPretrainer, image: Tensor, gt_classes: Tensor) -> Tensor:
-    """Float32 (h, w): cross-entropy of every cell of one normalised image (1, 3, H, W).
+def cell_losses(model: JigsawPretrainer, image: Tensor, gt_classes: Tensor) -> dict[str, Tensor]:
+    """Float32 (h, w) by feature: cross-entropy of every cell of one normalised image (1, 3, H, W).
 
     ``gt_classes``: int64 (S,).
     """
-    logits = model.cell_logits(image.to(model.device)).float()
-    classes = gt_classes[None].to(model.device)
-    labels = losses.soft_labels(model.erf_weights, classes, logits.shape[1])
-    return -(labels * logits.log_softmax(dim=1)).sum(dim=1)[0]
+    classes, levels = gt_classes[None].to(model.device), model.levels
+    maps = {}
+    for name, logits in model.cell_logits(image.to(model.device)).items():
+        labels = losses.soft_labels(levels[name].erf_weights, classes, logits.shape[1])
+        maps[name] = -(labels * logits.float().log_softmax(dim=1)).sum(dim=1)[0]
+    return maps
 
 
 def load_pretrainer(
@@ -126,12 +133,14 @@ def load_pretrainer(
     """
     data = read_weights(weights)
     state = data.get("model") if isinstance(data, Mapping) else None
-    if not isinstance(state, Mapping) or "classifier.weight" not in state:
+    found = isinstance(state, Mapping) and [n for n in state if n.startswith("classifier.")]
+    if not found:
         raise ConfigError(f"{weights} is no pre-training checkpoint; labels need its classifier")
     cfg = get_jigsaw_cfg(config_file, list(overrides))
     cfg.MODEL.DEVICE = device or default_device()
-    cfg.MODEL.RESNETS.NORM = resolve_norm(cfg, 1)
-    cfg.MODEL.JIGSAW.NUM_CLASSES = len(state["classifier.weight"]) - 1
+    for part in ("RESNETS", "FPN"):
+        cfg.MODEL[part].NORM = resolve_norm(cfg, 1, part)
+    cfg.MODEL.JIGSAW.NUM_CLASSES = len(state[found[0]]) - 1
     model = build_model(cfg)
     try:
         model.load_state_dict(state)

@@ -2,13 +2,15 @@
 """Initialisations of a detector at equal budget, over seeds, in one report (Tables 1-5, Fig. 7)."""
 
 import argparse
+import os
 import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmark.plan import ABLATIONS, BUDGETS, COSTS, PRESETS, Plan, parse_arm
+from benchmark.plan import ABLATIONS, ARMS, BUDGETS, COSTS, PRESETS, Plan, parse_arm
+from jigsaw_d2.io import ConfigError
 from jigsaw_d2.tools import run_command
 from jigsaw_d2.tools.arguments import import_registered, make_parser
 from jigsaw_d2.tools.run import add_file_arguments, add_training_arguments, files_dataset
@@ -24,6 +26,8 @@ examples:
   compare.py --preset small --data FOLDER --output OUT --minutes 9   call again to go on
   compare.py --preset small --data FOLDER --output OUT --ablation tau --dry-run
   compare.py --data FOLDER --output OUT --arms scratch jigsaw imagenet=imagenet.pkl --seeds 0 1 2
+  compare.py --data FOLDER --output OUT --arms jigsaw scratch direct lightly \\
+      --lightly-python lightly_env/bin/python
   compare.py --preset small --data FOLDER --output OUT --jobs 4      at once, on this machine's GPUs
   compare.py --preset paper --data FOLDER --output OUT --jobs 15 --cluster slurm --partition gpu \\
       --num-gpus 8
@@ -44,8 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_file_arguments(data, required=False)
     plan = parser.add_argument_group("what to compare (defaults come from the preset)")
     add = plan.add_argument
-    text = "scratch, scratch-again, jigsaw[:OBJECTIVE], NAME=FILE.pkl"
-    add("--arms", nargs="+", metavar="ARM", help=text)
+    add("--arms", nargs="+", metavar="ARM", help=ARMS)
     add("--ablation", choices=ABLATIONS, help="the arms of one of the paper's ablations")
     add("--seeds", nargs="+", type=int, help="one run of every arm each")
     add("--budget", choices=BUDGETS, help="equal total cost, or equal detection cost")
@@ -56,6 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--detection-iterations", type=int, help="optimiser steps of the detector")
     add("--evaluations", type=int, help="of the detector, for the curves")
     add("--num-gpus", type=int, help="GPUs of each training")
+    text = "one norm for all arms, that of random weights, and nothing frozen; by default each has "
+    add("--same-norm", action="store_true", help=text + "the norm that the config gives its start")
+    add("--lightly-python", metavar="PYTHON", help="of an environment with LightlyTrain")
+    add("--lightly", nargs="+", metavar="KEY=VALUE", help="arguments of lightly_train.pretrain")
     add_training_arguments(plan)
     add = parser.add_argument_group("several runs at once (by submitit)").add_argument
     add("--jobs", type=int, default=1, help="at most as many; default: %(default)s")
@@ -109,15 +116,43 @@ def plan_from(args: argparse.Namespace) -> Plan:
     if args.arms:
         arms = tuple(parse_arm(text) for text in args.arms)
     given = {name: value for name, value in vars(args).items() if value is not None}
-    fields = {*vars(plan)} - {"preset", "arms", "seeds", "pretrain", "detector"}
-    return replace(
+    fields = {*vars(plan)} - {"preset", "arms", "seeds", "pretrain", "detector", "lightly"}
+    plan = replace(
         plan,
         arms=arms,
         seeds=tuple(args.seeds or plan.seeds),
         pretrain=(*plan.pretrain, *device, *args.pretrain),
         detector=(*plan.detector, *device, *args.detector),
+        lightly=tuple(args.lightly or ()),
         **{name: given[name] for name in fields & {*given}},
-    ).checked()
+    )
+    if plan.lightly_python:  # not resolved: an environment's is a link to another
+        plan = replace(plan, lightly_python=os.path.abspath(plan.lightly_python))
+    if plan.same_norm:
+        plan = replace(plan, detector=(*plan.detector, *same_norm(plan)))
+    return plan.checked()
+
+
+def same_norm(plan: Plan) -> tuple[str, ...]:
+    """KEY VALUE pairs that give every arm the norm with which scratch trains, and freeze nothing.
+
+    Raises:
+        ConfigError: the pre-trained backbones have another norm.
+    """
+    from jigsaw_d2.checkpoint.metadata import norm_family
+    from jigsaw_d2.config import AUTO_NORM
+
+    pipeline = plan.pipeline(None)
+    model = pipeline.detector_cfg(plan.detector).MODEL
+    norm = model.RESNETS.NORM
+    norm = model.JIGSAW.SCRATCH_NORM if norm in ("FrozenBN", "") else norm
+    trained = pipeline.pretrain_cfg(plan.pretrain).MODEL.RESNETS.NORM.replace(AUTO_NORM, "BN")
+    if norm_family(norm) != norm_family(trained) and any(arm.kind == "jigsaw" for arm in plan.arms):
+        raise ConfigError(
+            f"--same-norm: scratch trains with {norm}, the pre-training with {trained}; give one "
+            "of them the other's, such as --detector MODEL.JIGSAW.SCRATCH_NORM BN"
+        )
+    return ("MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", "0")
 
 
 def data_from(args: argparse.Namespace, output: Path) -> "DetectionSet":

@@ -5,20 +5,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmark.plan import SMALL_IMAGES
+from benchmark.plan import PRESETS
 from jigsaw_d2.tools import run_command
 from jigsaw_d2.tools.run import add_training_arguments, finish
-
-# Shorter than the configs' own, so that both trainings and evaluations fit into minutes of a slow
-# machine; few ERF images for the same reason: their mean is noisier, the labels hardly differ.
-PRETRAIN = (
-    *("SOLVER.MAX_ITER", "150", "SOLVER.WARMUP_ITERS", "15", "INPUT.JIGSAW.EVAL_IMAGES", "64"),
-    *("MODEL.JIGSAW.ERF.PERIOD", "75", "MODEL.JIGSAW.ERF.NUM_IMAGES", "4"),
-)
-DETECTOR = (
-    *SMALL_IMAGES,
-    *("SOLVER.MAX_ITER", "370", "SOLVER.STEPS", "(296, 348)", "SOLVER.WARMUP_ITERS", "37"),
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,14 +26,20 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from benchmark.demo_data import make_demo_set
     from jigsaw_d2.tools.job import Job, default_configs
-    from jigsaw_d2.tools.pipeline import DetectionSet, Pipeline
+    from jigsaw_d2.tools.pipeline import DetectionSet, Pipeline, length_overrides
 
     output = Path(args.output).resolve()
     data = DetectionSet.from_folder(args.data) if args.data else make_demo_set(output / "data")
     # The CPU's configs on every machine: the demo is a first look, and the same one everywhere.
     configs = default_configs(on_gpu=False)
     pipeline = Pipeline(data, *configs, 1, tuple(args.register), args.trust, args.seed)
-    overrides = ((*PRETRAIN, *args.pretrain), (*DETECTOR, *args.detector))
+    plan = PRESETS["smoke"]  # one seed of it
+    pretrain = length_overrides(pipeline.pretrain_cfg(plan.pretrain), plan.pretrain_iterations)
+    detector = length_overrides(pipeline.detector_cfg(plan.detector), plan.detection_iterations)
+    overrides = (
+        (*plan.pretrain, *pretrain, *args.pretrain),
+        (*plan.detector, *detector, *args.detector),
+    )
     finish(Job(pipeline, output, *overrides, with_scratch=True, equal_cost=True))
     return 0
 

@@ -70,7 +70,7 @@ def main(folder: Path) -> torch.nn.Module:
     print(f"4. cell (0, 0) is in R1; its ERF over R1..R4: {rounded(share)}")
     print(f"   so the weights of its four labels are {rounded(weights[:, 0, 0])}")
     with torch.no_grad():
-        logits = model.cell_logits(images)
+        logits = model.cell_logits(images)["res5"]
     loss = losses.erf_adaptive_loss(logits, batch["gt_classes"], weights, regions)
     print(f"   loss of the untrained network: {loss:.3f}")
 

@@ -26,6 +26,7 @@ from benchmark.plan import (
 )
 from benchmark.report import (
     build_report,
+    curve_figure,
     interval,
     render,
     verdict,
@@ -233,6 +234,19 @@ def test_report_is_whole_hides_local_paths_and_tells_where_settings_differ(finis
     assert (path.parent / "figures/ap_over_cost.png").stat().st_size > 5000
     assert "differ, beside weights, seed and folder, in:" in text
     assert re.search(r"\| `SOLVER.LENGTH` +\| 99 ", text) and "`SEED`" not in text
+
+
+def test_the_figure_shows_mean_and_range_over_seeds():
+    def arm(name, *curves):
+        return {"name": name, "runs": [{"cost_curve": curve} for curve in curves]}
+
+    # Two seeds, one of which found nothing at its first evaluation, and an arm not run yet.
+    arms = [arm("a", [(1, 2.0), (3, 4.0)], [(5, 8.0)]), arm("b", [])]
+    report = {"cost": "seconds", "dataset": {"name": "set"}, "arms": arms}
+    axes = curve_figure(report).axes[0]
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[4.0, 6.0]]]
+    low, high = axes.collections[0].get_paths()[0].get_extents().intervaly
+    assert (low, high) == (4.0, 8.0)
 
 
 def test_arms_from_the_command_line(tmp_path):

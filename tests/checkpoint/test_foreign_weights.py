@@ -32,7 +32,7 @@ from jigsaw_d2.checkpoint.convert import (
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.metadata import Architecture
 from jigsaw_d2.detection.config import apply_metadata
-from jigsaw_d2.io import WeightsError
+from jigsaw_d2.io import ConfigError, WeightsError
 
 IMAGES = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 X101 = ["MODEL.RESNETS.DEPTH", "101", "MODEL.RESNETS.NUM_GROUPS", "32"]
@@ -105,6 +105,12 @@ def test_torchvisions_file_gets_its_metadata(tmp_path: Path) -> None:
     with torch.no_grad():
         res5 = detector.roi_heads.res5(detector.backbone(IMAGES)["res4"])
     assert same_features(theirs, IMAGES, res5)
+    # Others train torchvision's networks too, and then it is not ImageNet that they come from.
+    named = convert_checkpoint(tmp_path / "resnet50.pth", tmp_path / "w2.pkl", origin="theirs")
+    assert (named.origin, named.dataset, metadata.dataset) == ("theirs", "", "ImageNet-1k")
+    for path, origin in (("w2.pkl", "mine"), ("resnet50.pth", "jigsaw")):
+        with pytest.raises(ConfigError, match=f"origin '{origin}', but the file says"):
+            convert_checkpoint(tmp_path / path, tmp_path / "w3.pkl", origin=origin)
 
 
 BRANCHES = {"conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c", "shortcut": "branch1"}

@@ -57,6 +57,9 @@ def test_a_good_set_is_left_as_it_is(tmp_path: Path) -> None:
         ({"id": "ann-1"}, "annotation_id_unusable", "id", 1),
         ({"id": -1}, "annotation_id_unusable", "id", 1),
         ({"bbox": ["10", "10", "30", "20"]}, "number_is_text", "bbox", BOX),
+        ({"area": "600"}, "number_is_text", "area", 600.0),
+        ({"iscrowd": "0"}, "number_is_text", "iscrowd", 0),
+        ({"iscrowd": "0", "bbox": ["10", 10, 30, 20]}, "number_is_text", "bbox", BOX),
         ({"category_id": "3"}, "id_of_other_kind", "category_id", 3),
         ({"image_id": "1"}, "id_of_other_kind", "image_id", 1),
         ({"segmentation": [[10, 10, 40, 30]]}, "segmentation_unusable", "segmentation", None),
@@ -78,6 +81,7 @@ def test_ignored_objects_and_crowds_are_crowds(tmp_path: Path, flag: dict) -> No
     made, content = clean(tmp_path, [image()], [whole(**flag), whole(bbox=[1, 1, 5, 5], id=8)])
     assert [a["iscrowd"] for a in content["annotations"]] == [1, 0]
     assert made.objects == 1 and "ignore" not in content["annotations"][0]
+    assert made.is_as_it_was == (flag == {"iscrowd": 1})  # all that Detectron2 reads rightly
 
 
 @pytest.mark.parametrize(
@@ -129,10 +133,11 @@ def test_a_byte_order_mark_and_text_ids(tmp_path: Path) -> None:
 def test_two_categories_of_one_name_are_told_apart(tmp_path: Path) -> None:
     path = write_json(tmp_path / "set.json", [], [])
     content = json.loads(path.read_text())
-    content["categories"] = [{"id": n, "name": t} for n, t in enumerate(("a", "a (2)", "a", "b"))]
+    content["categories"] = [{"id": n, "name": t} for n, t in enumerate(("a", "a (2)", "a", 5))]
     path.write_text(json.dumps(content))
     made = clean_set(CocoSource(path, tmp_path))
-    assert made.data.categories == ["a", "a (2)", "a (3)", "b"]
+    assert made.data.categories == ["a", "a (2)", "a (3)", "5"]
+    assert made.log.counts["category_name_not_text"] == 1
     assert made.log.counts["category_name_repeated"] == 1
 
 
@@ -164,6 +169,55 @@ def test_extraction_and_detectron2_see_the_same_objects(tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys() and len(ours) > 5
     reasons = {r for r, entry in log.to_dict().items() if entry["kind"] == "fault"}
     assert reasons == {r for r, entry in made.log.to_dict().items() if entry["kind"] == "fault"}
+
+
+# What tools write for one object of one image, as they document it: image, annotation, categories.
+EXPORTS = {
+    "cvat": (
+        {"license": 0, "flickr_url": "", "coco_url": "", "date_captured": 0},
+        {"attributes": {"occluded": False}, "segmentation": []},
+        [{"id": 1, "name": "a", "supercategory": ""}],
+    ),
+    "label_studio": (
+        {"file_name": "../../label-studio/data/media/upload/1/a.png"},
+        {"id": 0, "category_id": 0, "ignore": 0, "segmentation": []},
+        [{"id": 0, "name": "a"}],
+    ),
+    "label_studio_windows": (
+        {"file_name": "images\\a.png"},
+        {"id": 0, "category_id": 0, "ignore": 0, "segmentation": []},
+        [{"id": 0, "name": "a"}],
+    ),
+    "roboflow": (
+        {"license": 1, "date_captured": "2024-01-01T00:00:00+00:00", "extra": {"name": "x.png"}},
+        {"id": 0, "bbox": [10, 10, 30.5, 20.25], "area": 617.6, "segmentation": []},
+        [{"id": 0, "name": "parts", "supercategory": "none"}, {"id": 1, "name": "a"}],
+    ),
+    "labelme2coco": (
+        {},
+        {"segmentation": [[10, 10, 40, 10, 40, 30]], "area": 300},
+        [{"id": 1, "name": "a", "supercategory": "a"}],
+    ),
+    "fiftyone": (
+        {"license": None, "coco_url": None},
+        {"category_id": 0, "score": None, "area": 600.0},
+        [{"id": 0, "name": "a", "supercategory": None}],
+    ),
+}
+
+
+@pytest.mark.parametrize("tool", EXPORTS)
+def test_exports_of_tools(tmp_path: Path, tool: str) -> None:
+    of_image, of_annotation, categories = EXPORTS[tool]
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (80, 60)).save(tmp_path / "images" / "a.png")
+    path = tmp_path / "result.json"
+    lists = {"images": [image() | of_image], "annotations": [whole() | of_annotation]}
+    path.write_text(json.dumps({"info": {}, "licenses": [], **lists, "categories": categories}))
+    made = clean_set(CocoSource(path, tmp_path / "images"))
+    assert made.objects == 1 and made.data.categories[-1] == "a"
+    (entry,) = made.to_coco()["annotations"]
+    assert entry["id"] > 0 and entry["iscrowd"] == 0 and entry["bbox"][:2] == [10, 10]
 
 
 def test_strict_stops_and_many_images_are_shared_out(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """Numbers of the report, derived by hand, and the sentences that follow from them."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -116,3 +119,9 @@ def test_strict_stops_at_faults_alone(reason: str) -> None:
     else:
         log.add(reason, "here")
         assert log.counts[reason] == 1
+
+
+def test_every_rule_is_in_the_table_of_the_readme() -> None:
+    readme = Path(__file__).parents[2] / "projects" / "JigsawPretrain" / "README.md"
+    table = readme.read_text().split("### What is read, mended and skipped")[1].split("### ")[0]
+    assert set(re.findall(r"`([a-z0-9]+_[a-z0-9_]+|crowd)`", table)) == set(REASONS)

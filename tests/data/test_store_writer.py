@@ -146,3 +146,39 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     index = np.load(tmp_path / "one" / "index.npy")
     assert fingerprint(["other", "names", "here"], index) != one.fingerprint
     assert json.loads((tmp_path / "one" / "header.json").read_text())["version"] == 1
+
+
+def write_one(path: Path, seed: int, **options: object) -> SampleStore:
+    with StoreWriter(path, ["a"], **options) as writer:
+        writer.add(np.full((9, 8, 3), seed, np.uint8), 0, image_id=seed, encoding="png")
+        writer.finish()
+    return SampleStore(path)
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "store")
+    write_one(tmp_path / "link", 1)
+    store = write_one(tmp_path / "link", 2, overwrite=True)
+    assert (tmp_path / "link").is_symlink() and store.image_ids.tolist() == [2]
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == [
+        "disk",
+        "link",
+        "store",
+    ]
+
+
+def test_an_empty_folder_or_mounted_disk_takes_a_store(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "empty").mkdir()
+    assert len(write_one(tmp_path / "empty", 1)) == 1
+    volume = tmp_path / "volume"
+    (volume / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == volume)
+    before = volume.stat().st_ino
+    assert write_one(volume, 1).image_ids.tolist() == [1]
+    with pytest.raises(DataError, match="--overwrite replaces it"):
+        StoreWriter(volume, ["a"])
+    assert write_one(volume, 2, overwrite=True).image_ids.tolist() == [2]
+    assert volume.stat().st_ino == before
+    names = {path.name for path in volume.iterdir()}
+    assert names == {"lost+found", "header.json", "index.npy", "shard-00000.tar"}

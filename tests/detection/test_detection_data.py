@@ -80,11 +80,15 @@ def test_training_sees_the_cleaned_set_in_every_process(tmp_path: Path) -> None:
     kept = records(cfg)
     assert [len(record["annotations"]) for record in kept] == [2, 1]
     assert kept[1]["annotations"][0]["iscrowd"] == 1
-    name, json_file, _ = cfg.DATASETS.COCO_FILES[0]
+    name, json_file, images = cfg.DATASETS.COCO_FILES[0]
     assert Path(json_file).parent == tmp_path / "spoilt" / "out" / "datasets"
     prepare_data(cfg)  # of what is clean nothing is left to do
     assert cfg.DATASETS.COCO_FILES[0][1] == json_file
-    cfg.DATASETS.COCO_FILES = [[name, str(tmp_path / "spoilt" / "train.json"), "elsewhere"]]
+    cfg.DATASETS.COCO_FILES = [[name, str(tmp_path / "spoilt" / "train.json"), images]]
+    cfg.OUTPUT_DIR = str(tmp_path / "other")  # of another run of this process
+    prepare_data(cfg)
+    assert Path(cfg.DATASETS.COCO_FILES[0][1]).read_bytes() == Path(json_file).read_bytes()
+    cfg.DATASETS.COCO_FILES = [[name, json_file, "elsewhere"]]
     with pytest.raises(DataError, match=f"{name}.* cannot be read: image folder elsewhere"):
         prepare_data(cfg)
 

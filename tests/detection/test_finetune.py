@@ -1,6 +1,9 @@
 """Fine-tuning by command and by library: train, stop, resume, evaluate, at several scales."""
 
 import json
+import os
+import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +31,7 @@ from helpers_weights import (
 from jigsaw_d2.cost import backbone_flops, read_cost_log
 from jigsaw_d2.detection import finetune as finetune_module
 from jigsaw_d2.detection.config import setup_finetune
-from jigsaw_d2.detection.finetune import ComputeMeter, FastCOCOEvaluator, finetune
+from jigsaw_d2.detection.finetune import ComputeMeter, FastCOCOEvaluator, FinetuneTrainer, finetune
 from jigsaw_d2.io import ConfigError, DataError, RunError, WeightsError
 from jigsaw_d2.tools.finetune import main
 
@@ -243,8 +246,8 @@ def test_from_scratch(tmp_path: Path) -> None:
     cfg = setup_finetune(FPN, "none", settings(tmp_path, "scratch", *free))
     finetune(cfg)
     one, two = (
-        torch.load(tmp_path / "out" / f"model_000000{i}.pth", weights_only=True)["model"]
-        for i in (0, 1)
+        torch.load(tmp_path / "out" / f"model_{name}.pth", weights_only=True)["model"]
+        for name in ("0000000", "final")
     )
     still = [
         k for k in one if "bottom_up" in k and k.endswith("weight") and torch.equal(one[k], two[k])
@@ -269,3 +272,73 @@ def test_on_from_a_whole_detector(tmp_path: Path, capsys) -> None:
     torch.save({"model": build_detector(cfg).state_dict()}, checkpoint)
     with pytest.raises(RunError, match="started from other weights"):
         finetune(cfg, resume=True)
+
+
+@pytest.mark.parametrize("at", ["step", "evaluation", "last evaluation"])
+def test_told_to_stop_a_detector_goes_on_as_if_it_had_not_been(
+    at: str, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["SOLVER.MAX_ITER", "4", "TEST.EVAL_PERIOD", "2", "SOLVER.BASE_LR", "0.01"]
+    more += ["SEED", "-1"]
+    given = settings(tmp_path, f"told_{at.replace(' ', '_')}", *more)
+
+    def final(folder: str) -> dict:
+        checkpoint = torch.load(tmp_path / folder / "model_final.pth", weights_only=True)
+        return {**checkpoint["model"], "torch": checkpoint["random_states"][0]["torch"]}
+
+    out = tmp_path / "out"
+    told = []
+
+    def tell(self, *args):
+        result = (step if at == "step" else test)(self, *args)
+        told.append(at == "evaluation" or len(told) == 1)  # in the second step or evaluation
+        if told[-1] and told.count(True) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    step, test = FinetuneTrainer.run_step, FinetuneTrainer.test.__func__
+    with monkeypatch.context() as patched:
+        name, told_so = ("run_step", tell) if at == "step" else ("test", classmethod(tell))
+        patched.setattr(FinetuneTrainer, name, told_so)
+        with pytest.raises(SystemExit) as stopped:
+            finetune(setup_finetune(FPN, weights, given))
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    names = {"step": "model_0000001.pth", "evaluation": "model_before_evaluation.pth"}
+    assert (out / "last_checkpoint").read_text() == names.get(at, "model_final.pth")
+    finetune(setup_finetune(FPN, weights, given), resume=True)
+    resumed = final("out")
+    seed = re.search(r"^SEED: (\d+)$", (out / "config.yaml").read_text(), re.MULTILINE)[1]
+    cfg = setup_finetune(
+        FPN, weights, [*given, "SEED", seed, "OUTPUT_DIR", str(tmp_path / "unbroken")]
+    )
+    finetune(cfg)
+    whole = final("unbroken")
+    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
+
+
+def test_a_detector_that_diverges_says_what_to_lower(weights: Path, tmp_path: Path, caplog) -> None:
+    wild = ["SOLVER.BASE_LR", "1e9", "SOLVER.MAX_ITER", "20", "SOLVER.CLIP_GRADIENTS.ENABLED"]
+    wild += ["False", "SOLVER.WARMUP_ITERS", "0"]
+    cfg = setup_finetune(FPN, weights, settings(tmp_path, "wild", *wild))
+    with pytest.raises(
+        RunError, match=r"iteration \d+: the detector diverged.*BASE_LR \(now 1e\+09"
+    ):
+        finetune(cfg)
+    assert "Exception during training" not in caplog.text
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(weights: Path, tmp_path: Path, monkeypatch) -> None:
+    """PyTorch's writer turns the system's error into one of its own."""
+    cfg = setup_finetune(FPN, weights, settings(tmp_path, "full", "SOLVER.CHECKPOINT_PERIOD", "1"))
+    save = torch.save
+
+    def full(content: dict, stream) -> None:
+        if "model_final" in stream.name:
+            stream.write(b"half of it")
+            raise RuntimeError("[enforce fail at inline_container.cc:858] . unexpected pos 64 vs 0")
+        save(content, stream)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunError, match=r"model_final.pth.*model_0000000.pth is whole.*--resume"):
+        finetune(cfg)
+    assert [path.name for path in (tmp_path / "out").rglob("*tmp*")] == []

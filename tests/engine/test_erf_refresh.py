@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import torch
 from detectron2.engine import TrainerBase
 from detectron2.utils.events import EventStorage
-from helpers_networks import tiny_backbone
+from helpers_networks import small_pyramid, tiny_backbone
 
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.engine import erf_refresh
 from jigsaw_d2.engine.erf_refresh import ErfRefreshHook
 from jigsaw_d2.engine.launch import leave_group
 from jigsaw_d2.io import ConfigError
-from jigsaw_d2.modeling.erf import erf_region_sums, outside_shares, region_weights
+from jigsaw_d2.modeling.erf import erf_region_sums, measure_erf, outside_shares, region_weights
+from jigsaw_d2.modeling.erf_probes import fill_between, probe_cells
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
 
 TINY = JigsawTemplate(height=96, width=96, split_y=32, split_x=32)
@@ -27,7 +28,7 @@ def build_model():
     torch.manual_seed(0)
     return JigsawPretrainer(
         backbone=tiny_backbone(),
-        in_feature="res5",
+        in_features=["res5"],
         num_classes=3,
         template=TINY,
         pixel_mean=[123.675, 116.28, 103.53],
@@ -193,6 +194,58 @@ class RefreshTest(unittest.TestCase):
         second.train(6, 10)
         for now, then in zip(second.seen, walk.seen[6:]):
             self.assertTrue(torch.equal(now, then))
+
+
+class SeveralFeaturesTest(unittest.TestCase):
+    """p3 of 16x16 cells is probed, p4 too (8x8), p5 (4x4) is measured."""
+
+    def build(self):
+        torch.manual_seed(0)
+        return JigsawPretrainer(
+            backbone=small_pyramid(),
+            in_features=["p3", "p4", "p5"],
+            num_classes=3,
+            template=JigsawTemplate(128, 128, 64, 64),
+            pixel_mean=[120.0] * 3,
+            pixel_std=[60.0] * 3,
+        )
+
+    def test_levels_share_the_images_and_each_has_its_own_weights(self):
+        model, loaded = self.build(), []
+
+        def load(positions):
+            loaded.append(list(positions))
+            rng = torch.Generator().manual_seed(positions[0])
+            shape = (len(positions), 3, 128, 128)
+            return torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
+
+        hook = ErfRefreshHook(model, load, num_images=7, macs=5)
+        hook.trainer = SimpleNamespace(start_iter=2, cost_log=CostLog())
+        with EventStorage(2) as hook.trainer.storage:
+            hook.refresh(2)
+        # Images 14 .. 20 of iteration 2: two, two and three.
+        self.assertEqual(loaded, [[14, 15], [16, 17], [18, 19, 20]])
+        for (name, level), positions in zip(model.levels.items(), loaded):
+            images = model.preprocess(load(positions))
+            cells = probe_cells(*level.cell_regions.shape)
+            measured = measure_erf(model.backbone, images, model.template, name, cells=cells)
+            sums = fill_between(measured.region_sums, cells)
+            torch.testing.assert_close(level.erf_region_sums, sums)
+            expected = region_weights(sums, level.cell_regions).float()
+            torch.testing.assert_close(level.erf_weights, expected)
+            self.assertTrue((level.erf_region_sums.sum(dim=-1) > 0).all())
+        ((_, amounts),) = hook.trainer.cost_log.entries
+        # A forward pass an image, and a backward pass for each probe or, of p5, each cell.
+        probes = [len(probe_cells(side, side)) for side in (16, 8)]
+        self.assertTrue(all(40 < count <= 49 for count in probes))
+        passes = 2 * (1 + probes[0]) + 2 * (1 + probes[1]) + 3 * (1 + 16)
+        self.assertEqual(amounts["flops"], 2 * 5 * passes)
+        scalars = hook.trainer.storage.latest()
+        self.assertTrue({f"erf/{p}_outside_share_R4" for p in model.levels} <= set(scalars))
+
+    def test_too_few_images(self):
+        with self.assertRaisesRegex(ConfigError, "NUM_IMAGES is 2, too few for p3, p4, p5"):
+            ErfRefreshHook(self.build(), load_images, num_images=2)
 
 
 def set_statistics(model, mean):

@@ -3,17 +3,19 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.utils import comm
-from helpers_run import read_losses, start, tiny_options, torchrun_variables, train
+from helpers_run import PYRAMID, read_losses, start, tiny_options, torchrun_variables, train
 from torch.multiprocessing import ProcessRaisedException
 
-from jigsaw_d2.engine.launch import as_peer_lost, launch_job
-from jigsaw_d2.io import ConfigError, PeerLostError, RunError
+from jigsaw_d2.engine.launch import as_peer_lost, explained, launch_job
+from jigsaw_d2.io import ConfigError, DataError, PeerLostError, RunError
 
 CONFIG = ["--config-file", "Base-JigsawPretrain.yaml"]
 # Its loss is a mean over images, none of which sees another: the same however they are shared out.
@@ -55,6 +57,23 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
         assert values(tmp_path / f"losses{rank}") == pytest.approx(one, rel=1e-5)
 
 
+def test_two_processes_train_a_pyramid_as_one_does(tmp_path):
+    """Gradients of every level are those of all images, and so are its ERF weights."""
+    several = (*PYRAMID, "MODEL.RESNETS.NORM", "", "MODEL.JIGSAW.LEVELS", "assign")
+    options = tiny_options(tmp_path, *several, "MODEL.JIGSAW.ASSIGN_BOX_SIZE", 8)
+    assert train([*CONFIG, *options], LOSSES=str(tmp_path / "one")) == 0
+    two = [*CONFIG, *options, "OUTPUT_DIR", str(tmp_path / "two")]
+    assert join(start_ranks(two, tmp_path)) == [0, 0]
+    assert values(tmp_path / "losses1") == pytest.approx(values(tmp_path / "one"), rel=1e-5)
+    one, both = (
+        torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"]
+        for name in ("run", "two")
+    )
+    assert {"erf_weights_p3", "backbone.fpn_lateral4.weight"} <= set(one)
+    for name, value in one.items():
+        torch.testing.assert_close(both[name], value, rtol=1e-4, atol=1e-6)
+
+
 def test_two_processes_accumulate_as_one_does(tmp_path):
     options = tiny_options(tmp_path, *SEPARABLE, "SOLVER.ACCUMULATION_STEPS", 2)
     assert train([*CONFIG, *options], LOSSES=str(tmp_path / "one")) == 0
@@ -81,6 +100,48 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
         losses = read_losses(broken / f"losses{rank}")
         assert {i for i, _ in losses} == set(range(12))
         assert all(loss == expected[i] for i, loss in losses)
+
+
+def test_a_notice_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
+    options = tiny_options(tmp_path, "SOLVER.CHECKPOINT_PERIOD", 100)
+    argv = [*CONFIG, *options]
+    assert join(start_ranks(argv, tmp_path, NOTICE="TERM step 5")) == [143, 143]
+    # They ask each other after the steps 0, 4, 8 ...
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000008.pth"
+    assert join(start_ranks(["--resume", *argv], tmp_path)) == [0, 0]
+    for rank in (0, 1):
+        assert [i for i, _ in read_losses(tmp_path / f"losses{rank}")] == list(range(12))
+
+
+WAITING = """
+import os, pathlib, sys, time
+from jigsaw_d2.engine.interrupt import StopNotice
+from jigsaw_d2.engine.launch import launch_job
+
+def wait(folder):
+    notice = StopNotice()
+    notice.listen()
+    (pathlib.Path(folder) / str(os.getpid())).touch()
+    while not notice.number:
+        time.sleep(0.01)
+    sys.exit(128 + notice.number)
+
+if __name__ == "__main__":
+    launch_job(wait, 2, dist_url="auto", args=(sys.argv[1],), device="cpu")
+"""
+
+
+def test_a_notice_to_the_process_that_started_the_others_reaches_them(tmp_path):
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "job.py").write_text(WAITING)
+    command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "ranks")]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while len(list((tmp_path / "ranks").iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == 143 and "Traceback" not in said
 
 
 def test_a_rank_that_fails_does_not_wait_for_the_others(tmp_path):
@@ -227,3 +288,24 @@ def test_one_process_is_called_directly(monkeypatch):
 
 def test_other_errors_are_left_alone():
     assert as_peer_lost(RuntimeError("Connection closed by peer"), 600) is None  # no peers here
+
+
+@pytest.mark.parametrize(
+    "error, kind, said",
+    [
+        (
+            "DataError:Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most "
+            "recent call last):\n  File ...\njigsaw_d2.io.DataError: the store changed: a.tar\n",
+            DataError,
+            "^the store changed: a.tar$",
+        ),
+        ("RuntimeError:DataLoader worker (pid 7) is killed by signal: Killed. ", RunError, "NUM_W"),
+        ("OutOfMemoryError:CUDA out of memory. Tried to", RunError, "lower SOLVER.IMS_PER_BATCH"),
+        ("RuntimeError:a bug of ours", RuntimeError, "^a bug of ours$"),
+    ],
+)
+def test_errors_of_workers_and_of_the_machine_are_told_in_words(error, kind, said):
+    name, _, text = error.partition(":")
+    raised = {"DataError": DataError, "OutOfMemoryError": torch.OutOfMemoryError}
+    with pytest.raises(kind, match=said), explained(600):
+        raise raised.get(name, RuntimeError)(text)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_run import read_losses, start, tiny_options, train
+from helpers_run import PYRAMID, read_losses, start, tiny_options, train
 from helpers_store import make_store
 
 CONFIG = ["--config-file", "Base-JigsawPretrain.yaml"]
@@ -85,6 +85,31 @@ def test_killed_in_a_step_in_a_write_and_before_the_tag(unbroken, tmp_path):
     assert ledger["pretraining"]["images"] >= 45 * 4
 
 
+def test_several_features_resume_bit_for_bit(tmp_path):
+    """Each level's ERF weights come back; levels share out the samples, padding does not count."""
+    several = (*PYRAMID, "MODEL.JIGSAW.LEVELS", "assign", "MODEL.JIGSAW.ASSIGN_BOX_SIZE", 8)
+    several += ("MODEL.JIGSAW.IGNORE_PADDING", True, "MODEL.JIGSAW.SHARED_CLASSIFIER", False)
+    states = []
+    for name, kill in (("unbroken", ""), ("broken", "step 8")):
+        folder = tmp_path / name
+        folder.mkdir()
+        argv = [*CONFIG, *tiny_options(folder, *several)]
+        losses = str(folder / "losses")
+        assert train(argv, LOSSES=losses, KILL=kill) == (-9 if kill else 0)
+        if kill:
+            assert train(["--resume", *argv], LOSSES=losses) == 0
+        states.append(torch.load(folder / "run" / "model_final.pth", weights_only=True))
+    expected, losses = (dict(read_losses(tmp_path / n / "losses")) for n in ("unbroken", "broken"))
+    assert losses == expected and len(losses) == 12
+    assert flat(states[0]["model"]) == flat(states[1]["model"])
+    assert flat(states[0]["optimizer"]) == flat(states[1]["optimizer"])
+    cost = json.loads((tmp_path / "unbroken" / "run" / "cost.json").read_text())["stages"]
+    assert 0 < cost["pretraining"]["pyramid_macs_per_image"]
+    assert cost["pretraining"]["pyramid_macs_per_image"] < cost["pretraining"]["macs_per_image"]
+    text = (tmp_path / "unbroken" / "run" / "metrics.json").read_text()
+    assert "erf/p3_outside_share_R1" in text
+
+
 def test_killed_at_a_moment_of_the_clocks_choosing(unbroken, tmp_path):
     argv = ["--resume", *CONFIG, *options(tmp_path)]  # --resume on nothing starts anew
     for seconds in (0.0, 0.13, 0.31):
@@ -96,6 +121,32 @@ def test_killed_at_a_moment_of_the_clocks_choosing(unbroken, tmp_path):
         child.join()
     assert train(argv, LOSSES=str(tmp_path / "losses")) == 0
     assert_same_run(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize(
+    "notice, status, checkpoint",
+    [
+        ("TERM step 7", 143, "model_0000007.pth"),
+        ("INT step 44", 130, "model_final.pth"),
+        ("TERM evaluation", 143, "model_before_evaluation.pth"),
+    ],
+)
+def test_told_to_stop_it_leaves_the_step_at_hand(unbroken, tmp_path, notice, status, checkpoint):
+    """No step is lost and none done twice; nothing says so in a traceback."""
+    argv, losses = [*CONFIG, *options(tmp_path)], str(tmp_path / "losses")
+    argv += ["SOLVER.CHECKPOINT_PERIOD", "100"]
+    said = tmp_path / "stderr"
+    assert train(argv, LOSSES=losses, NOTICE=notice, STDERR=str(said)) == status
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == checkpoint
+    assert "Traceback" not in said.read_text()
+    assert "stopped by SIG" in (tmp_path / "run" / "log.txt").read_text()
+    assert train(["--resume", *argv], LOSSES=losses) == 0
+    assert [i for i, _ in read_losses(tmp_path / "losses")] == list(range(45))
+    assert read_losses(tmp_path / "losses") == read_losses(unbroken / "losses")
+    ours, theirs = (
+        torch.load(f / "run" / "model_final.pth", weights_only=True) for f in (tmp_path, unbroken)
+    )
+    assert flat(ours["model"]) == flat(theirs["model"])
 
 
 def test_starting_over_an_existing_run_is_refused(unbroken, tmp_path):

@@ -25,7 +25,7 @@ def build(objective="erf_adaptive", classes=6, backbone=None, **options):
     torch.manual_seed(0)
     settings = dict(
         backbone=backbone or tiny_backbone(),
-        in_feature="res5",
+        in_features=["res5"],
         num_classes=classes,
         template=TINY,
         objective=objective,
@@ -46,7 +46,7 @@ class ForwardTest(unittest.TestCase):
         data = batch()
         for objective in ("erf_adaptive", "block_wise", "global"):
             model = build(objective).eval()  # so that both forward passes are the same
-            logits = model.cell_logits(model.preprocess(data["image"]))
+            logits = model.cell_logits(model.preprocess(data["image"]))["res5"]
             regions, classes = TINY.cell_regions(32), data["gt_classes"]
             expected = {
                 "erf_adaptive": lambda: losses.erf_adaptive_loss(
@@ -77,7 +77,7 @@ class ForwardTest(unittest.TestCase):
     def test_region_logits_are_means_over_cells(self):
         model, data = build().eval(), batch()
         with torch.no_grad():
-            logits = model.cell_logits(model.preprocess(data["image"]))
+            logits = model.cell_logits(model.preprocess(data["image"]))["res5"]
             found = model(data)["region_logits"]
         self.assertEqual(found.shape, (3, 4, 7))
         torch.testing.assert_close(found[:, 3], logits[:, :, 1:, 1:].mean(dim=(2, 3)))
@@ -188,7 +188,7 @@ class SettingsTest(unittest.TestCase):
     def test_refusals(self):
         for options, message in (
             ({"objective": "dense"}, "OBJECTIVE.*dense.*erf_adaptive, block_wise"),
-            ({"in_feature": "res4"}, "res4.*OUT_FEATURES"),
+            ({"in_features": ["res4"]}, "res4.*OUT_FEATURES"),
             ({"num_classes": 0}, "NUM_CLASSES is 0"),
             ({"tau": 1.2}, "TAU is 1.2"),
         ):

@@ -167,3 +167,20 @@ def test_data_that_some_stage_could_not_use_is_refused_before_the_first(job, key
     with pytest.raises(DataError, match=words):
         do(job, runner)
     assert runner.calls == [] and not job.output.exists()
+
+
+def test_a_mended_held_out_set_is_cut_and_scored_again_and_nothing_else(job):
+    do(job, FakeRunner())
+    data = job.pipeline.data
+    content = json.loads(data.val_json.read_text())
+    content["annotations"] = content["annotations"][1:]
+    data.val_json.write_text(json.dumps(content))
+    runner = FakeRunner()
+    do(job, runner)
+    assert [argv[:2] for argv in runner.calls] == [
+        ["extract", "--overwrite"],
+        ["finetune", "--eval-only"],
+        ["finetune", "--eval-only"],
+    ]
+    assert (job.output / "samples" / "val" / "store.1" / "header.json").exists()
+    assert (job.output / "detector" / "results.1.json").exists()

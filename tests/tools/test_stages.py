@@ -1,5 +1,6 @@
 """Stages: done once, resumed, refused with both settings shown; never anything deleted."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -55,6 +56,17 @@ def test_done_stage_is_not_run_again_and_lost_output_is_made_again(tmp_path):
     assert do(stage)[1] == [["work", "--resume", "--fast"]]
 
 
+def test_a_stage_of_another_interpreter(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" > ' + str(tmp_path / "a" / "result"))
+    python.chmod(0o755)
+    stage = make_stage(tmp_path / "a", ("script.py", "--fast"))
+    stage = dataclasses.replace(stage, program=(str(python),))
+    stage.run()
+    assert stage.output.read_text() == "-u script.py --fast\n"
+    assert stage.command == f"{python} script.py --fast"
+
+
 def test_interrupted_stage_resumes(tmp_path):
     stage = make_stage(tmp_path / "a")
     with pytest.raises(RunError, match="broke"):
@@ -79,6 +91,30 @@ def test_other_settings_are_refused_with_both_shown_and_nothing_is_touched(tmp_p
     for words in ("LENGTH: 10 -> 20", "OLD: 1 -> (default)", "NEW: (default) -> x", "--output"):
         assert words in str(refused.value)
     assert "SIZE" not in str(refused.value) and files(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_changed_held_out_set_alone_is_only_scored_again(tmp_path, half):
+    def stage(held_out, length=10):
+        settings = {"held_out": held_out, "LENGTH": length}
+        names = {"held_out": ("held_out",), "evaluate": "--eval-only"}
+        folder, result = tmp_path / "a", tmp_path / "a" / "result.json"
+        return Stage("work", ("work", "--fast"), folder, result, settings, "--resume", **names)
+
+    if half:
+        with pytest.raises(RunError):
+            do(stage("old"), fail=True)
+        (tmp_path / "a" / "model_0000009.pth").write_text("hours of work")
+    else:
+        do(stage("old"))
+    flag = "--resume" if half else "--eval-only"
+    assert do(stage("new"))[1] == [["work", flag, "--fast"]]
+    assert (tmp_path / "a" / "result.1.json").exists() == (not half)
+    assert do(stage("new"))[1] == []
+    do(stage("newer"))
+    assert (tmp_path / "a" / "result.2.json").exists() == (not half)
+    with pytest.raises(ConfigError, match="LENGTH: 10 -> 20"):
+        do(stage("newest", length=20))
 
 
 def test_a_mistake_that_made_nothing_can_be_mended(tmp_path):
@@ -155,6 +191,39 @@ def test_two_processes_never_work_in_one_folder(tmp_path, when_at_work):
     with pytest.raises(KeyboardInterrupt):
         make_stage(tmp_path / "a").run()
     assert len(children) == 1
+
+
+def test_one_that_is_refused_changes_nothing_of_the_other_s_words(tmp_path, when_at_work):
+    def start_a_second():
+        with pytest.raises(RunError, match="another process is at work"):
+            make_stage(tmp_path / "a", LENGTH=20).run()
+        known = json.loads((tmp_path / "a" / "stage.json").read_text())
+        assert known["settings"] == {"LENGTH": 10}
+        raise KeyboardInterrupt
+
+    when_at_work(start_a_second)
+    with pytest.raises(KeyboardInterrupt):
+        make_stage(tmp_path / "a", LENGTH=10).run()
+
+
+def test_a_command_that_was_told_to_stop_ends_the_job_as_it_ended(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", "import sys; sys.exit(143)"]
+    started = subprocess.Popen
+    monkeypatch.setattr(
+        "jigsaw_d2.tools.stages.subprocess.Popen", lambda _, **options: started(command, **options)
+    )
+    with pytest.raises(SystemExit) as stopped:
+        make_stage(tmp_path / "a").run()
+    assert stopped.value.code == 143
+
+
+def test_a_stage_of_before_is_known_again(tmp_path):
+    stage = make_stage(tmp_path / "a", annotations="train", held_out="val")
+    do(stage)
+    content = json.loads((tmp_path / "a" / "stage.json").read_text())
+    content["settings"] = {"annotations": ["train", "val"]}
+    (tmp_path / "a" / "stage.json").write_text(json.dumps(content))
+    assert do(stage)[1] == []
 
 
 def test_progress_and_curves_bear_torn_lines(tmp_path):

@@ -47,11 +47,11 @@ def test_sizes_by_hand():
     assert map_size(torch.zeros(5, 5))["radius_50"] == 0.0
 
 
-def visualize(folder, *arguments):
+def visualize(folder, *arguments, opts=()):
     """Exit status, what was printed, and the rows of the numbers beside the figure."""
     command = ["--config-file", "Base-JigsawPretrain.yaml", "--device", "cpu"]
     command += ["--output", str(folder / "figures" / "erf.png"), *map(str, arguments)]
-    status, out = run_figure("erf", [*command, "--opts", *TINY])
+    status, out = run_figure("erf", [*command, "--opts", *TINY, *opts])
     numbers = folder / "figures" / "erf.json"
     return status, out, json.loads(numbers.read_text())["networks"] if status == 0 else []
 
@@ -84,3 +84,17 @@ def test_numbers_are_those_of_the_network(tmp_path):
 def test_lists_of_different_length(tmp_path):
     status, out, _ = visualize(tmp_path, "--weights", "random", "random", "--names", "one")
     assert status == 2 and "do not go together" in out
+
+
+def test_a_row_for_each_classified_feature(tmp_path):
+    """The pyramid of a pre-training config, by level; its fine levels are probed."""
+    pyramid = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.OUT_CHANNELS", "4"]
+    pyramid += ["MODEL.RESNETS.OUT_FEATURES", "['res4', 'res5']"]
+    pyramid += ["MODEL.FPN.IN_FEATURES", "['res4', 'res5']"]
+    pyramid += ["INPUT.JIGSAW.TEMPLATE_SIZE", "[128, 128]"]
+    levels = ["MODEL.JIGSAW.IN_FEATURES", "['p4', 'p5']"]
+    status, out, rows = visualize(tmp_path, "--num-images", 1, opts=[*pyramid, *levels])
+    assert status == 0, out
+    assert [row["name"] for row in rows] == ["random p4", "random p5"]
+    assert [row["feature"] for row in rows] == ["p4", "p5"]
+    assert rows[0]["outside"] != rows[1]["outside"]

@@ -29,10 +29,10 @@ def trained(tmp_path):
     return model
 
 
-def visualize(folder, *arguments, weights="model_final.pth", store="store"):
+def visualize(folder, *arguments, weights="model_final.pth", store="store", opts=()):
     command = ["--config-file", CONFIG, "--weights", str(folder / weights), "--device", "cpu"]
     command += ["--store", str(folder / store), "--output", str(folder / "labels.png")]
-    return run_figure("labels", [*command, *arguments, "--opts", *TINY])
+    return run_figure("labels", [*command, *arguments, "--opts", *TINY, *opts])
 
 
 def test_files(trained, tmp_path):
@@ -41,14 +41,29 @@ def test_files(trained, tmp_path):
     assert [Path(line).name for line in out.splitlines()] == ["labels-3.png", "labels-8.png"]
 
 
+def test_a_figure_for_each_classified_feature(trained, tmp_path):
+    """Of 28x28 cells too, without numbers in them; with one classifier each."""
+    opts = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.OUT_CHANNELS", "4"]
+    for key in ("MODEL.RESNETS.OUT_FEATURES", "MODEL.FPN.IN_FEATURES"):
+        opts += [key, "['res3', 'res4', 'res5']"]
+    opts += ["MODEL.JIGSAW.IN_FEATURES", "['p3', 'p4', 'p5']"]
+    opts += ["MODEL.JIGSAW.SHARED_CLASSIFIER", "False"]
+    cfg = get_jigsaw_cfg(CONFIG, [*TINY, *opts, "MODEL.JIGSAW.NUM_CLASSES", "3"])
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "pyramid.pth")
+    status, out = visualize(tmp_path, weights="pyramid.pth", opts=opts)
+    assert status == 0, out
+    names = ["labels-p3.png", "labels-p4.png", "labels-p5.png"]
+    assert [Path(line).name for line in out.splitlines()] == names
+
+
 def test_loss_map_averages_to_the_loss(trained, tmp_path):
     model, cfg = load_pretrainer(CONFIG, str(tmp_path / "model_final.pth"), TINY)
     batch = rgb_stream(cfg, [str(tmp_path / "store")])[range(1)]
     images = normalise(batch["image"], cfg)
-    losses = cell_losses(model, images, batch["gt_classes"][0])
+    losses = cell_losses(model, images, batch["gt_classes"][0])["res5"]
     regions = model.cell_regions
     with torch.no_grad():
-        logits = model.cell_logits(images)
+        logits = model.cell_logits(images)["res5"]
         expected = erf_adaptive_loss(logits, batch["gt_classes"], model.erf_weights, regions)
     torch.testing.assert_close(region_means(losses, regions).mean(), expected)
 

@@ -2,8 +2,7 @@
 
 It exists so that the whole pipeline can be tried, and tested, where no dataset is at hand. An image
 depends on (seed, split, its number) alone. Pairs of classes share a silhouette and differ in
-texture, and colours are drawn without regard to the class, so that neither the outline nor the
-colour tells what an object is.
+texture and in the hue of one of their two colours. The ground and objects of no class have any.
 """
 
 import itertools
@@ -24,6 +23,7 @@ Array = np.ndarray
 SPLITS = ("train", "val")
 CROWD_SHARE = 0.06  # of the images
 MIN_VISIBLE = 0.5  # of each object's pixels, whatever is drawn over it later
+HUE_SPREAD = 20.0
 MIN_SIDE = 12  # pixels; smaller objects have no texture to tell them by
 SUPERSAMPLING = 2
 
@@ -39,6 +39,7 @@ class ShapeClass:
 
     name: str
     aspect: tuple[float, float]
+    hue: int | None  # of the first colour, degrees, give or take HUE_SPREAD; None = any colour
     inside: Callable[[Array, Array], Array]
     tone: Callable[[Array, Array], Array]
 
@@ -78,24 +79,25 @@ def _planks(u: Array, v: Array) -> Array:
 
 
 SHAPE_CLASSES = (
-    ShapeClass("target", (0.85, 1.2), _disc, lambda u, v: _stripes(np.hypot(u, v) * 4)),
-    ShapeClass("wheel", (0.85, 1.2), _disc, _spokes),
-    ShapeClass("board", (0.85, 1.2), _box, _checks),
-    ShapeClass("crate", (0.85, 1.2), _box, _planks),
-    ShapeClass("pole", (0.2, 0.35), _box, lambda u, v: _stripes((v + 1) * 4)),
-    ShapeClass("candle", (0.2, 0.35), _box, lambda u, v: _stripes((u + 1) * 2 + (v + 1) * 3)),
-    ShapeClass("saw", (2.5, 4.0), _teeth, lambda u, v: (v > 0.4).astype(np.float64)),
+    ShapeClass("target", (0.85, 1.2), 0, _disc, lambda u, v: _stripes(np.hypot(u, v) * 4)),
+    ShapeClass("wheel", (0.85, 1.2), 180, _disc, _spokes),
+    ShapeClass("board", (0.85, 1.2), 60, _box, _checks),
+    ShapeClass("crate", (0.85, 1.2), 240, _box, _planks),
+    ShapeClass("pole", (0.2, 0.35), 120, _box, lambda u, v: _stripes((v + 1) * 4)),
+    ShapeClass("candle", (0.2, 0.35), 300, _box, lambda u, v: _stripes((u + 1) * 2 + (v + 1) * 3)),
+    ShapeClass("saw", (2.5, 4.0), 30, _teeth, lambda u, v: (v > 0.4).astype(np.float64)),
     ShapeClass(
         "wave",
         (2.5, 4.0),
+        210,
         lambda u, v: (_wave(u, v) <= 0.5) & (np.abs(u) <= 1),
         lambda u, v: (_wave(u, v) <= 0.2).astype(np.float64),
     ),
 )
 # Objects of no class: the same outlines without the textures, never annotated.
 DISTRACTORS = (
-    ShapeClass("plain disc", (0.7, 1.4), _disc, lambda u, v: (v + 1) / 2),
-    ShapeClass("plain box", (0.25, 4.0), _box, lambda u, v: (u + 1) / 2),
+    ShapeClass("plain disc", (0.7, 1.4), None, _disc, lambda u, v: (v + 1) / 2),
+    ShapeClass("plain box", (0.25, 4.0), None, _box, lambda u, v: (u + 1) / 2),
 )
 
 
@@ -106,7 +108,7 @@ class DemoOptions:
     seed: int = 0
     train_images: int = 320
     val_images: int = 80
-    version: int = 1  # raised whenever the drawing changes
+    version: int = 2  # raised whenever the drawing changes
 
 
 def make_demo_set(output: str | Path, options: DemoOptions = DemoOptions()) -> DetectionSet:
@@ -222,10 +224,17 @@ def _ground(height: int, width: int, rng: np.random.Generator) -> Array:
     return _blend((tone - tone.min()) / np.ptp(tone), rng)
 
 
-def _blend(tone: Array, rng: np.random.Generator) -> Array:
-    """Two random colours, far enough apart that a texture shows, mixed by ``tone``."""
+def _blend(tone: Array, rng: np.random.Generator, hue: int | None = None) -> Array:
+    """Two random colours, far enough apart that a texture shows, mixed by ``tone``.
+
+    ``hue``: about which the first lies, in degrees; None = anywhere.
+    """
     while True:
         one, other = rng.uniform(0, 255, size=(2, 3))
+        if hue is not None:
+            degrees = (hue + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) % 360
+            hsv = np.array([[[degrees, rng.uniform(0.7, 1), rng.uniform(0.6, 1)]]], np.float32)
+            one = 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0]
         if np.abs(one - other).sum() > 150:
             return one * (1 - tone[..., None]) + other * tone[..., None]
 
@@ -274,7 +283,7 @@ def _draw(
     def shrunk(fine: Array) -> Array:
         return fine.reshape(bottom - top, k, right - left, k).mean(axis=(1, 3))
 
-    colour = _blend(shrunk(np.clip(shape.tone(u, v), 0, 1)), rng)
+    colour = _blend(shrunk(np.clip(shape.tone(u, v), 0, 1)), rng, shape.hue)
     window = (slice(top, bottom), slice(left, right))
     return Patch(window, shrunk(shape.inside(u, v).astype(np.float64)), colour)
 

@@ -1,12 +1,18 @@
 """What a comparison runs: its arms, its seeds, its lengths; pure descriptions, nothing is run here.
 
-An arm is a way to initialise the detector's backbone. Every arm meets the same detection settings;
-only its length may differ, and that by the budget rule alone:
+An arm is a way to initialise the detector. Every arm meets the same detection config, which gives
+each start the norm that serves it best, as Table 5 does; its length may differ, and that by the
+budget rule alone:
 
     "total"      arms from scratch get the iterations that the pre-training cost (paper, Table 5)
     "detection"  every arm has the same detection iterations (paper, Table 3)
+
+By either rule, what a user would pick instead pre-trains for what the Jigsaw run of its seed cost
+before detection: "direct", the detector itself on small images (arXiv 2106.03112), and "lightly",
+the backbone by LightlyTrain, which needs no labels.
 """
 
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +35,7 @@ class Arm:
     """One initialisation: ``name`` in tables, ``slug`` in paths, ``kind`` as the fields say."""
 
     name: str
-    kind: str  # "scratch", "jigsaw" or "weights"
+    kind: str  # "scratch", "jigsaw", "direct", "lightly" or "weights"
     pretrain: tuple[str, ...] = ()  # KEY VALUE overrides of the pre-training config
     extract: tuple[str, ...] = ()  # further arguments of the extraction
     weights: Path | None = None  # a converted file
@@ -40,6 +46,11 @@ class Arm:
     def slug(self) -> str:
         """The name as part of a path."""
         return "".join(char if char.isalnum() else "-" for char in self.name)
+
+    @property
+    def waits(self) -> bool:
+        """Whether its length follows from what the Jigsaw runs cost."""
+        return self.kind in ("scratch", "direct", "lightly")
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,9 @@ class Plan:
     num_gpus: int = 1
     register: tuple[str, ...] = ()  # as the commands' flags say
     trust: bool = False
+    same_norm: bool = False  # ``detector`` gives all arms one norm, and freezes nothing
+    lightly_python: str = ""  # of the environment that LightlyTrain is in
+    lightly: tuple[str, ...] = ()  # KEY=VALUE arguments of lightly_train.pretrain
 
     def pipeline(self, data: "DetectionSet", seed: int = 0) -> "Pipeline":
         """The maker of the stages on ``data``."""
@@ -83,6 +97,16 @@ class Plan:
             raise ConfigError(f"seeds {seeds}: give different numbers, 0 or more")
         if max(seeds) - min(seeds) >= AGAIN_SEED_OFFSET:
             raise ConfigError(f"seeds {seeds} must lie within {AGAIN_SEED_OFFSET} of each other")
+        kinds = {arm.kind for arm in self.arms}
+        if kinds & {"direct", "lightly"} and "jigsaw" not in kinds:
+            raise ConfigError("arms direct and lightly take as long as a jigsaw arm: name one, too")
+        if "lightly" in kinds:
+            if self.cost != "seconds" or self.num_gpus > 1:
+                raise ConfigError(
+                    "arm lightly: its FLOPs are not counted, and it runs on one device; --cost "
+                    "seconds --num-gpus 1"
+                )
+            check_lightly(self.lightly_python)
         return self
 
 
@@ -91,19 +115,33 @@ def jigsaw_arm(objective: str = "erf_adaptive") -> Arm:
     return Arm(f"jigsaw {objective}", "jigsaw", ("MODEL.JIGSAW.OBJECTIVE", objective))
 
 
+def check_lightly(python: str) -> None:
+    """Raise ``ConfigError`` if ``python`` is no interpreter that has LightlyTrain."""
+    find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('lightly_train') is None)"
+    if not Path(python).is_file() or subprocess.run([python, "-c", find]).returncode:
+        raise ConfigError(
+            f"arm lightly: {f'{python} has no LightlyTrain' if python else 'no --lightly-python'}; "
+            "make an environment of its own by\n  python -m venv lightly_env\n"
+            "  lightly_env/bin/pip install lightly-train\n"
+            "and name it by --lightly-python lightly_env/bin/python"
+        )
+
+
 SCRATCH = Arm("scratch", "scratch")
 SCRATCH_AGAIN = Arm("scratch again", "scratch", seed_offset=AGAIN_SEED_OFFSET)
+DIRECT, LIGHTLY = Arm("direct", "direct"), Arm("lightly", "lightly")
+ARMS = "scratch, scratch-again, direct, lightly, jigsaw[:OBJECTIVE] or NAME=WEIGHTS"
 
 
 def parse_arm(text: str) -> Arm:
-    """An arm from the command line: scratch, scratch-again, jigsaw[:OBJECTIVE], NAME=WEIGHTS.pkl.
+    """An arm from the command line, one of ARMS.
 
     Raises:
         ConfigError: none of these, or a file or an objective that does not exist.
     """
     from jigsaw_d2.modeling import losses  # not for --help: it brings torch in
 
-    for arm in (SCRATCH, SCRATCH_AGAIN):
+    for arm in (SCRATCH, SCRATCH_AGAIN, DIRECT, LIGHTLY):
         if text == arm.slug:
             return arm
     if text.split(":")[0] == "jigsaw":
@@ -114,8 +152,7 @@ def parse_arm(text: str) -> Arm:
     name, _, file = text.partition("=")
     if not name or not Path(file).is_file():
         raise ConfigError(
-            f"arm {text!r}: give scratch, scratch-again, jigsaw[:OBJECTIVE] or NAME=WEIGHTS.pkl, a "
-            "file of convert_weights.py that exists"
+            f"arm {text!r}: give {ARMS}, an existing file that finetune_net.py takes as --weights"
         )
     return Arm(name, "weights", weights=Path(file).resolve())
 
@@ -128,6 +165,13 @@ def _variants(prefix: str, key: str, values: tuple[object, ...], base: Arm) -> t
 
 
 _ERF, _BLOCK = jigsaw_arm(), jigsaw_arm("block_wise")
+# The pyramid of the presets' FPN detector; boxes of a canvas of 160 pixels reach p5.
+_PYRAMID = (
+    *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.OUT_CHANNELS", "64"),
+    *("MODEL.RESNETS.OUT_FEATURES", "['res3', 'res4', 'res5']"),
+    *("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']"),
+    *("MODEL.JIGSAW.IN_FEATURES", "['p3', 'p4', 'p5']", "MODEL.JIGSAW.ASSIGN_BOX_SIZE", "32"),
+)
 ABLATIONS: dict[str, tuple[Arm, ...]] = {
     "objective": tuple(jigsaw_arm(objective) for objective in OBJECTIVES),  # Table 2
     # Table 1's best row is Table 2's block-wise one, so it was run with that objective.
@@ -137,16 +181,20 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
         replace(_ERF, name=f"positives per negative {n}", extract=("--negative-ratio", str(n)))
         for n in (2, 10, 50)
     ),
+    "levels": (  # Sec. 4.2 leaves it open
+        replace(_ERF, name="res5"),
+        *_variants(
+            "p3 to p5,",
+            "MODEL.JIGSAW.LEVELS",
+            ("all", "assign"),
+            replace(_ERF, pretrain=(*_ERF.pretrain, *_PYRAMID)),
+        ),
+    ),
     "tau": _variants("tau", "MODEL.JIGSAW.TAU", (0.5, 0.6, 0.7, 0.8, 1.0), _ERF),  # Fig. 7a
     "iterations": tuple(  # Fig. 7b: 16k, 32k, 64k, 128k
         replace(_ERF, name=f"length x{factor:g}", length=factor) for factor in (0.25, 0.5, 1, 2)
     ),
 }
-# Of a detector that shall train within a minute: both sides within 128 pixels.
-SMALL_IMAGES = (
-    *("INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MAX_SIZE_TRAIN", "128"),
-    *("INPUT.MIN_SIZE_TEST", "128", "INPUT.MAX_SIZE_TEST", "128"),
-)
 PRESETS: dict[str, Plan] = {
     "smoke": Plan(
         preset="smoke",
@@ -155,18 +203,12 @@ PRESETS: dict[str, Plan] = {
         seeds=(0, 1, 2),
         pretrain_config="jigsaw_R_18_cpu.yaml",
         detector_config="finetune/faster_rcnn_R_18_FPN_small.yaml",
-        # Pre-training takes about 30 % of the total cost, as in Table 5 (1.73 of 5.8 GPU-days).
-        pretrain_iterations=160,
-        detection_iterations=260,
-        # Within minutes, more steps teach more than larger batches, and small images more than
-        # large ones: objects shrink to about 60 pixels, so the canvas shrinks with them.
+        pretrain_iterations=600,
+        detection_iterations=250,
         pretrain=(
-            *("SOLVER.IMS_PER_BATCH", "8", "SOLVER.BASE_LR", "0.025"),
-            *("INPUT.JIGSAW.TEMPLATE_SIZE", "[160, 160]"),
-            *("MODEL.JIGSAW.ERF.NUM_IMAGES", "4", "MODEL.JIGSAW.ERF.PERIOD", "80"),
-            *("INPUT.JIGSAW.EVAL_IMAGES", "16"),
+            *("INPUT.JIGSAW.FIT_TO", "auto", "SOLVER.IMS_PER_BATCH", "32"),
+            *("MODEL.JIGSAW.ERF.NUM_IMAGES", "4", "MODEL.JIGSAW.ERF.PERIOD", "200"),
         ),
-        detector=SMALL_IMAGES,
         evaluations=2,
     ),
     "small": Plan(
@@ -179,7 +221,7 @@ PRESETS: dict[str, Plan] = {
         pretrain_iterations=1000,
         detection_iterations=3000,
         pretrain=(
-            *("SOLVER.IMS_PER_BATCH", "32", "SOLVER.BASE_LR", "0.1"),
+            *("INPUT.JIGSAW.FIT_TO", "auto", "SOLVER.IMS_PER_BATCH", "32", "SOLVER.BASE_LR", "0.1"),
             *("SOLVER.WARMUP_ITERS", "100", "MODEL.JIGSAW.ERF.PERIOD", "200"),
         ),
         detector=(

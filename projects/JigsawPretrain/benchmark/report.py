@@ -12,13 +12,14 @@ from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import scipy.stats
 import torch
 import yaml
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from benchmark.runner import BEFORE, DONE, Comparison, Run
+from benchmark.runner import BEFORE, DONE, LIGHTLY_SCRIPT, Comparison, Run
 from jigsaw_d2 import __version__
 from jigsaw_d2.cost import device_name
 from jigsaw_d2.io import write_text
@@ -49,7 +50,7 @@ def build_report(comparison: Comparison, command: str = "") -> dict:
     published, and its commands typed elsewhere.
     """
     plan, runs = comparison.plan, comparison.runs
-    short = _shortener(comparison.data, comparison.output)
+    short = _shortener(comparison.data, comparison.output, plan.lightly_python)
     arms = []
     for arm in dict.fromkeys(run.arm for run in runs):
         summary = {name: interval(_values(runs, arm.name, name).values()) for name in METRICS}
@@ -62,6 +63,7 @@ def build_report(comparison: Comparison, command: str = "") -> dict:
         **{name: value for name, value in vars(plan).items() if name != "arms"},
         "pretrain_config": short(plan.pretrain_config),
         "detector_config": short(plan.detector_config),
+        "lightly_python": short(plan.lightly_python),
         "arms": arms,
         "differences": differences(runs),
         "detector_differences": setting_differences(comparison),
@@ -69,10 +71,12 @@ def build_report(comparison: Comparison, command: str = "") -> dict:
     }
 
 
-def _shortener(data: DetectionSet, output: Path) -> Callable[[str], str]:
+def _shortener(data: DetectionSet, output: Path, lightly_python: str = "") -> Callable[[str], str]:
     """Replaces the paths of this machine: of two that begin alike, the longer one first."""
     root = data.train_json.parent
     names = [(str(root), "DATA"), (str(output), "OUTPUT")]
+    names += [(str(LIGHTLY_SCRIPT), f"benchmark/{LIGHTLY_SCRIPT.name}")]
+    names += [(lightly_python, "LIGHTLY_PYTHON")] if lightly_python else []
     if root not in data.train_images.parents:
         names.append((str(data.train_images), "IMAGES"))
     names.sort(key=lambda pair: -len(pair[0]))
@@ -110,11 +114,11 @@ def interval(values: Iterable[float]) -> dict | None:
 def differences(runs: Sequence[Run]) -> list[dict]:
     """Paired differences of AP and AP50 over the seeds that both arms of a pair have finished.
 
-    Arms from scratch are subtracted from the others, so that a positive number speaks for
-    pre-training, and the A/A copy has scratch subtracted.
+    Arms from scratch are subtracted from the others, and all others from Jigsaw's, so that a
+    positive number speaks for pre-training, and for ours; the A/A copy has scratch subtracted.
     """
     arms = list(dict.fromkeys(run.arm for run in runs))
-    arms.sort(key=lambda arm: (arm.kind != "scratch", arm.kind == "scratch" and arm.seed_offset))
+    arms.sort(key=lambda arm: (arm.kind == "jigsaw", arm.kind != "scratch", arm.seed_offset))
     found = []
     for number, theirs in enumerate(arms):
         for ours in arms[number + 1 :]:
@@ -181,6 +185,7 @@ def render(report: dict) -> str:
         f"detector: `{report['detector_config']}` {_with(report['detector'])}; "
         f"pre-training: `{report['pretrain_config']}` {_with(report['pretrain'])}.",
         f"Made by `{report['command']}`",
+        norm_text(report),
         state,
         "## Box AP on the held-out images",
         _results(report),
@@ -203,10 +208,24 @@ def render(report: dict) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def norm_text(report: dict) -> str:
+    """Which of the two was done with the arms' norms."""
+    if report["same_norm"]:
+        return "Norms: the same for every arm, that of random weights, and no stage is frozen."
+    return (
+        "Norms: each arm at its best. The detector's config says one for backbones "
+        "from weights and one for random ones; where a whole detector goes on, its norm stays."
+    )
+
+
 def budget_text(report: dict) -> str:
     """The rule that set the lengths, as far as the runs that finished bear it out."""
+    also, units = "", f"counted in {report['cost']} of the ledger"
+    if {"direct", "lightly"} & {arm["kind"] for arm in report["arms"]}:
+        also = "; direct and lightly pre-train for as much as the Jigsaw run of their seed cost"
     if report["budget"] == "detection":
-        return "equal detection cost, as in Table 3: all arms have the same detection iterations"
+        rule = "equal detection cost, as in Table 3: all arms have the same detection iterations"
+        return rule + (f"{also} before, {units}" if also else "")
     jigsaw = [run for arm in report["arms"] if arm["kind"] == "jigsaw" for run in arm["runs"]]
     if not jigsaw:
         return "no arm pre-trains here, so all have the same detection iterations"
@@ -214,7 +233,7 @@ def budget_text(report: dict) -> str:
         return "none yet: no Jigsaw run has finished, so nothing here is at equal total cost"
     return (
         "equal total cost, as in Table 5: a run from scratch trains longer by what the Jigsaw run "
-        f"of its seed cost before detection, counted in {report['cost']} of the ledger"
+        f"of its seed cost before detection{also}, {units}"
     )
 
 
@@ -305,15 +324,18 @@ def _costs(report: dict) -> str:
 
 
 def curve_figure(report: dict) -> Figure:
-    """AP over total cost, one line a run; pre-training shifts a line to the right."""
+    """AP over total cost, mean and range over an arm's finished seeds; Jigsaw's begin later."""
     scale, label = UNITS[report["cost"]]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for number, arm in enumerate(report["arms"]):
-        for first, points in enumerate(filter(None, (run["cost_curve"] for run in arm["runs"]))):
-            costs, scores = zip(*((cost / scale, ap) for cost, ap in points))
-            name = None if first else arm["name"]
-            axes.plot(costs, scores, "o-", color=f"C{number}", alpha=0.7, markersize=4, label=name)
+    for arm in report["arms"]:
+        curves = [run["cost_curve"] for run in arm["runs"] if run["cost_curve"]]
+        if curves:  # one that found nothing at first has no AP there, and so fewer points
+            points = np.array([curve[-min(map(len, curves)) :] for curve in curves])
+            costs, scores = points[..., 0].mean(0) / scale, points[..., 1]
+            (line,) = axes.plot(costs, scores.mean(0), "o-", markersize=4, label=arm["name"])
+            band = scores.min(0), scores.max(0)
+            axes.fill_between(costs, *band, color=line.get_color(), alpha=0.2)
     axes.set(xlabel=f"total cost, {label}", ylabel="box AP, %", title=report["dataset"]["name"])
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)

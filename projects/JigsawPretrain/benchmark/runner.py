@@ -1,9 +1,10 @@
 """Runs a comparison's plan: every arm with every seed, each stage once, failures noted.
 
 OUTPUT/samples*/{train,val}             stores, one pair for each way to extract
-OUTPUT/runs/<arm>/<seed>/{pretrain,weights,detector}
+OUTPUT/runs/<arm>/<seed>/{trial,pretrain,weights,detector}
 """
 
+import json
 import math
 import os
 import signal
@@ -15,21 +16,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from detectron2.config import CfgNode
 
 from benchmark.plan import Arm, Plan
 from jigsaw_d2.config import scale_to_batch
 from jigsaw_d2.io import ConfigError, JigsawError, RunError
+from jigsaw_d2.tools.job import trial_overrides
 from jigsaw_d2.tools.pipeline import (
     DetectionSet,
+    file_digest,
     length_overrides,
     read_curve,
     read_results,
     stage_cost,
+    step_seconds,
 )
 from jigsaw_d2.tools.stages import Stage, say
 
 DONE, FAILED, PENDING, REFUSED = "done", "failed", "not run", "refused"
 BEFORE = ("extraction", "pretraining", "erf_refresh")  # what is paid before detection
+LIGHTLY_SCRIPT = Path(__file__).with_name("lightly_pretrain.py")
 
 
 class NotYet(Exception):
@@ -82,7 +88,7 @@ class Comparison:
         self._deadline = None if minutes is None else time.time() + 60 * minutes
         self.runs = [
             Run(arm, index, seed + arm.seed_offset)
-            for arm in sorted(plan.arms, key=lambda arm: arm.kind == "scratch")
+            for arm in sorted(plan.arms, key=lambda arm: arm.waits)
             for index, seed in enumerate(plan.seeds)
         ]
 
@@ -97,13 +103,15 @@ class Comparison:
 
         Raises:
             ConfigError: the folder holds a comparison of other settings; nothing is changed there.
+            DataError: a set that some stage could not use.
         """
+        self.plan.pipeline(self.data).check_data(self.plan.detector)
         if pool:  # two runs must not cut the same store
             for arm in (arm for arm in self.plan.arms if arm.kind == "jigsaw"):
                 with suppress(JigsawError, OSError, NotYet):  # the run will say so
                     self._samples(Run(arm, 0, 0))
-        for from_scratch in (False, True):  # whose length depends on what the others cost
-            wave = [run for run in self.runs if (run.arm.kind == "scratch") == from_scratch]
+        for waiting in (False, True):
+            wave = [run for run in self.runs if run.arm.waits == waiting]
             finished = pool.map(self, wave) if pool else map(self.execute_run, wave)
             for run in finished:
                 if run.status == REFUSED:
@@ -130,8 +138,11 @@ class Comparison:
         return run
 
     def _execute(self, run: Run) -> None:
-        weights = self._pretrain(run) if run.arm.kind == "jigsaw" else run.arm.weights
+        ways = {"jigsaw": self._pretrain, "direct": self._direct, "lightly": self._lightly}
+        weights = ways[run.arm.kind](run) if run.arm.kind in ways else run.arm.weights
         pipeline, overrides = self.plan.pipeline(self.data, run.seed), [*self.plan.detector]
+        if run.arm.kind == "direct":  # goes on as it was, with nothing frozen
+            overrides += ["MODEL.BACKBONE.FREEZE_AT", "0"]
         cfg = pipeline.detector_cfg(overrides)
         extra = self.extra_iterations(run.index) if run.arm.kind == "scratch" else 0
         iterations = (self.plan.detection_iterations or cfg.SOLVER.MAX_ITER) + extra
@@ -160,7 +171,8 @@ class Comparison:
         run.iterations["pretraining"] = iterations
         if iterations != length:
             overrides += length_overrides(cfg, iterations)
-        stage = pipeline.pretraining(samples, self.folder(run) / "pretrain", overrides)
+        where = samples, self.folder(run) / "pretrain"
+        stage = pipeline.pretraining(*where, overrides, detector=self.plan.detector)
         self._do(run, stage, "pretraining", "erf_refresh")
         converted = pipeline.conversion(stage.output, self.folder(run) / "weights")
         self._do(run, converted)
@@ -170,9 +182,56 @@ class Comparison:
         """Folder of the samples, extracted as the run's arm wants them."""
         way = "".join(char if char.isalnum() else "-" for char in "".join(run.arm.extract))
         folder = self.output / f"samples{way}"
-        for stage in self.plan.pipeline(self.data).extraction(folder, run.arm.extract):
+        pipeline = self.plan.pipeline(self.data)
+        for stage in pipeline.extraction(folder, run.arm.extract, self.plan.detector):
             self._do(run, stage)
         return folder
+
+    def _direct(self, run: Run) -> Path:
+        """A detector trained on small images, in as many iterations as the Jigsaw run's cost is."""
+        pipeline, unit = self.plan.pipeline(self.data, run.seed), self.plan.cost
+        budget, folder = self.budget(run.index, unit), self.folder(run)
+        small = [*self.plan.detector]
+        small += small_images_overrides(pipeline.detector_cfg(small))
+        title = "trial of direct pre-training"
+        trial = pipeline.finetuning(None, folder / "trial", [*small, *trial_overrides()], title)
+        self._do(run, trial)
+        step = step_seconds(trial.folder) * pipeline.num_gpus
+        if unit == "flops":
+            step = stage_cost(trial.folder, "finetuning")["flops"] / trial.iterations
+        run.iterations["pretraining"] = iterations = max(1, round(budget / step))
+        small += length_overrides(pipeline.detector_cfg(small), iterations)
+        small += ["TEST.EVAL_PERIOD", "0"]
+        stage = pipeline.finetuning(None, folder / "pretrain", small, "pre-train directly")
+        self._do(run, stage)
+        run.costs["pretraining"] = stage_cost(stage.folder, "finetuning")
+        return stage.folder / "model_final.pth"
+
+    def _lightly(self, run: Run) -> Path:
+        """Converted weights of LightlyTrain, pre-trained for as many seconds as the Jigsaw run."""
+        plan, pipeline = self.plan, self.plan.pipeline(self.data, run.seed)
+        cfg, folder = pipeline.detector_cfg(plan.detector), self.folder(run) / "pretrain"
+        seconds = f"{self.budget(run.index, 'seconds'):.1f}"
+        options = (f"model=torchvision/resnet{cfg.MODEL.RESNETS.DEPTH}", *plan.lightly)
+        accelerator = "gpu" if cfg.MODEL.DEVICE.startswith("cuda") else "cpu"
+        argv = (str(LIGHTLY_SCRIPT), "--json", str(self.data.train_json), "--images")
+        argv += (str(self.data.train_images), "--output", str(folder), "--seconds", seconds)
+        argv += ("--seed", str(run.seed), "--accelerator", accelerator, *options)
+        settings = {"annotations": file_digest(self.data.train_json), "seed": run.seed}
+        settings |= {"seconds": seconds, "options": options}
+        title, output = "pre-train with LightlyTrain", folder / "weights.pth"
+        program = (plan.lightly_python,)
+        stage = Stage(title, argv, folder, output, settings, "--resume", program=program)
+        self._do(run, stage)
+        done = json.loads((folder / "progress.json").read_text())
+        if done["done"] < 0.9 * done["steps"]:  # the rate has not fallen to its end
+            cut = f"after {done['done']} of {done['steps']} steps"
+            say(f"{run}: the time was over {cut}: the machine was faster in LightlyTrain's trial")
+        run.iterations["pretraining"] = done["done"]
+        run.costs["pretraining"] = {"flops": 0, **{k: done[k] for k in ("images", "seconds")}}
+        converted = pipeline.conversion(output, self.folder(run) / "weights", "lightly_train")
+        self._do(run, converted)
+        return converted.output
 
     def _do(self, run: Run, stage: Stage, *costs: str) -> None:
         """Run a stage, note its command and those of its costs that are named."""
@@ -189,17 +248,40 @@ class Comparison:
         and further seeds do not change runs that are done.
 
         Raises:
-            NotYet: one of these Jigsaw runs is not done, so the length is not known.
+            NotYet: as ``budget``.
         """
         if self.plan.budget != "total":
             return 0
+        unit, paid = self.plan.cost, self._jigsaw_runs(index)
+        extra = (r.cost_before_detection(unit) / r.cost_of_an_iteration(unit) for r in paid)
+        return math.ceil(max(extra, default=0))
+
+    def budget(self, index: int, unit: str) -> float:
+        """Seconds or FLOPs before detection of the dearest Jigsaw run with the same seed index.
+
+        Raises:
+            NotYet: one of these Jigsaw runs is not done.
+        """
+        return max(run.cost_before_detection(unit) for run in self._jigsaw_runs(index))
+
+    def _jigsaw_runs(self, index: int) -> list[Run]:
         paid = [run for run in self.runs if run.arm.kind == "jigsaw" and run.index == index]
         for run in paid:
             if run.status != DONE:
                 raise NotYet(f"its length follows from what {run} costs, which is {run.status}")
-        unit = self.plan.cost
-        extra = (r.cost_before_detection(unit) / r.cost_of_an_iteration(unit) for r in paid)
-        return math.ceil(max(extra, default=0))
+        return paid
+
+
+def small_images_overrides(cfg: CfgNode) -> list[str]:
+    """KEY VALUE pairs of direct pre-training: both sides halved, four times the batch and rate.
+
+    A batch then has as many pixels as before; the warm-up stays.
+    """
+    solver, sizes = cfg.SOLVER, tuple(size // 2 for size in cfg.INPUT.MIN_SIZE_TRAIN)
+    pairs = ["INPUT.MIN_SIZE_TRAIN", repr(sizes)]
+    pairs += ["INPUT.MAX_SIZE_TRAIN", str(cfg.INPUT.MAX_SIZE_TRAIN // 2)]
+    pairs += ["SOLVER.IMS_PER_BATCH", str(4 * solver.IMS_PER_BATCH)]
+    return [*pairs, "SOLVER.BASE_LR", repr(4 * solver.BASE_LR)]
 
 
 class RunJob:
