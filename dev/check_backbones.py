@@ -50,7 +50,7 @@ WEIGHTS = {
     "X-101": {"DEPTH": 101, "NUM_GROUPS": 32, "WIDTH_PER_GROUP": 2},
     "R-50 GN": {"NORM": "GN"},
     "R-50 DCN": {"DEFORM_ON_PER_STAGE": [False, True, True, True]},
-    "R-18": {"DEPTH": 18, "RES2_OUT_CHANNELS": 32, "WIDTH_PER_GROUP": 64},
+    "R-18": {"DEPTH": 18, "WIDTH_PER_GROUP": 64},
 }
 # (builder's library or "detectron2", network, further keys)
 BACKBONES = [
