@@ -1,6 +1,5 @@
 """Fine-tuning and evaluation of a detector, by Detectron2's own trainer and COCO evaluator."""
 
-import functools
 import json
 import logging
 import math
@@ -13,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
@@ -25,11 +23,11 @@ from detectron2.utils.logger import setup_logger
 from pycocotools import cocoeval
 from pycocotools.coco import COCO
 from torch import nn
+from torch.optim import Optimizer
 
 from jigsaw_d2.checkpoint import detector
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.metadata import WeightsMetadata
-from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops, device_name, record_stage
 from jigsaw_d2.data.arrays import make_reader
 from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.detection.array_mapper import ArrayMapper
@@ -37,10 +35,11 @@ from jigsaw_d2.detection.config import read_metadata
 from jigsaw_d2.detection.data import check_registered
 from jigsaw_d2.detection.kinds import build_evaluators, register_keypoints
 from jigsaw_d2.detection.loader import ResumableLoader
+from jigsaw_d2.detection.meter import ComputeMeter, CostLogHook, bare
 from jigsaw_d2.engine.hooks import CheckpointHook
 from jigsaw_d2.engine.interrupt import StopNotice
 from jigsaw_d2.engine.launch import explained, lock_output
-from jigsaw_d2.engine.optimizer import backbone_of, build_optimizer
+from jigsaw_d2.engine.optimizer import build_optimizer
 from jigsaw_d2.engine.state import JigsawCheckpointer, gather_random_states, set_random_state
 from jigsaw_d2.io import RunError, write_text
 
@@ -52,72 +51,6 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 METADATA_NAMES = ("weights_metadata.yaml", "passport.yaml")  # the second: version 1 of ours
-
-
-class ComputeMeter:
-    """Counts seconds, images and their pixels, with padding, that enter a detector while open.
-
-    ``stage`` of the cost log: "finetuning", or "evaluation", which has no backward passes.
-    """
-
-    def __init__(self, model: nn.Module, output_dir: str, stage: str) -> None:
-        self._backbone, self._output_dir = backbone_of(_bare(model)), output_dir
-        self._stage, self._channels = stage, 3
-        self.images, self.pixels, self.seconds = 0, 0, 0.0
-
-    @functools.cached_property
-    def flops_per_pixel(self) -> float:
-        """Of the backbone with FPN, backward pass included; proposals and RoI heads are not."""
-        forwards = TRAIN_FORWARDS if self._stage == "finetuning" else 1
-        return forwards * backbone_flops(self._backbone, 128, 128, self._channels) / 128**2
-
-    def __enter__(self) -> "ComputeMeter":
-        self._handle = self._backbone.register_forward_pre_hook(self._note)
-        self._start = time.perf_counter()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds += time.perf_counter() - self._start
-        self._handle.remove()
-
-    def _note(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        images, self._channels, height, width = inputs[0].shape
-        self.images += images
-        self.pixels += images * height * width
-
-    def book(self) -> None:
-        """Enter the job's share so far, taken as this rank's times the number of ranks."""
-        if comm.is_main_process() and self.images:
-            ranks = comm.get_world_size()
-            record_stage(
-                self._output_dir,
-                self._stage,
-                images=self.images * ranks,
-                pixels=self.pixels * ranks,
-                flops=self.flops_per_pixel * self.pixels * ranks,
-                seconds=self.seconds * ranks,
-                device=device_name(next(self._backbone.parameters()).device),
-            )
-        self.images, self.pixels, self.seconds = 0, 0, 0.0
-
-
-class CostLogHook(HookBase):
-    """Books the compute of training steps every 20 of them, so that a kill loses no more."""
-
-    def before_train(self) -> None:
-        output_dir = self.trainer.cfg.OUTPUT_DIR
-        self._meter = ComputeMeter(self.trainer.model, output_dir, "finetuning")
-
-    def before_step(self) -> None:
-        self._meter.__enter__()
-
-    def after_step(self) -> None:
-        self._meter.__exit__()
-        if (self.trainer.iter + 1) % 20 == 0:
-            self._meter.book()
-
-    def after_train(self) -> None:
-        self._meter.book()
 
 
 def _coco_eval(truth: COCO, found: COCO, iou_type: str) -> object:
@@ -175,9 +108,9 @@ class FinetuneTrainer(DefaultTrainer):
                 mine = states[comm.get_rank()]
                 self._trainer.data_loader.on_start = lambda: set_random_state(mine, self._device)
         elif self.origin == detector.ORIGIN:
-            detector.load_detector(_bare(self.model), self.cfg.MODEL.WEIGHTS, self.strict)
+            detector.load_detector(bare(self.model), self.cfg.MODEL.WEIGHTS, self.strict)
         elif self.cfg.MODEL.WEIGHTS:
-            model, offsets = _bare(self.model), self.cfg.MODEL.JIGSAW.NEW_OFFSETS
+            model, offsets = bare(self.model), self.cfg.MODEL.JIGSAW.NEW_OFFSETS
             load_backbone(model, self.cfg.MODEL.WEIGHTS, self.strict, new_offsets=offsets)
         else:
             logger.info("from scratch: every tensor is random")
@@ -191,7 +124,7 @@ class FinetuneTrainer(DefaultTrainer):
             raise RunError(f"Detectron2 cannot build this detector: {error}") from error
 
     @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """Detectron2's SGD, or as the pre-training's by SOLVER.OPTIMIZER and LAYER_DECAY."""
         is_plain = cfg.SOLVER.OPTIMIZER == "SGD" and cfg.SOLVER.LAYER_DECAY == 1
         return super().build_optimizer(cfg, model) if is_plain else build_optimizer(cfg, model)
@@ -287,7 +220,7 @@ class FinetuneTrainer(DefaultTrainer):
     @classmethod
     def test_all_scales(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """Evaluate with test-time augmentation, TEST.AUG (Fig. 8, "ms test"); keys end in _TTA."""
-        model = GeneralizedRCNNWithTTA(cfg, _bare(model))
+        model = GeneralizedRCNNWithTTA(cfg, bare(model))
         evaluators = [cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, model, evaluators)
         return OrderedDict((f"{task}_TTA", values) for task, values in results.items())
@@ -388,13 +321,6 @@ def _check_output(folder: Path, metadata: WeightsMetadata, resume: bool) -> None
                     f"{folder} was started from other weights ({earlier}); resume with the same "
                     "--weights"
                 )
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The detector inside its wrappers (several GPUs; test-time augmentation)."""
-    if isinstance(model, GeneralizedRCNNWithTTA):
-        return model.model
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def _finite(value: Any) -> Any:
