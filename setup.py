@@ -75,11 +75,13 @@ setup(
         "faster-coco-eval>=1.8",
         "matplotlib>=3.9",
         "fvcore>=0.1.5,<0.1.6",
+        "omegaconf>=2.1",
         "PyYAML>=6.0.1",
         "tqdm>=4.66",
         "tabulate>=0.9",
     ],
     extras_require={
+        "timm": ["timm>=1.0.15"],
         "benchmark": ["scipy>=1.13", "submitit>=1.5.2"],
         "test": ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.90"],
         "lint": ["black>=24", "isort>=5.12", "flake8>=6"],

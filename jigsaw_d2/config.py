@@ -41,6 +41,9 @@ def add_jigsaw_config(cfg: CfgNode) -> None:
     _add_solver_keys(cfg)
     # COCO-format datasets that every command registers: a list of [name, json file, image folder].
     cfg.DATASETS.COCO_FILES = []
+    # Fine-tuning of a keypoint detector on COCO_FILES: names of the keypoints in their order, of
+    # which left_... and right_... change places in a mirror; [] = those of the json's categories.
+    cfg.DATASETS.KEYPOINTS = []
 
 
 def _add_model_keys(cfg: CfgNode) -> None:
@@ -86,6 +89,29 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # RESNETS.NORM is frozen, or none; Table 5: group norm.
     cfg.MODEL.JIGSAW.SCRATCH_NORM = "GN"
 
+    cfg.MODEL.TIMM = CfgNode()
+    # Network of MODEL.BACKBONE.NAME build_timm_backbone, build_timm_fpn_backbone or
+    # build_retinanet_timm_fpn_backbone: any of timm.list_models() that has features.
+    cfg.MODEL.TIMM.NAME = ""
+    # Further arguments of timm.create_model: a list of [name, value], as ["img_size", 1024].
+    cfg.MODEL.TIMM.KWARGS = []
+    # File of timm's own pre-trained weights of that network; "" = random weights.
+    cfg.MODEL.TIMM.WEIGHTS = ""
+    # Outputs by stride: stem (2), res2 (4), res3 (8), res4 (16), res5 (32). [] = all; in a
+    # pre-training on res4, ["res4"], so that nothing is built that learns nothing.
+    cfg.MODEL.TIMM.OUT_FEATURES = []
+    # Keep batch norm's statistics and weights, which the few images of a detector's batch spoil;
+    # set for a detector whose weights have batch norm, refused in a pre-training.
+    cfg.MODEL.TIMM.FREEZE_NORM = False
+    cfg.MODEL.TORCHVISION = CfgNode()
+    # As of MODEL.TIMM, for build_torchvision_backbone and so on: any of
+    # torchvision.models.list_models() that is a chain of modules.
+    cfg.MODEL.TORCHVISION.NAME = ""
+    cfg.MODEL.TORCHVISION.KWARGS = []
+    cfg.MODEL.TORCHVISION.WEIGHTS = ""
+    cfg.MODEL.TORCHVISION.OUT_FEATURES = []
+    cfg.MODEL.TORCHVISION.FREEZE_NORM = False
+
     cfg.MODEL.JIGSAW.ERF = CfgNode()
     # Iterations between two refreshes of the weights of Eq. 2; Sec. 3.3: every 5k iterations.
     cfg.MODEL.JIGSAW.ERF.PERIOD = 5000
@@ -108,6 +134,9 @@ def _add_model_keys(cfg: CfgNode) -> None:
 
 
 def _add_input_keys(cfg: CfgNode) -> None:
+    # Function that reads an image file as an array (h, w, C), "module:name", where INPUT.FORMAT is
+    # C and a number ("C4") or a letter for each channel; "" = npy, tiff, png as they are.
+    cfg.INPUT.READER = ""
     cfg.INPUT.JIGSAW = CfgNode()
     # Canvas (height, width) in pixels, Fig. 4b; multiples of the feature's stride.
     cfg.INPUT.JIGSAW.TEMPLATE_SIZE = [224, 224]
@@ -146,6 +175,12 @@ def _add_solver_keys(cfg: CfgNode) -> None:
     # Under SOLVER.AMP.ENABLED: "float16" (with loss scaling), "bfloat16", or "auto": the one that a
     # trial of a few steps finds faster at the start of a run; on CPUs float32 is tried too (ours).
     cfg.SOLVER.AMP.DTYPE = "float16"
+    # "SGD" (the paper) or "AdamW", for transformers, in both trainings. AdamW decays no position
+    # embeddings; SOLVER.WEIGHT_DECAY_NORM 0 and WEIGHT_DECAY_BIAS 0 free norms and biases (ours).
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Factor of the rate from each block of the backbone to the one below it, as ViTDet fine-tunes
+    # with 0.7 to 0.9; 1 = one rate for all (ours).
+    cfg.SOLVER.LAYER_DECAY = 1.0
     # Let float32 matrix products and convolutions use TF32 where the GPU has it (ours).
     cfg.SOLVER.TF32 = False
     # Only algorithms that give the same bits each time, on GPUs too, so that a resumed run repeats
@@ -357,8 +392,8 @@ def check_trainable_config(cfg: CfgNode) -> None:
         raise ConfigError(
             f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: the stem would stay random; set it to 0"
         )
-    if "resnet" not in cfg.MODEL.BACKBONE.NAME:
-        return
+    if cfg.MODEL.BACKBONE.NAME != "build_resnet_backbone":
+        return  # what others make of these keys is seen on the built network
     resnets, features = cfg.MODEL.RESNETS, in_features(cfg)
     if resnets.NORM == "FrozenBN":
         raise ConfigError(
@@ -366,7 +401,7 @@ def check_trainable_config(cfg: CfgNode) -> None:
             "set BN, SyncBN, GN or auto"
         )
     absent = sorted(set(features) - set(resnets.OUT_FEATURES))
-    if "fpn" not in cfg.MODEL.BACKBONE.NAME and absent:
+    if absent:
         raise ConfigError(
             f"MODEL.RESNETS.OUT_FEATURES is {list(resnets.OUT_FEATURES)} without "
             f"{', '.join(absent)} of MODEL.JIGSAW.IN_FEATURE(S), which would not be built; add it"

@@ -161,12 +161,15 @@ def _row(name: str, entries: list[dict[str, Any]]) -> list[Any]:
     return [name, images, pixels / 1e6, flops / 1e15, seconds / 3600, "; ".join(devices)]
 
 
-def backbone_macs(backbone: "CfgNode | nn.Module", height: int, width: int) -> int:
+def backbone_macs(
+    backbone: "CfgNode | nn.Module", height: int, width: int, channels: int = 3
+) -> int:
     """Multiply-accumulates of the convolutions and matrix products of one image's forward pass.
 
     Args:
         backbone: a backbone, which stays as it is, or a config that builds one.
         height, width: of the image, in pixels.
+        channels: of the image; a config knows its own.
     """
     import torch
     from detectron2.config import CfgNode
@@ -176,13 +179,13 @@ def backbone_macs(backbone: "CfgNode | nn.Module", height: int, width: int) -> i
     if isinstance(backbone, CfgNode):
         cfg = backbone.clone()
         cfg.defrost()
-        cfg.MODEL.DEVICE = "cpu"
+        cfg.MODEL.DEVICE, channels = "cpu", len(cfg.MODEL.PIXEL_MEAN)
         cfg.MODEL.RESNETS.NORM = "BN"  # exists everywhere, and does not change the count
         cfg.MODEL.FPN.NORM = cfg.MODEL.FPN.NORM and "BN"
         backbone = build_backbone(cfg)
     backbone = copy.deepcopy(backbone).eval()
     parameter = next(backbone.parameters())
-    image = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
+    image = torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
     counter = FlopCountAnalysis(backbone, image)
     counter.set_op_handle("torchvision::deform_conv2d", _deform_conv_macs)
     counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -200,9 +203,11 @@ def _deform_conv_macs(inputs: list, outputs: list) -> int:
     return batch * math.prod(cells) * out_channels * in_channels * math.prod(kernel)
 
 
-def backbone_flops(backbone: "CfgNode | nn.Module", height: int, width: int) -> int:
+def backbone_flops(
+    backbone: "CfgNode | nn.Module", height: int, width: int, channels: int = 3
+) -> int:
     """FLOPs of one image's forward pass: two per multiply-accumulate of ``backbone_macs``."""
-    return 2 * backbone_macs(backbone, height, width)
+    return 2 * backbone_macs(backbone, height, width, channels)
 
 
 def device_name(device: "str | torch.device") -> str:

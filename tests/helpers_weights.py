@@ -16,6 +16,7 @@ from torch import nn
 import jigsaw_d2.modeling.meta_arch  # noqa: F401  (registers JigsawPretrainer)
 from jigsaw_d2.checkpoint.convert import (
     METADATA_KEY,
+    NOTE,
     convert_checkpoint,
     metadata_path,
     read_weights,
@@ -107,7 +108,8 @@ def rewrite(weights: Path, change: Callable[[dict], None], seal: bool = False) -
     data = read_weights(weights)
     change(data)
     if seal:
-        metadata = WeightsMetadata.from_dict(data[METADATA_KEY]).sealed(data["model"])
+        tensors = {name: v for name, v in data["model"].items() if not name.startswith(NOTE)}
+        metadata = WeightsMetadata.from_dict(data[METADATA_KEY]).sealed(tensors)
         data[METADATA_KEY] = metadata.to_dict()
     weights.write_bytes(pickle.dumps(data))
     metadata_path(weights).unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torchvision
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
@@ -78,6 +79,9 @@ def test_frozen_layers_of_a_built_network_are_named():
         check_trainable(net)
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     check_trainable(net)
+    frozen = nn.Sequential(nn.Conv2d(3, 4, 1), torchvision.ops.FrozenBatchNorm2d(4))
+    with pytest.raises(ConfigError, match="1 frozen batch norms"):  # whoever's it is
+        check_trainable(frozen)
     net[0].weight.requires_grad_(False)
     with pytest.raises(ConfigError, match=r"1 parameters without gradient \(0.weight"):
         check_trainable(net)

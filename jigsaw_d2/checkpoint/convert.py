@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import yaml
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
+from detectron2.config import CfgNode
+from detectron2.modeling.backbone import ResNet
 
 from jigsaw_d2.checkpoint.metadata import (
     Architecture,
@@ -26,11 +28,14 @@ from jigsaw_d2.checkpoint.metadata import (
     norm_family,
     read_architecture,
 )
-from jigsaw_d2.config import AUTO_NORM
+from jigsaw_d2.checkpoint.network import build_pretrained, describe
+from jigsaw_d2.checkpoint.plain_formats import to_module, to_timm
+from jigsaw_d2.config import AUTO_NORM, get_jigsaw_cfg
 from jigsaw_d2.io import CheckpointError, ConfigError, WeightsError, open_atomically, write_text
 
 logger = logging.getLogger(__name__)
 
+FORMATS = ("detectron2", "torchvision", "timm", "state_dict")
 METADATA_KEY = "jigsaw_metadata"
 _OLD_METADATA_KEY = "jigsaw_passport"  # version 1 of this software
 # Names of a ResNet's tensors. Of the stem only its convolution: Detectron2's converter of
@@ -40,8 +45,13 @@ _RESNET_NAME = re.compile(r"(stem\.conv1|res[2-5]\.\d+)\.")
 _PYRAMID_NAME = re.compile(r"(fpn_(lateral|output)\d|top_block)\.")
 # 255 x the constants of torchvision's ImageNet training, RGB.
 _TORCHVISION_INPUT = ("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-# MSRA's networks see BGR pixels with the mean taken off and no division.
+# MSRA's networks see BGR pixels with the mean taken off and no division, as FAIR's with group norm
+# do; FAIR's ResNeXt-101 divides. Only MSRA's stride in the 1x1. (Detectron2's zoo configs.)
 _MSRA_INPUT = ("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
+_FAIR_X101_INPUT = ("BGR", (103.53, 116.28, 123.675), (57.375, 57.12, 58.395))
+# Among a converted file's tensors: one of no network, whose name Detectron2's own loading warns of,
+# so that it at least says what it does not check.
+NOTE = "these weights need "
 Arrays = dict[str, np.ndarray]
 
 
@@ -61,7 +71,8 @@ def convert_checkpoint(
         output: ``.pkl`` (numpy arrays, as Detectron2's own converters write) or ``.pth`` (tensors
             and plain values). Keys carry no prefix, so that one file serves every detector.
         origin: of weights in torchvision's form that ImageNet did not train: where they are from.
-        format: "detectron2", or "torchvision": a bare state dict, for ``.pth`` alone.
+        format: "detectron2"; or, for ``.pth`` alone, a bare state dict: "torchvision", "timm", or
+            "state_dict", of the backbone's own module.
         force: replace ``output`` if it exists.
         trust: unpickle anything in ``path``, which may run code from it.
 
@@ -70,11 +81,11 @@ def convert_checkpoint(
             network that torchvision does not have.
     """
     output = Path(output)
-    endings = {"detectron2": (".pkl", ".pth"), "torchvision": (".pth",)}.get(format)
-    if endings is None or output.suffix not in endings:
+    endings = {"detectron2": (".pkl", ".pth")} | dict.fromkeys(FORMATS[1:], (".pth",))
+    if output.suffix not in endings.get(format, ()):
         raise ConfigError(
-            f"{output}, format {format!r}: detectron2 is written as .pkl or .pth, torchvision as "
-            ".pth"
+            f"{output}, format {format!r}: detectron2 is written as .pkl or .pth, "
+            f"{', '.join(FORMATS[1:])} as .pth"
         )
     for written in (output, metadata_path(output)):
         check_free(written, force)
@@ -91,13 +102,18 @@ def convert_checkpoint(
     metadata = metadata.sealed(arrays)
     values = metadata.to_dict()
     contents: Mapping[str, Any]
-    if format == "torchvision":
+    if format == "timm" and not metadata.architecture.is_resnet:
+        contents = to_timm(arrays, metadata)
+    elif format == "state_dict":
+        contents = to_module(arrays)
+    elif format in ("torchvision", "timm"):  # timm's ResNets have torchvision's names
         contents = to_torchvision(arrays, metadata.architecture)
         # load_state_dict looks here for module names alone; so the metadata is no stray key
         contents._metadata = {METADATA_KEY: values}
     else:
         as_stored = torch.from_numpy if output.suffix == ".pth" else np.asarray
         model = {name: as_stored(array) for name, array in arrays.items()}
+        model[metadata_note(metadata)] = as_stored(np.zeros(0, np.float32))
         contents = {"model": model, "__author__": "jigsaw_d2", "matching_heuristics": True}
         contents[METADATA_KEY] = values
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +132,12 @@ def convert_checkpoint(
 def metadata_path(weights: str | Path) -> Path:
     """Where the YAML beside a weight file is: ``weights.pkl`` -> ``weights.pkl.yaml``."""
     return Path(weights).with_name(Path(weights).name + ".yaml")
+
+
+def metadata_note(metadata: WeightsMetadata) -> str:
+    """The name under which a converted file says what it requires; see ``NOTE``."""
+    values = (f"{key} {value}" for key, value in metadata.required_config().items())
+    return NOTE + ", ".join(values)
 
 
 def check_free(path: str | Path, force: bool) -> None:
@@ -170,7 +192,7 @@ def read_tensors(path: str | Path, trust: bool = False) -> tuple[Arrays, Weights
             if key in place:
                 return _open_converted(path, data, place[key])
     if "jigsaw" in data and "model" in data:
-        arrays, metadata = _from_training(data, str(path))
+        arrays, metadata, cfg = _from_training(data, str(path))
     else:
         tensors = data
         for wrapping in ("model", "state_dict", "blobs"):
@@ -184,14 +206,38 @@ def read_tensors(path: str | Path, trust: bool = False) -> tuple[Arrays, Weights
             held = {n: v for n, v in tensors.items() if isinstance(v, (np.ndarray, torch.Tensor))}
             return {name: _array(value) for name, value in held.items()}, None
         logger.info("%s: read as ImageNet weights, input %s", path, metadata.input_format)
+        cfg = get_jigsaw_cfg()
+        for key, value in metadata.architecture.required_config().items():
+            cfg.merge_from_list([key, value])
+        cfg.MODEL.RESNETS.NORM = metadata.architecture.norm
+        cfg.MODEL.RESNETS.STRIDE_IN_1X1 = metadata.architecture.stride_in_1x1
     _check_tensors(path, arrays, metadata)
+    if not metadata.network:
+        backbone = build_pretrained(cfg, arrays)
+        if isinstance(backbone, ResNet) and not metadata.architecture.is_resnet:
+            metadata = _known_resnet(metadata, cfg, arrays)
+        metadata = replace(metadata, network=describe(backbone, metadata, cfg))
     return arrays, metadata
 
 
-def _from_training(data: Mapping[str, Any], where: str) -> tuple[Arrays, WeightsMetadata]:
+def _known_resnet(metadata: WeightsMetadata, cfg: CfgNode, arrays: Arrays) -> WeightsMetadata:
+    """With the keys of MODEL.RESNETS, if a builder of another name has built by them."""
+    architecture = Architecture.from_config(cfg.MODEL, is_resnet=True)
+    if architecture.norm == AUTO_NORM:
+        architecture = replace(architecture, norm=read_architecture(_shapes(arrays))["norm"])
+    try:
+        check_architecture(architecture, _shapes(arrays))
+    except WeightsError as error:
+        logger.warning("%s does not follow MODEL.RESNETS: %s", architecture.backbone, error)
+        return metadata
+    return replace(metadata, architecture=architecture)
+
+
+def _from_training(data: Mapping[str, Any], where: str) -> tuple[Arrays, WeightsMetadata, CfgNode]:
     """From what the trainer writes; classifier, ERF and the norms' counters are left out.
 
-    The network at the bottom of a pyramid is named as it is by itself.
+    The network at the bottom of a pyramid is named as it is by itself. Also the config of that
+    training.
     """
     arrays = {
         name.removeprefix("backbone.").removeprefix("bottom_up."): _array(value)
@@ -202,6 +248,9 @@ def _from_training(data: Mapping[str, Any], where: str) -> tuple[Arrays, Weights
         record = data["jigsaw"]
         config = yaml.safe_load(record["config"])
         model, inputs, store = config["MODEL"], config["INPUT"], record["store"]
+        cfg = get_jigsaw_cfg()
+        cfg.set_new_allowed(True)  # keys of a module of --register
+        cfg.merge_from_other_cfg(CfgNode(config))
         template = inputs["JIGSAW"]["TEMPLATE_SIZE"], inputs["JIGSAW"]["TEMPLATE_SPLIT"]
         metadata = WeightsMetadata(
             origin="jigsaw",
@@ -220,7 +269,7 @@ def _from_training(data: Mapping[str, Any], where: str) -> tuple[Arrays, Weights
             code_version=str(record["code_version"]),
             levels=_levels(model, arrays),
         )
-    except (KeyError, TypeError, yaml.YAMLError) as error:
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(
             f"{where}: the checkpoint lacks what the metadata is made of ({error!r}); was it "
             "written by train_net.py?"
@@ -233,7 +282,7 @@ def _from_training(data: Mapping[str, Any], where: str) -> tuple[Arrays, Weights
     if architecture.norm == AUTO_NORM:  # chosen when training started
         norm = read_architecture(_shapes(arrays))["norm"]
         metadata = replace(metadata, architecture=replace(architecture, norm=norm))
-    return arrays, metadata
+    return arrays, metadata, cfg
 
 
 def _levels(model: Mapping[str, Any], arrays: Arrays) -> dict[str, Any] | None:
@@ -253,17 +302,21 @@ def from_torchvision(tensors: Mapping[str, Any]) -> tuple[Arrays, WeightsMetadat
 
 
 def from_msra(tensors: Mapping[str, Any]) -> tuple[Arrays, WeightsMetadata]:
-    """As ``from_torchvision`` of MSRA's networks: BGR, std 1, stride in the 1x1.
+    """As ``from_torchvision`` of Caffe2's form: MSRA's, and FAIR's with group norm or groups.
 
     A batch norm of scale and shift alone gets the statistics with which it is just that.
     """
     names = [name for name in tensors if not name.endswith("_momentum")]
     renamed = dict(zip(convert_basic_c2_names(names), (tensors[name] for name in names)))
-    for name in [n for n in renamed if n.endswith("norm.weight")]:
+    has_group_norm = any("_gn_" in name for name in names)
+    for name in [n for n in renamed if n.endswith("norm.weight") and not has_group_norm]:
         prefix, zeros = name.removesuffix("weight"), np.zeros_like(renamed[name])
         renamed.setdefault(prefix + "running_mean", zeros)
         renamed.setdefault(prefix + "running_var", zeros + np.float32(1 - 1e-5))
-    return _from_imagenet(renamed, _MSRA_INPUT, stride_in_1x1=True)
+    said = read_architecture(_shapes(_keep_resnet(renamed)))
+    inputs = _FAIR_X101_INPUT if (said["num_groups"], said["depth"]) == (32, 101) else _MSRA_INPUT
+    is_msra = said["num_groups"] == 1 and not has_group_norm
+    return _from_imagenet(renamed, inputs, stride_in_1x1=is_msra)
 
 
 def _from_imagenet(
@@ -320,13 +373,17 @@ def to_torchvision(arrays: Mapping[str, np.ndarray], architecture: Architecture)
         "norm": "BN",
         "deform_on_per_stage": (False,) * 4,
         "stride_in_1x1": architecture.stride_in_1x1 if basic else False,  # there is no 1x1
+        "input_channels": 3,
         "stem_out_channels": 64,
         "res2_out_channels": 64 if basic else 256,
     }
+    ours = {**vars(architecture), "input_channels": 3}
+    if "stem.conv1.weight" in arrays:
+        ours["input_channels"] = arrays["stem.conv1.weight"].shape[1]
     for key, value in theirs.items():
-        if getattr(architecture, key) != value:
+        if ours[key] != value:
             raise WeightsError(
-                f"torchvision has no such network: {key} is {getattr(architecture, key)}; "
+                f"torchvision has no such network: {key} is {ours[key]}; "
                 "write the Detectron2 format instead"
             )
     state: OrderedDict = OrderedDict()
@@ -346,7 +403,8 @@ def _open_converted(
 ) -> tuple[Arrays, WeightsMetadata]:
     metadata, beside = WeightsMetadata.from_dict(values, str(path)), metadata_path(path)
     if "model" in data:
-        arrays = {name: _array(value) for name, value in data["model"].items()}
+        held = {n: value for n, value in data["model"].items() if not n.startswith(NOTE)}
+        arrays = {name: _array(value) for name, value in held.items()}
     else:
         arrays = _keep_resnet({name_from_torchvision(name): value for name, value in data.items()})
     if beside.is_file() and metadata != WeightsMetadata.from_yaml(beside.read_text(), str(beside)):

@@ -4,17 +4,36 @@ Detectron2's own loading matches names by suffix and only warns about the rest; 
 loads trains all the same, and worse. Here all of it loads, or nothing does.
 """
 
+import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from detectron2.modeling import FPN, Backbone
 from torch import nn
 
 from jigsaw_d2.checkpoint.convert import read_tensors
-from jigsaw_d2.checkpoint.metadata import STAGES, WeightsMetadata, fits
+from jigsaw_d2.checkpoint.metadata import (
+    STAGES,
+    Shapes,
+    WeightsMetadata,
+    fits,
+    read_architecture,
+)
+from jigsaw_d2.checkpoint.network import (
+    TOLERANCE,
+    compute_features,
+    difference,
+    fill,
+    find_prefix,
+    normalise,
+    picture,
+)
+from jigsaw_d2.checkpoint.positions import resize_positions
 from jigsaw_d2.io import WeightsError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +48,8 @@ class LoadReport:
     # In the file, of parts that the network has not (RPN on C4: res5; all C4: the pyramid).
     no_room: tuple[str, ...]
     new_offsets: tuple[str, ...]  # of deformable stages, in the network, that start at zero
+    interpolated: tuple[str, ...]  # position embeddings, in the network, fitted to its grid
+    new_outputs: tuple[str, ...]  # in the network, for outputs that the pre-training did not use
     new_modules: tuple[str, ...]  # the network's others with tensors; they keep their values
 
 
@@ -54,9 +75,10 @@ def load_backbone(
         trust: see ``read_weights``.
 
     Raises:
-        WeightsError: a tensor of the backbone is not in the file, a tensor of the file is not in
-            the backbone though its stage is, shapes differ, or the network normalises its input or
-            strides otherwise than the metadata says. Nothing is loaded then.
+        WeightsError: a tensor of the backbone is not in the file, though an output that was trained
+            depends on it; a tensor of the file is not in the backbone though its stage is; shapes
+            differ; the network normalises its input or strides otherwise than the metadata says, or
+            gives a fixed picture other features than the pre-training's. Nothing is loaded then.
         JigsawError: the file cannot be trusted or read.
     """
     arrays, metadata = read_tensors(file, trust)
@@ -67,11 +89,11 @@ def load_backbone(
             f"such with convert_weights.py --input {file} --output ..."
         )
     state = module.state_dict()
-    body, pyramid = _by_place(state, "" if alone else "backbone.")
+    prefix = find_prefix(state, arrays if metadata else ())
+    body, pyramid = _by_place(state, prefix, alone)
     held = arrays
     if metadata is None:
-        prefix = "backbone." if any(name.startswith("backbone.") for name in arrays) else ""
-        theirs, more = _by_place(arrays, prefix)
+        theirs, more = _by_place(arrays, find_prefix(arrays, body), alone)
         theirs |= {name: key for name, key in more.items() if name in pyramid}
         held = {name: arrays[key] for name, key in theirs.items()}
     # Of a pyramid each module that the file has, and that wholly; the others stay as they are.
@@ -83,26 +105,54 @@ def load_backbone(
     no_room = sorted(name for name in held if name.split(".")[0] in absent)
     shared = sorted(set(ours) & set(held))
     other_shape = [n for n in shared if held[n].shape != tuple(state[ours[n]].shape)]
+    grids = {n: resize_positions(n, held[n], tuple(state[ours[n]].shape)) for n in other_shape}
+    grids = {name: array for name, array in grids.items() if array is not None}
+    held = {**held, **grids}
+    other_shape = [name for name in other_shape if name not in grids]
     filled = {ours[name]: held[name] for name in shared if name not in other_shape}
     shapes = [
         f"{name}: file {held[name].shape}, network {tuple(state[ours[name]].shape)}"
         for name in other_shape
     ]
+    missing, new_outputs, other_features = sorted(set(ours) - set(held) - fresh), [], []
     mismatches = {
-        "In the network, not in the file": sorted(set(ours) - set(held) - fresh),
         "In the file, not in the network": sorted(set(held) - set(ours) - set(no_room)),
         "Other shapes": shapes,
         "Used otherwise than in the pre-training": _other_use(module, metadata, input_format),
     }
+    if metadata and metadata.network and not any(mismatches.values()) and not grids:
+        zeros = {name: np.zeros(tuple(state[ours[name]].shape)) for name in fresh}
+        inputs = (held | zeros, metadata, input_format)
+        features = _features(module, prefix, *inputs)
+        if not missing:
+            other_features = _other_features(features, metadata.network)
+        elif set(missing) <= set(body) and metadata.network["in_feature"] in (
+            features.keys() & metadata.network["features"]
+        ):
+            changed = {
+                name: np.random.default_rng(0).random(state[ours[name]].shape) for name in missing
+            }
+            moved = _features(module, prefix, inputs[0] | changed, *inputs[1:])
+            if _keep_trained_outputs(features, moved, metadata.network):
+                missing, new_outputs = [], missing
+    mismatches["In the network, not in the file"] = missing
+    mismatches["Other features of a fixed picture"] = other_features
+    reasons = []
+    if missing or other_shape or mismatches["In the file, not in the network"]:
+        network = {name: tuple(state[key].shape) for name, key in body.items()}
+        reasons = _reasons({name: array.shape for name, array in held.items()}, network, module)
+    texts = ["\n    ".join([f"  Another network ({len(reasons)}):", *reasons])] if reasons else []
+    for title, lines in mismatches.items():
+        shown = lines[:3] if reasons else lines
+        shown = [*shown, "..."] if len(shown) < len(lines) else shown
+        texts += ["\n    ".join([f"  {title} ({len(lines)}):", *shown])] if lines else []
     report = LoadReport(
         filled=tuple(filled),
-        mismatch="\n".join(
-            "\n    ".join([f"  {title} ({len(lines)}):", *lines])
-            for title, lines in mismatches.items()
-            if lines
-        ),
+        mismatch="\n".join(texts),
         no_room=tuple(no_room),
         new_offsets=tuple(sorted(ours[name] for name in fresh)),
+        interpolated=tuple(ours[name] for name in grids),
+        new_outputs=tuple(ours[name] for name in new_outputs),
         new_modules=_modules(set(state) - set(ours.values())),
     )
     if strict and report.mismatch:
@@ -120,21 +170,115 @@ def load_backbone(
     return report
 
 
-def _by_place(names: Iterable[str], prefix: str) -> tuple[dict[str, str], dict[str, str]]:
-    """({name in a converted file: name here}, the same of what a pyramid adds to its backbone).
+def _by_place(
+    names: Iterable[str], prefix: str, alone: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    """({name in a converted file: name here}, the same of what a wrapper adds to its backbone).
 
-    A backbone's stages lie bare, inside an FPN (bottom_up), or, C4's res5, in the RoI heads.
+    A backbone's stages lie under ``prefix``, or, C4's res5, in the RoI heads. What lies beside it
+    within an FPN or the like is the wrapper's; beside a detector's backbone are its heads.
     """
     names = [name for name in names if not name.endswith("num_batches_tracked")]
     body = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+    outer = prefix.rstrip(".").rpartition(".")[0]
     pyramid: dict[str, str] = {}
-    if any(name.startswith("bottom_up.") for name in body):
-        pyramid = {n: key for n, key in body.items() if not n.startswith("bottom_up.")}
-        body = {n.removeprefix("bottom_up."): k for n, k in body.items() if n not in pyramid}
+    if prefix and (outer or alone):
+        outer += "." if outer else ""
+        beside = [n for n in names if n.startswith(outer) and not n.startswith(prefix)]
+        pyramid = {name.removeprefix(outer): name for name in beside}
     for name in names:
         if name.startswith("roi_heads.res5."):
             body[name.removeprefix("roi_heads.")] = name
     return body, pyramid
+
+
+def _features(
+    module: nn.Module,
+    prefix: str,
+    arrays: Mapping[str, np.ndarray],
+    metadata: WeightsMetadata,
+    input_format: str,
+) -> dict[str, torch.Tensor]:
+    """What the backbone in ``module`` would make of the fixed picture with ``arrays``.
+
+    {} where it does not run on a picture of the pre-training's size; the log says why.
+    """
+    network = metadata.network or {}
+    if not network["features"]:
+        return {}
+    body = fill(copy.deepcopy(module.get_submodule(prefix[:-1])), arrays)
+    head = copy.deepcopy(getattr(getattr(module, "roi_heads", None), "res5", None))
+    if head is not None:
+        fill(head, {n.removeprefix("res5."): a for n, a in arrays.items() if n.startswith("res5.")})
+    form = input_format or getattr(module, "input_format", None) or metadata.input_format
+    image = picture(*network["picture"], form, network["input_channels"])
+    source = module if hasattr(module, "pixel_mean") and hasattr(module, "pixel_std") else metadata
+    try:
+        return compute_features(body, normalise(image, source), head)
+    except Exception as error:  # a backbone of anyone's
+        logger.warning(
+            "the network does not run on a picture of %dx%d pixels (%s): what it computes is not "
+            "compared with the pre-training",
+            *(*network["picture"], f"{type(error).__name__}: {error}".splitlines()[0]),
+        )
+        return {}
+
+
+def _other_features(features: Mapping[str, torch.Tensor], network: Mapping[str, Any]) -> list[str]:
+    """The features that are not those of the pre-training."""
+    said = {name: value for name, value in network["features"].items() if name in features}
+    strided = {n: v["shape"] for n, v in said.items() if list(features[n].shape[1:]) != v["shape"]}
+    for name, shape in strided.items():  # a dilated res5 does so, which is a detector's choice
+        logger.warning(
+            "%s has another stride than in the pre-training (shape %s, not %s): not compared",
+            *(name, list(features[name].shape[1:]), shape),
+        )
+    apart = {n: difference(v, features[n]) for n, v in said.items() if n not in strided}
+    if features and not apart:
+        logger.warning("no feature of the pre-training's is an output here: none was compared")
+    return [f"{n}: {100 * d:.2g} % of its norm apart" for n, d in apart.items() if d > TOLERANCE]
+
+
+def _keep_trained_outputs(
+    features: Mapping[str, torch.Tensor],
+    moved: Mapping[str, torch.Tensor],
+    network: Mapping[str, Any],
+) -> bool:
+    """Whether outputs of lower levels than the trained one alone ``moved`` with some tensors."""
+    trained = network["in_feature"]
+    cells = features[trained].shape[2:].numel()
+    higher = [name for name, value in features.items() if value.shape[2:].numel() <= cells]
+    only = {"features": {trained: network["features"][trained]}}
+    return not _other_features(features, only) and all(
+        torch.equal(features[name], moved[name]) for name in higher
+    )
+
+
+def _reasons(file: Shapes, network: Shapes, module: nn.Module) -> list[str]:
+    """In a config's words, why tensors do not fit, and what helps; [] where that is not known."""
+    has_c4_head = hasattr(getattr(module, "roi_heads", None), "res5")
+    try:
+        said = read_architecture(file)
+    except WeightsError:
+        text = (
+            "a C4 detector ends in a res5 of Detectron2's ResNet, which the file has not: choose "
+        )
+        return [text + "an FPN config"] if has_c4_head else []
+    if said["depth"] in (18, 34) and has_c4_head:
+        return ["Detectron2's C4 detectors have no basic blocks, as depth 18 and 34: choose FPN"]
+    try:
+        found = read_architecture(network)
+    except WeightsError:
+        return []
+    lines = []
+    for key in sorted(said.keys() & found.keys()):
+        if said[key] != found[key]:
+            helps = "finetune_net.py --match-architecture takes it from the weights"
+            if key == "deform_on_per_stage" and not any(said[key]):
+                helps = "MODEL.JIGSAW.NEW_OFFSETS True starts the offsets at zero"
+            values = f"file {said[key] or 'none'}, network {found[key] or 'none'}"
+            lines.append(f"MODEL.RESNETS.{key.upper()}: {values}; {helps}")
+    return lines
 
 
 def _other_use(module: nn.Module, metadata: WeightsMetadata | None, input_format: str) -> list[str]:
@@ -180,6 +324,16 @@ def _log(file: str | Path, report: LoadReport, alone: bool) -> None:
         stages = ", ".join(sorted({name.split(".")[0] for name in report.no_room}))
         left_out = len(report.no_room)
         logger.warning("%s: the network has no %s; left out %d tensors", file, stages, left_out)
+    if report.interpolated:
+        names = ", ".join(report.interpolated)
+        logger.warning(
+            "position embeddings interpolated to the network's grid, as ViTDet does: %s; its "
+            "features then differ and are not compared with the pre-training's",
+            names,
+        )
+    if report.new_outputs:
+        names = ", ".join(report.new_outputs)
+        logger.warning("new, for outputs that the pre-training did not use: %s", names)
     if report.new_offsets:
         logger.info("%d offsets of deformable stages start at zero", len(report.new_offsets))
     if report.new_modules:

@@ -16,7 +16,8 @@ import yaml
 
 from jigsaw_d2.io import CheckpointError, WeightsError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_SINCE_2 = ("network",)  # keys that files of version 1 have not
 STAGES = ("res2", "res3", "res4", "res5")
 # Norms with the same tensors (weight, bias, running statistics), so that one loads the other.
 BATCH_NORMS = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
@@ -65,10 +66,13 @@ class Architecture:
         return self.depth is not None
 
     @classmethod
-    def from_config(cls, model: Mapping[str, Any]) -> "Architecture":
-        """From the MODEL node of a config, or a plain dict of it; of others' backbones the name."""
+    def from_config(cls, model: Mapping[str, Any], is_resnet: bool = False) -> "Architecture":
+        """From the MODEL node of a config, or a plain dict of it; of others' backbones the name.
+
+        ``is_resnet``: it is known that the backbone is Detectron2's, whoever builds it.
+        """
         name = model["BACKBONE"]["NAME"]
-        if name not in RESNET_BUILDERS:
+        if name not in RESNET_BUILDERS and not is_resnet:
             return cls(backbone=name)
         res = model["RESNETS"]
         numbers = ["depth", "num_groups", "width_per_group"]
@@ -105,6 +109,9 @@ def fits(key: str, have: Any, need: Any) -> bool:
     """Whether value ``have`` of a config key serves weights that require ``need``."""
     if key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM"):
         return norm_family(have) == norm_family(need)
+    if key.endswith(".KWARGS"):  # position embeddings are fitted to another size of images
+        have, need = ({k: v for k, v in pairs if k != "img_size"} for pairs in (have, need))
+        return have == need
     if isinstance(need, (list, tuple)) and isinstance(have, (list, tuple)):
         near = (abs(a - b) <= _PIXEL_TOLERANCE for a, b in zip(have, need))
         return len(have) == len(need) and all(near)
@@ -188,6 +195,8 @@ class WeightsMetadata:
     dataset: str = ""  # of the pre-training; the hash is over its image ids
     dataset_hash: str = ""
     code_version: str = ""  # of the software that trained the weights
+    # What the backbone is and computes, see ``network.describe``; None in files of version 1
+    network: dict[str, Any] | None = field(default=None, hash=False)
     # {"trained": features that were classified} and of a feature pyramid {"norm": its family,
     # "fuse_type", "out_channels"}; None, and then not in the file, where res5 alone was
     levels: dict[str, Any] | None = field(default=None, hash=False)
@@ -198,6 +207,8 @@ class WeightsMetadata:
         """Plain Python values, which YAML, JSON and ``torch.load(weights_only=True)`` can read."""
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         values["architecture"] = {k: _plain(v) for k, v in asdict(self.architecture).items()}
+        if self.format_version == 1:
+            values = {key: value for key, value in values.items() if key not in _SINCE_2}
         if self.levels is None:
             del values["levels"]  # as in older files, which keep their digest
         return values
@@ -212,13 +223,13 @@ class WeightsMetadata:
         if not isinstance(values, Mapping):
             raise CheckpointError(f"{where}: expected a mapping, found {type(values).__name__}")
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise CheckpointError(
-                f"{where}: format version {version}, this code reads {FORMAT_VERSION}; "
+                f"{where}: format version {version}, this code reads 1 to {FORMAT_VERSION}; "
                 "use the version of jigsaw_d2 that wrote the file"
             )
-        odd = set(values) ^ {f.name for f in fields(cls)}
-        odd.discard("levels")
+        expected = {f.name for f in fields(cls)} - set(_SINCE_2 if version == 1 else ())
+        odd = (set(values) ^ expected) - {"levels"}
         if odd:
             raise CheckpointError(f"{where}: missing or unknown keys {sorted(odd)}")
         values = dict(values)
@@ -263,12 +274,19 @@ class WeightsMetadata:
             norm = self.architecture.norm
             required["MODEL.RESNETS.NORM"] = "FrozenBN" if norm == "BN" else norm
             required["MODEL.RESNETS.STRIDE_IN_1X1"] = self.architecture.stride_in_1x1
+        network = self.network or {"config": {}}
+        for library in {key.split(".")[1] for key in network["config"] if network["batch_norm"]}:
+            required[f"MODEL.{library}.FREEZE_NORM"] = True
         if self.levels and "norm" in self.levels:
             norm = self.levels["norm"]
             required["MODEL.FPN.NORM"] = "FrozenBN" if norm == "BN" else norm
             required["MODEL.FPN.FUSE_TYPE"] = self.levels["fuse_type"]
             required["MODEL.FPN.OUT_CHANNELS"] = self.levels["out_channels"]
         return required
+
+    def network_config(self) -> dict[str, Any]:
+        """Config keys that make the network what it is, with the values; see ``Architecture``."""
+        return self.architecture.required_config() | (self.network or {"config": {}})["config"]
 
     def sealed(self, tensors: Mapping[str, np.ndarray]) -> "WeightsMetadata":
         """This metadata with the digest over itself and ``tensors``, of any shapes, by name."""

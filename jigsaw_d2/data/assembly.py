@@ -129,9 +129,18 @@ def paint(source: np.ndarray, placement: Placement, out: np.ndarray) -> None:
     ``cv2.resize``, cropping, and flipping.
 
     Args:
-        source: uint8 (h, w, 3), the sample's pixels inside ``placement.window``.
-        out: uint8 (region height, region width, 3), zeros where the sample will not reach.
+        source: uint8 (h, w, 3), the sample's pixels inside ``placement.window``; or of another
+            type and number of channels.
+        out: uint8 (region height, region width, 3), zeros where the sample will not reach; or, as
+            ``source``, of C channels, of uint8 or float32.
     """
+    if source.shape[2:] not in ((), (3,)) or source.dtype != out.dtype:
+        for channel in range(source.shape[2]):  # OpenCV's functions differ in how many they take
+            plane = np.ascontiguousarray(source[..., channel], out.dtype)
+            drawn = np.ascontiguousarray(out[..., channel])
+            paint(plane, placement, drawn)
+            out[..., channel] = drawn
+        return
     y, x, flip, interpolation = placement
     target = out[y.paste : y.paste + y.shown, x.paste : x.paste + x.shown]
     if y.shown == y.resized and x.shown == x.resized and not flip:

@@ -46,22 +46,23 @@ class JigsawBatches(Dataset):
     def __getitem__(self, positions: range) -> dict:
         """
         Returns:
-            {"image": uint8 (N, 3, H, W), channels innermost in memory, as images are decoded;
-            "gt_classes" and "sample_ids": int64 (N, 4) in region order, "shown_boxes": int64
-            (N, 4, 4) if the mapper makes them, "position": number of the first image, "damaged":
-            list of (id, reason)}.
+            {"image": uint8 (N, 3, H, W), channels innermost in memory, as images are decoded, or of
+            the store's channels and the mapper's ``dtype``; "gt_classes" and "sample_ids": int64
+            (N, 4) in region order, "shown_boxes": int64 (N, 4, 4) if the mapper makes them,
+            "position": number of the first image, "damaged": list of (id, reason)}.
 
         Raises:
             DataError: the store was removed or replaced since it was opened.
         """
         self.mapper.store.check_unchanged()
         template = self.mapper.template
-        size = (len(positions), template.height, template.width, 3)
-        images = torch.empty(0, dtype=torch.uint8)
+        size = (len(positions), template.height, template.width, self.mapper.store.channels)
+        images = torch.empty(0, dtype=torch.from_numpy(np.empty(0, self.mapper.dtype)).dtype)
         if get_worker_info() is None:
             images.resize_(size)
         else:  # drawn where the trainer reads it, not copied there
-            images.set_(torch.UntypedStorage._new_shared(math.prod(size), device="cpu"), 0, size)
+            count = math.prod(size) * images.element_size()
+            images.set_(torch.UntypedStorage._new_shared(count, device="cpu"), 0, size)
         made = [
             self.mapper(
                 {

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jigsaw_d2.data.plan import check_boxes, check_image
+from jigsaw_d2.data.arrays import ArrayReader
+from jigsaw_d2.data.image_reading import probe_image
+from jigsaw_d2.data.plan import Probe, check_boxes, check_image
 from jigsaw_d2.data.report import FAULT, ExtractionLog
 from jigsaw_d2.data.sources import (
     Annotation,
@@ -140,8 +142,12 @@ def _is_polygon(points: object) -> bool:
     return all(isinstance(v, (int, float)) and math.isfinite(v) for v in points)
 
 
-def clean_set(source: CocoSource | RegisteredSource, log: ExtractionLog | None = None) -> CleanSet:
-    """Read a set and look at each of its images.
+def clean_set(
+    source: CocoSource | RegisteredSource,
+    log: ExtractionLog | None = None,
+    reader: ArrayReader | None = None,
+) -> CleanSet:
+    """Read a set and look at each of its images, which ``reader`` reads if they are no pictures.
 
     Raises:
         DataError: as ``source.load``; if ``log`` is strict, at the first fault.
@@ -151,16 +157,19 @@ def clean_set(source: CocoSource | RegisteredSource, log: ExtractionLog | None =
     chunks = [data.images[n : n + CHUNK] for n in range(0, len(data.images), CHUNK)]
     bare = ([replace(i, annotations=[], entries=[]) for i in chunk] for chunk in chunks)
     with start_workers(None if len(chunks) > 2 else 0) as run:
-        found = run(_sizes, ((chunk, log.strict) for chunk in bare))
+        probe = reader.probe if reader else probe_image
+        found = run(_sizes, ((chunk, log.strict, probe) for chunk in bare))
         for chunk, (sizes, chunk_log) in zip(chunks, found):
             log.merge(chunk_log)
             images += _clean_images(chunk, sizes, log)
     return CleanSet(replace(data, images=images), log)
 
 
-def _sizes(images: list[SourceImage], strict: bool) -> tuple[list[tuple[int, int] | None], dict]:
+def _sizes(
+    images: list[SourceImage], strict: bool, probe: Probe
+) -> tuple[list[tuple[int, int] | None], dict]:
     log = ExtractionLog(strict)
-    return [check_image(image, log) for image in images], log.to_dict()
+    return [check_image(image, log, probe) for image in images], log.to_dict()
 
 
 def _clean_images(

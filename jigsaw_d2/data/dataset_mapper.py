@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 
+from jigsaw_d2.data.arrays import channels_of
 from jigsaw_d2.data.assembly import METHODS, Augmentation, Placement, paint, place_sample
 from jigsaw_d2.data.samples import group_codes
 from jigsaw_d2.data.store import DamagedSampleError, SampleStore
@@ -48,7 +49,7 @@ class JigsawDatasetMapper:
             scale_range: ratios between which each sample's is drawn uniformly.
             flip_prob: probability of a horizontal flip, per sample.
             context: False shows a positive's annotated box without what is stored around it.
-            image_format: channel order of the result, "RGB" or "BGR".
+            image_format: channel order of the result, "RGB" or "BGR"; or the store's channels.
             with_boxes: the result has "shown_boxes" too.
             seed: with a position, fixes every draw.
 
@@ -62,8 +63,12 @@ class JigsawDatasetMapper:
             raise ConfigError(f"INPUT.JIGSAW.FLIP_PROB = {flip_prob} is not a probability")
         if method not in METHODS:
             raise ConfigError(f"INPUT.JIGSAW.FIT = {method!r}: use one of {', '.join(METHODS)}")
-        if image_format not in ("RGB", "BGR"):
-            raise ConfigError(f"INPUT.FORMAT = {image_format!r}: use RGB or BGR")
+        channels = channels_of(image_format) or 3
+        if image_format.startswith("YUV") or channels != store.channels:
+            raise ConfigError(
+                f"INPUT.FORMAT = {image_format!r}: use RGB or BGR; of a store of arrays "
+                f"C and the number of channels, here C{store.channels}"
+            )
         self.store, self.template = store, template
         self.method, self.context, self.image_format = method, context, image_format
         self.with_boxes = with_boxes
@@ -89,6 +94,11 @@ class JigsawDatasetMapper:
             "seed": max(cfg.SEED, 0) if seed is None else seed,
         }
 
+    @property
+    def dtype(self) -> type:
+        """Of images: as stored, but float32 of all that is not uint8."""
+        return np.uint8 if self.store.dtype == np.uint8 else np.float32
+
     def shown_sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """int (n, 2) (height, width) of each sample as shown, by ``context``; (n,) its group."""
         if self.windows is None:
@@ -101,7 +111,8 @@ class JigsawDatasetMapper:
         Args:
             record: {"position": int, "sample_ids": int (4,) in draw order S, S, T, W}, and
                 optionally "replacements": slot -> iterator of ids for damaged samples.
-            out: uint8 (H, W, 3) that the image is drawn into; None = fresh memory.
+            out: uint8 (H, W, 3) that the image is drawn into; None = fresh memory. Of arrays C
+                channels, of ``dtype``.
 
         Returns:
             {"image": uint8 (3, H, W) tensor, channels innermost in memory; "gt_classes" and
@@ -113,7 +124,8 @@ class JigsawDatasetMapper:
             DamagedSampleError: a sample cannot be decoded and nothing may replace it.
         """
         if out is None:
-            out = np.empty((self.template.height, self.template.width, 3), np.uint8)
+            size = (self.template.height, self.template.width, self.store.channels)
+            out = np.empty(size, self.dtype)
         out.fill(0)
         ids, shown, damaged = list(map(int, record["sample_ids"])), [], []
         replacements = record.get("replacements", lambda slot: ())

@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from jigsaw_d2.data import store
-from jigsaw_d2.data.image_reading import read_pixels
+from jigsaw_d2.data.arrays import ArrayReader, measure
+from jigsaw_d2.data.image_reading import probe_image, read_pixels
 from jigsaw_d2.data.plan import ImagePlan, add_negatives, plan_positives, take_part
 from jigsaw_d2.data.report import ExtractionLog, advise_fit, summarise
 from jigsaw_d2.data.samples import GROUPS, group_codes
@@ -54,6 +55,10 @@ class ExtractionOptions:
     # "jpeg"; without loss "png", slow to read, and "ppm", about ten times the bytes and nothing to
     # decode; "auto": "ppm" for at most UNCOMPRESSED_UP_TO bytes of the whole dataset, else "jpeg".
     encoding: str = "auto"
+    # Of arrays, stored without loss as npy; 0: pictures, as Detectron2's reader gives them.
+    channels: int = 0
+    reader: str = ""  # "module:function" that reads arrays instead, see ``arrays.ArrayReader``
+    dtype: str = ""  # of arrays; the extraction finds it
     class_files: bool = False  # add a .cls member with the class beside each sample
     min_side: float = 2.0  # pixels; ours: boxes with a shorter side show nothing and are skipped
     shard_size: int = DEFAULT_SHARD_SIZE  # bytes that a shard may hold
@@ -75,7 +80,11 @@ class ExtractionOptions:
             "max_scale": (self.max_scale >= 1, "1 or more (1 = no context)"),
             "negative_ratio": (self.negative_ratio >= 0, "0 or more, e.g. 0.1 for one to ten"),
             "quality": (self.quality is None or 1 <= self.quality <= 100, "from 1 to 100"),
-            "encoding": (self.encoding in CHOICES, f"one of {', '.join(CHOICES)}"),
+            "encoding": (
+                self.encoding in CHOICES or (self.channels > 0 and self.encoding == "npy"),
+                f"one of {', '.join(CHOICES)}",
+            ),
+            "channels": (self.channels >= 0, "the number that the images have, or 0 for pictures"),
             "shard_size": (self.shard_size > 0, "positive"),
             "scale_range": (0 < low <= high, "0 < low <= high"),
             "part": (1 <= number <= parts, "i/n with 1 <= i <= n"),
@@ -90,6 +99,16 @@ class ExtractionOptions:
                 "leave one of them out"
             )
 
+        if self.channels and (self.quality is not None or self.encoding not in ("auto", "npy")):
+            raise ConfigError("arrays are stored as npy: leave encoding and quality out")
+        if self.reader and not self.channels:
+            raise ConfigError(f"reader {self.reader} reads arrays: say of how many channels")
+
+    @property
+    def array_reader(self) -> ArrayReader | None:
+        """What reads arrays; None for pictures."""
+        return ArrayReader(self.channels, self.reader) if self.channels else None
+
     def content(self) -> dict:
         """What determines the bytes of the store, for the header."""
         return dict(itertools.takewhile(lambda item: item[0] != "part", asdict(self).items()))
@@ -99,7 +118,7 @@ class ExtractionOptions:
 
         ``pixels``: of all samples of the dataset, whatever part is extracted.
         """
-        encoding, quality = self.encoding, self.quality
+        encoding, quality = "npy" if self.channels else self.encoding, self.quality
         if encoding == "auto":
             encoding = "ppm" if quality is None and 3 * pixels <= UNCOMPRESSED_UP_TO else "jpeg"
         quality = quality or store.DEFAULT_QUALITY if encoding == "jpeg" else None
@@ -142,6 +161,10 @@ def extract_samples(
                 f"would mean other things; they differ in {differing}: give both the same list"
             )
         plans, wanted = make_plan(data, options, run, log)
+        measured = {}
+        if options.array_reader:
+            measured = measure([plan.path for plan in plans], options.array_reader)
+            options = replace(options, dtype=measured["dtype"])
         options = options.settle_encoding(sum(plan.pixels for plan in plans))
         chunks = chunk_plans(take_part(plans, options.part))
         header = {
@@ -154,6 +177,7 @@ def extract_samples(
             "seed": options.seed,
             "options": options.content(),
             "part": list(options.part),
+            **measured,
         }
         with StoreWriter(
             output,
@@ -211,7 +235,8 @@ def _plan_chunk(
     images: list[SourceImage], options: ExtractionOptions
 ) -> tuple[list[ImagePlan], dict]:
     log = ExtractionLog(options.strict)
-    how = (options.seed, options.max_scale, options.min_side, log)
+    probe = options.array_reader.probe if options.channels else probe_image
+    how = (options.seed, options.max_scale, options.min_side, log, probe)
     plans = [plan_positives(image, *how) for image in images]
     return [plan for plan in plans if plan is not None], log.to_dict()
 
@@ -242,7 +267,9 @@ def cut_images(
     how = {"quality": options.quality, "encoding": options.encoding}
     for plan in plans:
         try:
-            image = read_pixels(plan.path)
+            image = (options.array_reader or read_pixels)(plan.path)
+            if options.channels and image.dtype != options.dtype:
+                raise DataError("image_of_other_form")
         except DataError as error:
             log.add(str(error), plan.path)
             continue

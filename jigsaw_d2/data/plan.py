@@ -4,6 +4,7 @@ Every image has its own random streams, derived from the seed and the image id, 
 depend on how the images are shared out between processes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +15,8 @@ from jigsaw_d2.data.samples import clip_boxes, enlarge_boxes, sample_backgrounds
 from jigsaw_d2.data.sources import UNKNOWN_CLASS, SourceImage
 from jigsaw_d2.io import DataError
 
+# Path -> ((height, width), notes), or DataError with a reason.
+Probe = Callable[[str], tuple[tuple[int, int], tuple[str, ...]]]
 # Streams of an image's generator: the positives', then one for each round of negatives.
 POSITIVES_STREAM, NEGATIVES_STREAM = 0, 1
 MAX_ROUNDS = 20
@@ -47,10 +50,15 @@ def image_rng(seed: int, image_id: int, stream: int) -> np.random.Generator:
 
 
 def plan_positives(
-    image: SourceImage, seed: int, max_scale: float, min_side: float, log: ExtractionLog
+    image: SourceImage,
+    seed: int,
+    max_scale: float,
+    min_side: float,
+    log: ExtractionLog,
+    probe: Probe = probe_image,
 ) -> ImagePlan | None:
     """The plan of an image with its positives; None where it cannot be used, which is logged."""
-    size = check_image(image, log)
+    size = check_image(image, log, probe)
     if size is None:
         return None
     usable, clipped = check_boxes(image, size, min_side, log)
@@ -65,10 +73,12 @@ def plan_positives(
     return ImagePlan(image.image_id, image.path, size, boxes, gt_boxes, classes, forbidden)
 
 
-def check_image(image: SourceImage, log: ExtractionLog) -> tuple[int, int] | None:
+def check_image(
+    image: SourceImage, log: ExtractionLog, probe: Probe = probe_image
+) -> tuple[int, int] | None:
     """(height, width) of the image as it will be read; None where it cannot be, which is logged."""
     try:
-        size, notes = probe_image(image.path)
+        size, notes = probe(image.path)
     except DataError as error:
         log.add(str(error), image.path)
         return None

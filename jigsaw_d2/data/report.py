@@ -27,6 +27,7 @@ REASONS = {
         FAULT,
         "more than 8 bits per channel, which Detectron2's reader saturates or darkens: scale to 8",
     ),
+    "image_of_other_channels": (FAULT, "another number of channels than was asked for"),
     "image_of_other_form": (
         FAULT,
         "TIFF of more bands, or of other numbers, than Detectron2's reader (Pillow) takes",

@@ -35,8 +35,8 @@ INDEX_NAME = "index.npy"
 PARTIAL_NAME = ".partial"  # within a mount point; elsewhere beside the store
 BLOCK = 512  # bytes; tar headers and contents are multiples of it
 # How a sample is encoded: ``format`` of its record, and the suffix of its member.
-JPEG, PNG, PPM, PGM = range(4)
-SUFFIXES = ("jpg", "png", "ppm", "pgm")
+JPEG, PNG, PPM, PGM, NPY = range(5)
+SUFFIXES = ("jpg", "png", "ppm", "pgm", "npy")  # the last: arrays of any number of channels
 ENCODINGS = ("jpeg", "png", "ppm")
 DEFAULT_QUALITY = 95
 NETPBM_HEAD = b"P%d\n%d %d\n255\n"  # 6 = colour, 5 = grey; width, height
@@ -116,8 +116,13 @@ def encode_sample(
     """(bytes, restart interval, format code) of uint8 BGR (h, w, 3) or grey (h, w).
 
     PPM (of grey samples PGM) is about ten times the bytes, but has nothing to decode: a window is a
-    view of the mapped file. ``windows``: write a JPEG of which windows decode alone.
+    view of the mapped file. ``windows``: write a JPEG of which windows decode alone. Encoding "npy"
+    is for an array (h, w, C) of any kind.
     """
+    if encoding == "npy":
+        stream = io.BytesIO()
+        np.save(stream, np.ascontiguousarray(image))
+        return stream.getvalue(), 0, NPY
     if encoding == "png":
         return cv2.imencode(".png", image)[1].tobytes(), 0, PNG
     if encoding == "ppm":
@@ -190,6 +195,7 @@ class SampleStore:
     Attributes:
         paths, headers: of each part; ``header`` and ``categories`` are those of the first.
         index: RECORD (n,); of a single part the mapped file itself. "shard" counts over all parts.
+        channels, dtype: of the samples as decoded; 3 and uint8, or those of a store of arrays.
         classes: int64 (n,), index into ``categories``; background = len(categories).
         groups: uint8 (n,), index into ``samples.GROUPS``.
         sizes: int32 (n, 2), (height, width) of the sample as shown.
@@ -210,12 +216,16 @@ class SampleStore:
         for path, header in zip(self.paths, self.headers):
             if header["categories"] != self.headers[0]["categories"]:
                 raise DataError(f"{path} has other categories than {self.paths[0]}")
+            if any(header.get(k) != self.headers[0].get(k) for k in ("channels", "dtype")):
+                raise DataError(f"{path} has other channels or numbers than {self.paths[0]}")
         self._identities = [_identity(p) for p in self.paths]
         self._open()
 
     def _open(self) -> None:
         self.header = self.headers[0]
         self.categories: list[str] = self.header["categories"]
+        self.channels: int = self.header.get("channels", 3)
+        self.dtype = np.dtype(self.header.get("dtype", "uint8"))
         parts, self._files = [], []
         for path, header in zip(self.paths, self.headers):
             index = _read_index(path, header)
@@ -285,6 +295,8 @@ class SampleStore:
     def decode(self, i: int, window: Window | None = None) -> np.ndarray:
         """uint8 RGB (h, w, 3) of sample ``i``, or of ``window`` (XYXY ints, sample pixels).
 
+        Of a store of arrays (h, w, ``channels``), of ``dtype``.
+
         Of a JPEG written for windows only the pieces under it are decoded; the pixels are those of
         the full decode. May be a view, of a larger array or, read-only, of the mapped shard.
 
@@ -303,13 +315,18 @@ class SampleStore:
                 image = decode_netpbm(data, code == PGM, height, width)[y0:y1, x0:x1]
                 if code == PGM:
                     image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+            elif code == NPY:
+                image = np.load(io.BytesIO(data), allow_pickle=False)
+                if image.shape[:2] != (height, width) or image.dtype != self.dtype:
+                    raise ValueError("is another array than the index says")
+                image = image[y0:y1, x0:x1]
             elif code == PNG:
                 image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[y0:y1, x0:x1]
             else:
                 image = jpeg_windows.decode_window(data, window)
         except (ValueError, OSError) as error:  # the latter by Pillow
             raise self.damaged(i, str(error)) from error
-        if image.shape != (y1 - y0, x1 - x0, 3):
+        if image.shape != (y1 - y0, x1 - x0, self.channels):
             raise self.damaged(i, "does not decode to the size in the index")
         return image
 

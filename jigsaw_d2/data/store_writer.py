@@ -146,14 +146,15 @@ class StoreWriter:
         gt_box: np.ndarray | None = None,
         **encoding: object,
     ) -> None:
-        """Encode and append one sample, uint8 RGB (h, w, 3) or grey (h, w).
+        """Encode and append one sample, uint8 RGB (h, w, 3) or grey (h, w); of "npy" any array.
 
         Boxes default to the whole of it; the rest is as for ``store.encode_sample``.
         """
         size = image.shape[:2]
         box = np.array([0, 0, size[1], size[0]], np.float32) if box is None else box
         gt_box = box if gt_box is None else gt_box
-        bgr = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        as_it_is = image.ndim == 2 or encoding.get("encoding") == "npy"
+        bgr = image if as_it_is else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         encoded = store.encode_sample(bgr, **encoding)
         sample = Sample(*encoded, class_index, size, image_id, 0, box, gt_box)
         self.append(*make_chunk([sample]))

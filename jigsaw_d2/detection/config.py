@@ -22,7 +22,9 @@ from jigsaw_d2.checkpoint.convert import check_free, read_converted, read_tensor
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
 from jigsaw_d2.config import add_jigsaw_config, find_config, refuse_code
 from jigsaw_d2.detection.data import prepare_data
+from jigsaw_d2.detection.kinds import fit_kind
 from jigsaw_d2.io import ConfigError, write_text
+from jigsaw_d2.modeling.backbones import library_of
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +132,7 @@ def setup_finetune(
     apply_metadata(cfg, metadata, explicit=explicit, **options)
     cfg.MODEL.WEIGHTS = "" if metadata.origin == "scratch" else str(Path(weights).resolve())
     if here:
+        fit_kind(cfg)
         classes = prepare_data(cfg)
         fit_machine(cfg)
     else:
@@ -177,7 +180,10 @@ def apply_metadata(
             f"MODEL.JIGSAW.ORIGIN is {wanted!r}, but the weights are {metadata.origin!r}: this "
             "config is a row of the paper's tables that starts from other weights"
         )
-    network, use = metadata.architecture.required_config(), metadata.required_config()
+    network, use = metadata.network_config(), metadata.required_config()
+    library = library_of((metadata.network or {}).get("backbone", ""))
+    if library and library_of(cfg.MODEL.BACKBONE.NAME) != library:
+        network["MODEL.BACKBONE.NAME"] = cfg.MODEL.BACKBONE.NAME.replace("resnet", library)
     is_scratch = metadata.origin == "scratch"
     is_detector = metadata.origin == detector.ORIGIN
     if is_detector:
@@ -203,6 +209,8 @@ def apply_metadata(
             cfg.merge_from_list([key, value])
         else:
             conflicts.append(f"{key}: config {have}, weights {value}")
+            if key.endswith("DEFORM_ON_PER_STAGE") and not any(value):
+                conflicts[-1] += " (MODEL.JIGSAW.NEW_OFFSETS True starts the offsets at zero)"
     if conflicts and not force:
         raise ConfigError(
             f"config and weights contradict each other: {'; '.join(conflicts)}; leave the "

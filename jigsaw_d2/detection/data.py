@@ -9,6 +9,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from jigsaw_d2.data.arrays import make_reader
 from jigsaw_d2.data.cleaning import (
     CleanSet,
     check_objects,
@@ -82,7 +83,7 @@ def clean_sets(cfg: CfgNode) -> dict[str, CleanSet]:
         name, *files = map(str, entry)
         if name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             try:
-                cleaned[name] = clean_set(CocoSource(*files))
+                cleaned[name] = clean_set(CocoSource(*files), reader=make_reader(cfg))
             except DataError as error:
                 raise DataError(f"dataset {name!r} cannot be read: {error}") from None
     return cleaned
@@ -130,7 +131,9 @@ def check_registered(cfg: CfgNode) -> None:
     """
     listed = {entry[0] for entry in cfg.DATASETS.COCO_FILES}
     names = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} - listed
-    cleaned = {name: clean_set(RegisteredSource(name)) for name in sorted(names)}
+    cleaned = {
+        name: clean_set(RegisteredSource(name), reader=make_reader(cfg)) for name in sorted(names)
+    }
     for name, clean in cleaned.items():
         logger.info("%s", describe(name, clean))
         found = clean.log.to_dict()

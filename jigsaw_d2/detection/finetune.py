@@ -7,31 +7,39 @@ import re
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, default_setup, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, coco_evaluation
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from pycocotools import cocoeval
+from pycocotools.coco import COCO
 from torch import nn
+from torch.optim import Optimizer
 
 from jigsaw_d2.checkpoint import detector
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.metadata import WeightsMetadata
+from jigsaw_d2.data.arrays import make_reader
 from jigsaw_d2.data.sources import register_coco_files
+from jigsaw_d2.detection.array_mapper import ArrayMapper
 from jigsaw_d2.detection.config import read_metadata
 from jigsaw_d2.detection.data import check_registered
+from jigsaw_d2.detection.kinds import build_evaluators, register_keypoints
 from jigsaw_d2.detection.loader import ResumableLoader
 from jigsaw_d2.detection.meter import ComputeMeter, CostLogHook, bare
 from jigsaw_d2.engine.hooks import CheckpointHook
 from jigsaw_d2.engine.interrupt import StopNotice
 from jigsaw_d2.engine.launch import explained, lock_output
+from jigsaw_d2.engine.optimizer import build_optimizer
 from jigsaw_d2.engine.state import JigsawCheckpointer, gather_random_states, set_random_state
 from jigsaw_d2.io import RunError, write_text
 
@@ -43,6 +51,11 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 METADATA_NAMES = ("weights_metadata.yaml", "passport.yaml")  # the second: version 1 of ours
+
+
+def _coco_eval(truth: COCO, found: COCO, iou_type: str) -> object:
+    """Of keypoints pycocotools', for the fast one takes no sets of pycocotools' there."""
+    return (cocoeval.COCOeval if iou_type == "keypoints" else COCOeval)(truth, found, iou_type)
 
 
 class FastCOCOEvaluator(COCOEvaluator):
@@ -60,7 +73,7 @@ class FastCOCOEvaluator(COCOEvaluator):
         """Detectron2's metrics; the log says how long they took."""
         start = time.perf_counter()
         before = {n: getattr(coco_evaluation, n) for n in ("COCOeval", "COCOeval_opt")}
-        vars(coco_evaluation).update(dict.fromkeys(before, COCOeval))  # no caller can choose it
+        vars(coco_evaluation).update(dict.fromkeys(before, _coco_eval))  # no caller can choose it
         try:
             results = super().evaluate(img_ids)
         finally:
@@ -111,9 +124,21 @@ class FinetuneTrainer(DefaultTrainer):
             raise RunError(f"Detectron2 cannot build this detector: {error}") from error
 
     @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        """Detectron2's SGD, or as the pre-training's by SOLVER.OPTIMIZER and LAYER_DECAY."""
+        is_plain = cfg.SOLVER.OPTIMIZER == "SGD" and cfg.SOLVER.LAYER_DECAY == 1
+        return super().build_optimizer(cfg, model) if is_plain else build_optimizer(cfg, model)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
-        """Detectron2's batches, which a resumed run goes on with."""
-        return ResumableLoader(cfg)
+        """Detectron2's batches, which a resumed run goes on with; of arrays by INPUT.FORMAT."""
+        return ResumableLoader(cfg, ArrayMapper(cfg, is_train=True) if make_reader(cfg) else None)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
+        """Detectron2's, of arrays where INPUT.FORMAT says so."""
+        mapper = ArrayMapper(cfg, is_train=False) if make_reader(cfg) else None
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's, but for checkpoints; the cost log's first, as it counts steps alone."""
@@ -178,9 +203,9 @@ class FinetuneTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str = "") -> DatasetEvaluator:
-        """COCO's metrics for boxes and, where the detector has them, masks."""
+        """Of the set's kind; of COCO_FILES COCO's for boxes and what else the detector has."""
         output = Path(cfg.OUTPUT_DIR) / (folder or "inference")
-        return FastCOCOEvaluator(dataset_name, output_dir=str(output))
+        return build_evaluators(cfg, dataset_name, str(output), FastCOCOEvaluator)
 
     @classmethod
     def test(
@@ -228,6 +253,7 @@ def finetune(
 
 def _finetune(cfg: CfgNode, resume: bool, eval_only: bool, force: bool) -> dict[str, Any]:
     register_coco_files(cfg)
+    register_keypoints(cfg)
     metadata, output = read_metadata(cfg.MODEL.WEIGHTS), Path(cfg.OUTPUT_DIR)
     if comm.is_main_process():
         _check_output(output, metadata, resume or eval_only)

@@ -29,10 +29,10 @@ class ResumableLoader:
             generator, whose state a resumed run has to set after that.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, mapper: Callable[[dict], dict] | None = None) -> None:
         if cfg.SEED >= 0:
             np.random.seed(cfg.SEED)  # the sampler draws its own seed from this generator
-        made = build._train_loader_from_config(cfg)
+        made = build._train_loader_from_config(cfg, mapper)
         dataset = made["dataset"]
         self.grouping = made["aspect_ratio_grouping"]
         self._wide = [self.grouping and d.get("width", 0) > d.get("height", 0) for d in dataset]

@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops, device_name, record_stage
+from jigsaw_d2.engine.optimizer import backbone_of
 
 
 class ComputeMeter:
@@ -19,14 +20,15 @@ class ComputeMeter:
     """
 
     def __init__(self, model: nn.Module, output_dir: str, stage: str) -> None:
-        self._backbone, self._output_dir, self._stage = bare(model).backbone, output_dir, stage
+        self._backbone, self._output_dir = backbone_of(bare(model)), output_dir
+        self._stage, self._channels = stage, 3
         self.images, self.pixels, self.seconds = 0, 0, 0.0
 
     @functools.cached_property
     def flops_per_pixel(self) -> float:
         """Of the backbone with FPN, backward pass included; proposals and RoI heads are not."""
         forwards = TRAIN_FORWARDS if self._stage == "finetuning" else 1
-        return forwards * backbone_flops(self._backbone, 128, 128) / 128**2
+        return forwards * backbone_flops(self._backbone, 128, 128, self._channels) / 128**2
 
     def __enter__(self) -> "ComputeMeter":
         self._handle = self._backbone.register_forward_pre_hook(self._note)
@@ -38,7 +40,7 @@ class ComputeMeter:
         self._handle.remove()
 
     def _note(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        images, _, height, width = inputs[0].shape
+        images, self._channels, height, width = inputs[0].shape
         self.images += images
         self.pixels += images * height * width
 

@@ -146,9 +146,10 @@ def _noise_batch(cfg: CfgNode, device: torch.device) -> dict[str, torch.Tensor]:
     count = max(solver.IMS_PER_BATCH // (comm.get_world_size() * solver.ACCUMULATION_STEPS), 1)
     count = min(count, _CPU_IMAGES) if device.type == "cpu" else count
     height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
+    shape = (count, len(cfg.MODEL.PIXEL_MEAN), height, width)
     # Noise: on blank images batch norm makes subnormal numbers, with which a CPU crawls.
     return {
-        "image": torch.randint(256, (count, 3, height, width), dtype=torch.uint8, device=device),
+        "image": torch.randint(256, shape, dtype=torch.uint8, device=device),
         "gt_classes": torch.zeros(count, 4, dtype=torch.int64, device=device),
         "shown_boxes": torch.tensor([0, 0, width, height], device=device).expand(count, 4, 4),
     }

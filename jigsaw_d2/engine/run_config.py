@@ -19,6 +19,7 @@ from jigsaw_d2.config import (
     resolve_norm,
     scale_to_batch,
 )
+from jigsaw_d2.data.arrays import channels_of
 from jigsaw_d2.data.build import fit_input
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.engine.precision import is_settled, settle_precision
@@ -72,6 +73,7 @@ def resolve_config(
             f"{', '.join(cfg.DATASETS.TRAIN)} has {classes} categories; set that or 0"
         )
     cfg.MODEL.JIGSAW.NUM_CLASSES = classes
+    use_store_input(cfg, store, explicit)
     check_trainable_config(cfg)
     if cfg.INPUT.JIGSAW.FIT_TO:
         with torch.device("meta"):
@@ -83,6 +85,29 @@ def resolve_config(
         cfg.merge_from_list(decided)
     cfg.freeze()
     return cfg
+
+
+def use_store_input(cfg: CfgNode, store: SampleStore, explicit: Sequence[str] = ()) -> None:
+    """Set INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD to those of a store of arrays, in place.
+
+    Raises:
+        ConfigError: an ``explicit`` value of another number of channels.
+    """
+    if "pixel_mean" not in store.header:
+        return
+    if "INPUT.FORMAT" not in explicit and channels_of(cfg.INPUT.FORMAT) != store.channels:
+        cfg.INPUT.FORMAT = f"C{store.channels}"
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if f"MODEL.{key}" not in explicit:
+            cfg.MODEL[key] = store.header[key.lower()]
+    counts = {
+        "INPUT.FORMAT": (cfg.INPUT.FORMAT, channels_of(cfg.INPUT.FORMAT)),
+        "MODEL.PIXEL_MEAN": (cfg.MODEL.PIXEL_MEAN, len(cfg.MODEL.PIXEL_MEAN)),
+        "MODEL.PIXEL_STD": (cfg.MODEL.PIXEL_STD, len(cfg.MODEL.PIXEL_STD)),
+    }
+    for key, (value, count) in counts.items():
+        if count != store.channels:
+            raise ConfigError(f"{key} is {value}, but the store has {store.channels} channels")
 
 
 def open_store(cfg: CfgNode) -> SampleStore:

@@ -242,16 +242,3 @@ class TrainStep:
         if isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
         return contextlib.nullcontext()
-
-
-def start_momentum(optimizer: Optimizer) -> Optimizer:
-    """Let a fused SGD's momentum start from zero, from where its first step makes the gradient.
-
-    PyTorch's own start is memory as it is found, written by the first step unless float16's loss
-    scaling skips that one, as it often does: then the second step adds up whatever was there.
-    """
-    for group in optimizer.param_groups:
-        if group["fused"] and group["momentum"] and not group["dampening"]:
-            for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer

@@ -15,7 +15,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import (
     CommonMetricPrinter,
@@ -41,6 +40,7 @@ from jigsaw_d2.engine.hooks import (
 )
 from jigsaw_d2.engine.interrupt import StopNotice
 from jigsaw_d2.engine.lr_schedule import build_lr_scheduler
+from jigsaw_d2.engine.optimizer import build_optimizer
 from jigsaw_d2.engine.precision import Precision, configure_backends
 from jigsaw_d2.engine.replay import sample_ids, save_step
 from jigsaw_d2.engine.run_config import open_store, resolve_config, warn_of_changes
@@ -52,7 +52,7 @@ from jigsaw_d2.engine.state import (
     restore_state,
     truncate_metrics,
 )
-from jigsaw_d2.engine.train_step import Batch, TrainStep, start_momentum
+from jigsaw_d2.engine.train_step import Batch, TrainStep
 from jigsaw_d2.evaluation import JigsawEvaluator
 from jigsaw_d2.io import CheckpointError, RunError
 from jigsaw_d2.modeling.activation_checkpointing import checkpoint_activations
@@ -86,6 +86,7 @@ class JigsawTrainer(DefaultTrainer):
         check_trainable(model)
         self.device = device = model.device
         size, bottom_up = cfg.INPUT.JIGSAW.TEMPLATE_SIZE, getattr(model.backbone, "bottom_up", None)
+        size = (*size, len(cfg.MODEL.PIXEL_MEAN))
         self._macs = backbone_macs(model.backbone, *size)
         self._pyramid_macs = self._macs - backbone_macs(bottom_up, *size) if bottom_up else 0
         self.cost_log = CostLog(cfg.OUTPUT_DIR, device_name(device), writes=comm.is_main_process())
@@ -117,30 +118,8 @@ class JigsawTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        """Detectron2's SGD: decay WEIGHT_DECAY, for norms and biases what their own keys say.
-
-        On a GPU in its fused form: one kernel, which also undoes float16's loss scaling, so that
-        the host need not wait to hear whether a gradient overflowed. (Clipping looks at gradients
-        before that, so with CLIP_GRADIENTS the plain form steps, and float16 waits once more.)
-        """
-        solver = cfg.SOLVER
-        parameters = get_default_optimizer_params(
-            model,
-            base_lr=solver.BASE_LR,
-            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-            bias_lr_factor=solver.BIAS_LR_FACTOR,
-            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        )
-        on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
-        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD)(
-            parameters,
-            lr=solver.BASE_LR,
-            momentum=solver.MOMENTUM,
-            nesterov=solver.NESTEROV,
-            weight_decay=solver.WEIGHT_DECAY,
-            fused=on_gpu and not solver.CLIP_GRADIENTS.ENABLED,
-        )
-        return start_momentum(optimizer)
+        """See ``optimizer``."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+import jigsaw_d2.modeling.backbones  # noqa: F401  (registers them)
 from jigsaw_d2.config import in_features
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError
@@ -392,7 +393,11 @@ def check_trainable(model: nn.Module) -> None:
     Raises:
         ConfigError: naming the first few layers.
     """
-    frozen = [name for name, m in model.named_modules() if isinstance(m, FrozenBatchNorm2d)]
+    frozen = [  # anyone's norm with statistics that is not made to renew them
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "running_mean") and not isinstance(module, _NormBase)
+    ]
     fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
     for names, what in ((frozen, "frozen batch norms"), (fixed, "parameters without gradient")):
         if names:

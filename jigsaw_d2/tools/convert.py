@@ -1,4 +1,4 @@
-"""``convert_weights.py``: checkpoint -> weights with metadata, for Detectron2 or torchvision."""
+"""``convert_weights.py``: checkpoint -> weights with metadata, for Detectron2 and others."""
 
 import argparse
 import sys
@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input", required=True, help=text + "weights of torchvision or MSRA")
     text = ".pkl (numpy arrays) or .pth (tensors); YAML goes beside it"
     add("--output", required=True, help=text)
-    formats = ("detectron2", "torchvision")
+    formats = ("detectron2", "torchvision", "timm", "state_dict")
     add("--format", choices=formats, default=formats[0], help="default: %(default)s")
     add("--force", action="store_true", help="replace files that exist")
     add("--origin", default="", help="of torchvision weights that ImageNet did not train: whence")

@@ -58,6 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     text = "png is without loss; ppm, too, and need not be decoded, at ten times the bytes; auto "
     text += f"is ppm for samples of up to {UNCOMPRESSED_UP_TO >> 30} GiB, else jpeg"
     add("--encoding", choices=CHOICES, help=text)
+    text = "of arrays (npy, tiff, png as they are), such as 4, stored without loss; 0: pictures"
+    add("--channels", type=int, help=text)
+    add("--reader", metavar="MODULE:FUNCTION", help="reads an array of --channels instead")
     text = "a .cls beside each sample: 1 KiB more of each"
     add("--class-files", action="store_true", help=text)
     add("--shard-size", type=size, help="at most, e.g. 1G")

@@ -21,7 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Arguments of the command."""
     parser = arguments.make_parser("finetune_net.py", __doc__, EPILOG)
     add = parser.add_argument
-    text = "detection config: name in Detectron2's zoo, one of ours (finetune/...), or a path"
+    text = "detection config: name in Detectron2's zoo, one of ours (finetune/...), or a path; a "
+    text += "LazyConfig (.py) takes KEY=VALUE overrides"
     add("--config-file", required=True, help=text)
     text = 'file of convert_weights.py; "none": from scratch, with a norm that trains; or a '
     text += "detector's checkpoint with its config.yaml beside it: go on from all its weights"
@@ -46,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     from jigsaw_d2.engine.launch import launch_job
 
     arguments.import_registered(args.register)
+    machines = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+    if args.config_file.endswith(".py"):
+        return launch_job(run_lazy, *machines, args=(args,)) or 0
     before = config.load_detection_config(args.config_file, args.opts, args.trust)
     cfg = config.setup_finetune(
         *(args.config_file, args.weights, args.opts),
@@ -59,12 +63,20 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(f"# weights, dataset and machine change {args.config_file} in\n{changes}")
         sys.stdout.flush()
     cfg.freeze()
-    machines = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
     timeout = cfg.SOLVER.PEER_TIMEOUT
     launch_job(run, *machines, args=(cfg, args), timeout=timeout, device=cfg.MODEL.DEVICE)
     if is_first:
         sys.stdout.write(f"results: {cfg.OUTPUT_DIR}/results.json\n")
     return 0
+
+
+def run_lazy(args: argparse.Namespace) -> None:
+    """The work of one process on a LazyConfig; writes what it reached to the screen."""
+    from jigsaw_d2.detection import lazy
+
+    arguments.import_registered(args.register)
+    how = {"resume": args.resume, "eval_only": args.eval_only, "force": args.force}
+    lazy.finetune(args.config_file, args.weights, args.opts, **how)
 
 
 def run(cfg: Any, args: argparse.Namespace) -> None:

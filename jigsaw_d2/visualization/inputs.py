@@ -90,9 +90,9 @@ def rgb_stream(cfg: CfgNode, stores: Sequence[str], seed: int = 0) -> JigsawBatc
     """``jigsaw_stream`` of stores on disk, in RGB whatever the network takes: for figures."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.INPUT.FORMAT = "RGB"
     cfg.SEED = seed
     store = SampleStore(list(stores))
+    cfg.INPUT.FORMAT = f"C{store.channels}" if "pixel_mean" in store.header else "RGB"
     fit_input(cfg, store)
     return jigsaw_stream(cfg, store)
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.data.arrays import show
 from jigsaw_d2.data.build import JigsawLoader, build_jigsaw_train_loader
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.template import REGIONS, JigsawTemplate
@@ -56,7 +57,7 @@ def batch_figure(batch: Mapping[str, Any], loader: JigsawLoader, count: int = 8)
     for panel in panels:
         panel.set_axis_off()
     for n, (panel, image) in enumerate(zip(panels, images.numpy())):
-        panel.imshow(shade_padding(image, used_boxes[n]))
+        panel.imshow(shade_padding(show(image), used_boxes[n]))
         panel.set_title(f"image {positions[n]}: {shares[n]:.0%} used", fontsize=9)
         classes = batch["gt_classes"][n].tolist()
         for region, c, colour, box in zip(REGIONS, classes, REGION_COLOURS, mapper.template.boxes):

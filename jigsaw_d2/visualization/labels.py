@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jigsaw_d2.checkpoint.convert import read_weights
 from jigsaw_d2.config import get_jigsaw_cfg, resolve_norm
+from jigsaw_d2.data.arrays import show
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.template import REGIONS, JigsawTemplate
 from jigsaw_d2.io import ConfigError
@@ -47,7 +48,7 @@ def labels_figure(
     """
     figure = Figure(figsize=(19, 3.9), layout="constrained")
     panels = figure.subplots(1, 6)
-    panels[0].imshow(image.permute(1, 2, 0).numpy())
+    panels[0].imshow(show(image.permute(1, 2, 0).numpy()))
     panels[0].set_title("\n".join(f"{r}: {name}" for r, name in zip(REGIONS, names)), fontsize=9)
     for r in range(losses.NUM_REGIONS):
         drawn = _draw_cells(panels[1 + r], weights[r].numpy(), template, 1.0, "viridis")

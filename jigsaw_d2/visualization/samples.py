@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from jigsaw_d2.data.arrays import show
 from jigsaw_d2.data.samples import GROUPS
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.visualization.extraction_report import GROUP_COLORS
@@ -32,7 +33,7 @@ def samples_figure(store: SampleStore, samples: np.ndarray) -> Figure:
         axes.set_axis_off()
     for axes, i in zip(grid, samples):
         image, group, label = store.decode(i), GROUPS[store.groups[i]], store.classes[i]
-        axes.imshow(image)
+        axes.imshow(show(image))
         axes.set_title(f"{names[label]}\n{group} {image.shape[1]}x{image.shape[0]}", fontsize=8)
         box = store.gt_boxes[i] - np.tile(store.boxes[i, :2], 2)
         style = "-" if label == len(store.categories) else "--"

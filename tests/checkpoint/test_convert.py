@@ -21,6 +21,7 @@ from helpers_weights import (
 
 from jigsaw_d2.checkpoint.convert import (
     METADATA_KEY,
+    NOTE,
     convert_checkpoint,
     metadata_path,
     read_backbone,
@@ -51,6 +52,8 @@ def test_what_a_converted_file_holds(
     assert data["__author__"] == "jigsaw_d2" and data["matching_heuristics"] is True
     assert {type(value) for value in data["model"].values()} == {kind}
     expected = backbone_tensors(torch.load(checkpoint, weights_only=True)["model"])
+    notes = [name for name in data["model"] if name.startswith(NOTE)]
+    assert len(notes) == 1 and not len(data["model"].pop(notes[0]))  # for Detectron2's own loading
     assert set(data["model"]) == set(expected)  # neither classifier nor ERF nor counters
     assert all(np.array_equal(data["model"][key], expected[key]) for key in expected)
     assert {name.split(".")[0] for name in expected} == {"stem", "res2", "res3", "res4", "res5"}

@@ -51,7 +51,7 @@ def test_round_trips() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format version 2, this code reads 1"),
+        ({"format_version": 3}, "format version 3, this code reads 1 to 2"),
         ({"pixel_mean": "red"}, "could not convert"),
         ({"colour": 1}, r"unknown keys \['colour'\]"),
         ({"architecture": {"shape": 1}}, "argument 'shape'"),

@@ -8,8 +8,9 @@ from detectron2.solver import build_optimizer
 from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.engine.optimizer import start_momentum
 from jigsaw_d2.engine.precision import Precision
-from jigsaw_d2.engine.train_step import LossReport, TrainStep, start_momentum
+from jigsaw_d2.engine.train_step import LossReport, TrainStep
 
 
 class Toy(nn.Module):

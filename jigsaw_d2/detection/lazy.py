@@ -1,0 +1,197 @@
+"""Fine-tuning by Detectron2's LazyConfigs: ``--config-file X.py model.backbone... = value``.
+
+A LazyConfig knows nothing of weights' metadata: loaded by Detectron2's checkpointer, a file fills
+every tensor and still sees BGR at std 1 through another stride. Here the metadata is applied to the
+model's and the mappers' nodes, and the backbone loaded strictly.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from detectron2 import model_zoo
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model, default_writers, hooks
+from detectron2.engine.defaults import default_setup
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from jigsaw_d2.checkpoint.loading import load_backbone
+from jigsaw_d2.checkpoint.metadata import WeightsMetadata
+from jigsaw_d2.data.sources import register_coco_files
+from jigsaw_d2.detection.config import read_metadata
+from jigsaw_d2.io import ConfigError, RunError
+
+logger = logging.getLogger(__name__)
+
+
+def load_lazy_config(
+    path: str, weights: str | Path, overrides: Sequence[str] = (), force: bool = False
+) -> DictConfig:
+    """The config in ``path``, or of that name in the zoo, with what ``weights`` require.
+
+    Args:
+        overrides: KEY=VALUE as Detectron2's lazyconfig_train_net.py takes them; besides,
+            DATASETS.COCO_FILES='[["mine","train.json","images"]]' registers such sets.
+        force: an override wins where it contradicts the weights.
+
+    Raises:
+        ConfigError: no such config, or an override that contradicts the weights, with both.
+    """
+    try:
+        cfg = LazyConfig.load(path) if Path(path).is_file() else model_zoo.get_config(path)
+        cfg = LazyConfig.apply_overrides(cfg, list(overrides))
+    except Exception as error:  # a LazyConfig is a program of anyone's
+        raise ConfigError(f"{path}: no LazyConfig: {type(error).__name__}: {error}") from error
+    if "model" not in cfg or "dataloader" not in cfg or "train" not in cfg:
+        raise ConfigError(f"{path}: no model, dataloader and train in this LazyConfig")
+    explicit = {override.lstrip("+").partition("=")[0] for override in overrides}
+    apply_metadata(cfg, read_metadata(weights), explicit, force)
+    cfg.train.init_checkpoint = str(Path(weights).resolve())
+    if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("no GPU here: train.device cuda -> cpu, without synchronised norms and AMP")
+        cfg.train.device, cfg.train.amp.enabled = "cpu", False
+        for node, _ in _nodes(cfg.model):
+            if "Sync" in str(node.get("norm", "")):
+                node.norm = "BN"
+    return cfg
+
+
+def apply_metadata(
+    cfg: DictConfig, metadata: WeightsMetadata, explicit: set[str], force: bool = False
+) -> None:
+    """Set channels, mean, std, stride and norm, in place; ``explicit`` keys are the user's.
+
+    Raises:
+        ConfigError: an explicit value that contradicts them, unless ``force``.
+    """
+    architecture, wanted = metadata.architecture, {}
+    wanted["model.input_format"] = metadata.input_format
+    wanted["model.pixel_mean"] = list(metadata.pixel_mean)
+    wanted["model.pixel_std"] = list(metadata.pixel_std)
+    for split in ("train", "test"):
+        wanted[f"dataloader.{split}.mapper.image_format"] = metadata.input_format
+    for node, place in _nodes(cfg.model):
+        target = node.get("_target_", "")
+        home = str(getattr(target, "__module__", target))
+        if not architecture.is_resnet or "backbone.resnet" not in home:
+            continue
+        if architecture.depth in (18, 34):
+            node.pop("stride_in_1x1", None)  # basic blocks, which have no 1x1, refuse the word
+        elif "stride_in_1x1" in node:
+            wanted[f"model.{place}.stride_in_1x1"] = architecture.stride_in_1x1
+        if "norm" in node:
+            norm = "FrozenBN" if architecture.norm == "BN" else architecture.norm
+            wanted[f"model.{place}.norm"] = norm
+    conflicts = []
+    for key, value in wanted.items():
+        node, _, last = key.rpartition(".")
+        holder = _at(cfg, node)
+        if holder is None or last not in holder:  # FCOS does not say its input_format
+            continue
+        have = holder.get(last)
+        have = list(have) if isinstance(have, ListConfig) else have
+        if key in explicit and have != value:
+            conflicts.append(f"{key}: config {have}, weights {value}")
+        elif key not in explicit:
+            holder[last] = value
+    if conflicts and not force:
+        raise ConfigError(f"config and weights contradict each other: {'; '.join(conflicts)}")
+
+
+def _at(cfg: DictConfig, path: str) -> DictConfig | None:
+    for part in path.split("."):
+        if not isinstance(cfg, DictConfig) or part not in cfg:
+            return None
+        cfg = cfg[part]
+    return cfg
+
+
+def _nodes(node: Any, place: str = "") -> Iterator[tuple[DictConfig, str]]:
+    """Every node with keys in ``node``, and its dotted place."""
+    if isinstance(node, DictConfig):
+        yield node, place
+        for key in node:
+            if not OmegaConf.is_interpolation(node, key):
+                yield from _nodes(node[key], f"{place}.{key}".lstrip("."))
+
+
+def finetune(
+    path: str,
+    weights: str,
+    overrides: Sequence[str],
+    *,
+    resume: bool = False,
+    eval_only: bool = False,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Train and evaluate, as Detectron2's lazyconfig_train_net.py; every rank calls this.
+
+    Raises:
+        RunError: a run is in ``train.output_dir`` that was not to be resumed.
+        JigsawError: weights or config that do not fit.
+    """
+    cfg = load_lazy_config(path, weights, overrides, force)
+    output = Path(cfg.train.output_dir)
+    if (output / "last_checkpoint").is_file() and not (resume or eval_only):
+        raise RunError(f"{output} holds a run: --resume continues it, another folder starts anew")
+    if "DATASETS" in cfg:
+        files = OmegaConf.to_container(cfg.DATASETS.COCO_FILES)
+        register_coco_files(SimpleNamespace(DATASETS=SimpleNamespace(COCO_FILES=files)))
+        _fit_classes(cfg)
+    setup_logger(str(output), comm.get_rank(), name="jigsaw_d2", abbrev_name="jigsaw")
+    default_setup(cfg, SimpleNamespace(config_file="", eval_only=eval_only, resume=resume))
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if eval_only:
+        DetectionCheckpointer(model, str(output)).resume_or_load("", resume=True)
+        return evaluate(cfg, model)
+    if not resume:
+        load_backbone(model, weights, not force)
+    cfg.optimizer.params.model = model
+    optimizer, loader = instantiate(cfg.optimizer), instantiate(cfg.dataloader.train)
+    model = create_ddp_model(model, **cfg.train.ddp)
+    kind = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
+    trainer = kind(model, loader, optimizer)
+    checkpointer = DetectionCheckpointer(model, str(output), trainer=trainer)
+    is_main, period = comm.is_main_process(), cfg.train.log_period
+    made = [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if is_main else None,
+        hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)),
+    ]
+    if is_main:
+        made.append(hooks.PeriodicWriter(default_writers(str(output), cfg.train.max_iter), period))
+    trainer.register_hooks(made)
+    start = 0
+    if resume and checkpointer.has_checkpoint():
+        checkpointer.resume_or_load("", resume=True)
+        start = trainer.iter + 1
+    trainer.train(start, cfg.train.max_iter)
+    return dict(getattr(trainer, "_last_eval_results", None) or {})
+
+
+def _fit_classes(cfg: DictConfig) -> None:
+    """Set the number of classes to that of the training set of DATASETS.COCO_FILES."""
+    names = cfg.dataloader.train.dataset.names
+    name = names if isinstance(names, str) else names[0]
+    DatasetCatalog.get(name)  # Detectron2 learns the classes while it reads the json
+    classes = MetadataCatalog.get(name).thing_classes
+    for node in (cfg.model, _at(cfg, "model.roi_heads")):
+        if node is not None and "num_classes" in node:
+            node.num_classes = len(classes)
+
+
+def evaluate(cfg: DictConfig, model: torch.nn.Module) -> dict[str, Any]:
+    """Metrics of the config's own evaluator on its test set."""
+    evaluator = instantiate(cfg.dataloader.evaluator)
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
+    print_csv_format(results)
+    return results

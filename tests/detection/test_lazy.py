@@ -1,0 +1,86 @@
+"""LazyConfigs: the weights' metadata reaches the model's and the mappers' nodes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import instantiate
+from helpers_weights import RESNET_18, THIN_GN, convert, make_coco
+
+from jigsaw_d2.checkpoint.loading import load_backbone
+from jigsaw_d2.detection.lazy import load_lazy_config
+from jigsaw_d2.io import ConfigError, WeightsError
+from jigsaw_d2.tools.finetune import main
+
+MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py"
+RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.py"
+CONFIGS = [MASK, RETINANET, "COCO-Detection/fcos_R_50_FPN_1x.py"]
+DEPTH = "model.backbone.bottom_up.stages.depth=18"
+GN = [*THIN_GN, "MODEL.RESNETS.NORM", "GN"]
+TOP = "model.backbone.top_block.in_channels=512"
+SMALL = [
+    *(DEPTH, "train.device=cpu", "train.max_iter=1", "train.eval_period=0"),
+    *("dataloader.train.total_batch_size=1", "dataloader.train.num_workers=0"),
+    "dataloader.test.num_workers=0",
+    "dataloader.train.mapper.augmentations.0.short_edge_length=64",
+    "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_the_weights_require_is_set(config: str, tmp_path: Path) -> None:
+    """Detectron2's own values are those of MSRA's files."""
+    weights = convert(tmp_path, *RESNET_18)
+    cfg = load_lazy_config(config, weights, [DEPTH])
+    stages = cfg.model.backbone.bottom_up.stages
+    assert "stride_in_1x1" not in stages and stages.norm == "FrozenBN"
+    assert cfg.model.pixel_std == [58.395, 57.12, 57.375]
+    assert cfg.dataloader.train.mapper.image_format == "RGB"
+    assert cfg.dataloader.test.mapper.image_format == "RGB"
+    model = instantiate(cfg.model)
+    report = load_backbone(model, weights)
+    assert len(report.filled) == 20 * 5 and not report.mismatch  # 20 convolutions with their norms
+
+
+def test_overrides_against_the_weights(tmp_path: Path) -> None:
+    weights = convert(tmp_path, *RESNET_18)
+    wrong = [DEPTH, "model.pixel_std=[1.0,1.0,1.0]", "model.input_format=BGR"]
+    with pytest.raises(ConfigError, match="model.input_format: config BGR, weights RGB; model.pix"):
+        load_lazy_config(MASK, weights, wrong)
+    model = instantiate(load_lazy_config(MASK, weights, wrong, force=True).model)
+    with pytest.raises(WeightsError, match="(?s)pixel_std: file .*input_format: file RGB"):
+        load_backbone(model, weights)  # who insists is told again
+    with pytest.raises(WeightsError, match="DEPTH: file 18, network 50"):
+        load_backbone(instantiate(load_lazy_config(RETINANET, weights).model), weights)
+
+
+def test_strides_and_the_c4_head(tmp_path: Path) -> None:
+    cfg = load_lazy_config(
+        "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.py", convert(tmp_path, *GN)
+    )
+    nodes = (cfg.model.backbone.stages, cfg.model.roi_heads.res5)
+    assert [node.stride_in_1x1 for node in nodes] == [False, False]
+    assert [node.norm for node in (*nodes, cfg.model.backbone.stem)] == ["GN"] * 3
+
+
+def test_no_lazy_config(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("x = nothing\n")
+    (tmp_path / "empty.py").write_text("x = 3\n")
+    for name, message in (("broken.py", "nothing"), ("empty.py", "no model"), ("gone.py", "gone")):
+        with pytest.raises(ConfigError, match=f"{name}: no .*{message}|{name}: {message}"):
+            load_lazy_config(str(tmp_path / name), "none")
+
+
+def test_train_and_evaluate(tmp_path: Path) -> None:
+    """By the command, on one's own set, whose classes the model takes."""
+    weights = convert(tmp_path, *RESNET_18)
+    name, json_file, images = make_coco(tmp_path / "lazy_data")[0]
+    own = [f'+DATASETS.COCO_FILES=[["{name}","{json_file}","{images}"]]']
+    own += [f"dataloader.{split}.dataset.names={name}" for split in ("train", "test")]
+    output = [f"train.output_dir={tmp_path / 'out'}"]
+    arguments = ["--config-file", RETINANET, "--weights", str(weights)]
+    assert main([*arguments, *SMALL, *own, *output, "train.eval_period=1", TOP]) == 0
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "all 100 tensors of the backbone loaded" in log and "copypaste: AP,AP50" in log
+    state = torch.load(tmp_path / "out" / "model_final.pth", weights_only=False)["model"]
+    assert state["head.cls_score.weight"].shape[0] == 9 * 3

@@ -1,0 +1,105 @@
+"""Images of four channels, 16 bits each: extracted, pre-trained on, converted, detected in."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from helpers_coco import annotation, write_json
+from helpers_run import tiny_options
+from helpers_weights import FPN, SMALL, THIN
+
+from jigsaw_d2.checkpoint.convert import read_converted
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.tools import convert, extract, finetune, pretrain, visualize
+
+
+def draw_set(folder: Path, count: int = 6) -> Path:
+    """A COCO-format folder of uint16 (64, 64, 4) arrays: objects are bright in the last channel."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    entries, annotations = [], []
+    for n in range(count):
+        image = rng.integers(1000, 4000, (64, 64, 4), dtype=np.uint16)
+        entries.append({"id": n + 1, "file_name": f"{n}.npy", "height": 64, "width": 64})
+        for w, h in ((24, 20), (12, 30), (30, 10)):
+            x, y = (int(v) for v in rng.integers(0, 30, 2))
+            image[y : y + h, x : x + w, 3] += 40000
+            one = annotation(n + 1, [float(x), float(y), float(w), float(h)], [1, 3][w > 20])
+            annotations.append(one | {"area": float(w * h)})
+        np.save(folder / f"{n}.npy", image)
+    write_json(folder / "train.json", entries, annotations)
+    return folder
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    """Every stage takes over what the one before has measured."""
+    data, store = draw_set(tmp_path / "set"), tmp_path / "store"
+    source = ["--json", str(data / "train.json"), "--images", str(data)]
+    assert extract.main([*source, "--output", str(store), "--channels", "4", "--workers", "0"]) == 0
+    samples = SampleStore(store)
+    assert (samples.channels, samples.dtype) == (4, np.uint16)
+    whole = np.load(data / "0.npy")
+    number = int(np.flatnonzero(samples.image_ids == 1)[0])
+    x0, y0, x1, y1 = samples.boxes[number].astype(int)
+    assert np.array_equal(samples.decode(number), whole[y0:y1, x0:x1])  # without loss
+    pixels = np.concatenate([np.load(data / f"{n}.npy").reshape(-1, 4) for n in range(6)])
+    assert samples.header["pixel_mean"] == pytest.approx(pixels.mean(axis=0), rel=1e-5)
+    assert samples.header["pixel_std"] == pytest.approx(pixels.std(axis=0), rel=1e-5)
+
+    own = ["MODEL.BACKBONE.NAME", "build_resnet_backbone", *THIN, "MODEL.RESNETS.NORM", "BN"]
+    own += ["SOLVER.MAX_ITER", "2", "MODEL.JIGSAW.ERF.FIGURES", "True", "SOLVER.BASE_LR", "0.001"]
+    run = ["--config-file", "jigsaw_R_50.yaml", *tiny_options(tmp_path, *own)]
+    assert pretrain.main(run) == 0
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    assert "FORMAT: C4" in saved
+    weights = tmp_path / "w.pkl"
+    assert convert.main(["--input", str(tmp_path / "run"), "--output", str(weights)]) == 0
+    arrays, metadata = read_converted(weights)
+    assert arrays["stem.conv1.weight"].shape[1] == 4 and metadata.input_format == "C4"
+    assert list(metadata.pixel_std) == samples.header["pixel_std"]
+    figure = tmp_path / "samples.png"
+    assert visualize.main(["samples", str(store), "--output", str(figure)]) == 0 and figure.exists()
+
+    sets = ["DATASETS.TRAIN", "('four',)", "DATASETS.TEST", "('four',)"]
+    files = str([["four", str(data / "train.json"), str(data)]])
+    options = [*SMALL, *THIN, "DATASETS.COCO_FILES", files, *sets, "SOLVER.MAX_ITER", "2"]
+    options += ["SOLVER.BASE_LR", "0.0001", "SEED", "1", "OUTPUT_DIR", str(tmp_path / "detector")]
+    arguments = ["--config-file", FPN, "--weights", str(weights)]
+    assert finetune.main([*arguments, *options]) == 0
+    results = json.loads((tmp_path / "detector" / "results.json").read_text())
+    assert "AP" in results["bbox"]
+    assert "all 265 tensors of the backbone" in (tmp_path / "detector" / "log.txt").read_text()
+
+
+def test_the_canvas_has_their_numbers(tmp_path: Path) -> None:
+    """Float32 of what is not uint8, every channel drawn."""
+    from jigsaw_d2.config import get_jigsaw_cfg
+    from jigsaw_d2.data.build import jigsaw_stream
+
+    data, store = draw_set(tmp_path / "set"), tmp_path / "store"
+    source = ["--json", str(data / "train.json"), "--images", str(data)]
+    extract.main([*source, "--output", str(store), "--channels", "4", "--workers", "0"])
+    cfg = get_jigsaw_cfg("Base-JigsawPretrain.yaml", tiny_options(tmp_path, "INPUT.FORMAT", "RGBN"))
+    images = jigsaw_stream(cfg, SampleStore(store))[range(2)]["image"]
+    assert images.dtype == torch.float32 and images.shape == (2, 4, 64, 64)
+    assert images[:, 3].max() > 30000 and images[:, :3].max() < 4001
+    assert all(images[:, c].max() > 1000 for c in range(4))
+
+
+def read_twice(path: str) -> np.ndarray:
+    """A user's own reader: a picture beside its negative."""
+    picture = cv2.imread(path)
+    return np.concatenate([picture, 255 - picture], axis=2)
+
+
+def test_a_users_reader(tiny_coco: Path, tmp_path: Path) -> None:
+    source = ["--json", str(tiny_coco / "train.json"), "--images", str(tiny_coco / "images")]
+    own = ["--channels", "6", "--reader", "test_channels:read_twice", "--workers", "0"]
+    assert extract.main([*source, "--output", str(tmp_path / "six"), *own]) == 0
+    store = SampleStore(tmp_path / "six")
+    sample = store.decode(0).astype(int)
+    assert sample.shape[2] == 6 and (sample[..., :3] + sample[..., 3:] == 255).all()
+    assert store.header["pixel_mean"][0] + store.header["pixel_mean"][3] == pytest.approx(255)
