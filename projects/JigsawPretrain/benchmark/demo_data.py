@@ -5,6 +5,7 @@ depends on (seed, split, its number) alone. Pairs of classes share a silhouette 
 texture and in the hue of one of their two colours. The ground and objects of no class have any.
 """
 
+import colorsys
 import itertools
 import json
 import shutil
@@ -232,9 +233,9 @@ def _blend(tone: Array, rng: np.random.Generator, hue: int | None = None) -> Arr
     while True:
         one, other = rng.uniform(0, 255, size=(2, 3))
         if hue is not None:
-            degrees = (hue + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) % 360
-            hsv = np.array([[[degrees, rng.uniform(0.7, 1), rng.uniform(0.6, 1)]]], np.float32)
-            one = 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0]
+            turn = (hue + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) % 360 / 360
+            hsv = turn, rng.uniform(0.7, 1), rng.uniform(0.6, 1)
+            one = 255 * np.array(colorsys.hsv_to_rgb(*hsv))
         if np.abs(one - other).sum() > 150:
             return one * (1 - tone[..., None]) + other * tone[..., None]
 
