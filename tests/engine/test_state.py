@@ -1,5 +1,6 @@
 """state.py: files whole or absent, tags that name a good one, metrics without seams, generators."""
 
+import errno
 import os
 import random
 
@@ -16,7 +17,7 @@ from jigsaw_d2.engine.state import (
     set_random_state,
     truncate_metrics,
 )
-from jigsaw_d2.io import CheckpointError
+from jigsaw_d2.io import CheckpointError, RunError
 
 CPU = torch.device("cpu")
 
@@ -42,11 +43,11 @@ def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, fa
     before = (tmp_path / "model_final.pth").read_bytes()
 
     def fail(*args):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(fail_at, fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(RunError, match="model_final.pth: No space left on device; model_final"):
             checkpointer.save("model_final", iteration=2, jigsaw={})
     assert (tmp_path / "model_final.pth").read_bytes() == before
     assert checkpointer.load_state(checkpointer.get_checkpoint_file())["iteration"] == 1
