@@ -103,20 +103,22 @@ def compute_features(
     """Features of one normalised image (channels, H, W) in float64, or float32 where that fails.
 
     Args:
-        backbone: is left in eval mode and in that precision.
+        backbone: is left in eval mode, in that precision, and, if it runs there, on the CPU.
         head: a detector's res5 that it applies to regions of res4; here to all of it.
     """
-    device = next(backbone.parameters()).device
-    for dtype in (torch.float64, torch.float32):
+    own = next(backbone.parameters()).device
+    # Where float64 is what it says; a GPU for what no CPU has, as Detectron2's deformable stages.
+    ways = [(torch.device("cpu"), torch.float64), (own, torch.float64), (own, torch.float32)]
+    for device, dtype in dict.fromkeys(ways):
         images = image[None].to(device, dtype)
         try:
             with torch.compiler.set_stance("force_eager"):
-                features = backbone.to(dtype).eval()(images)
+                features = backbone.to(device, dtype).eval()(images)
                 if not isinstance(features, Mapping):
                     raise TypeError(f"its output is no dict of features: {type(features).__name__}")
                 features = dict(features)
                 if head is not None and "res5" not in features:
-                    features["res5"] = head.to(dtype).eval()(features["res4"])
+                    features["res5"] = head.to(device, dtype).eval()(features["res4"])
             return features
         except RuntimeError:
             if dtype == torch.float32:
