@@ -33,7 +33,8 @@ def make_coco(
 ) -> Path:
     """Write images/, train.json and val.json (a third as many images); returns ``folder``.
 
-    Every image has 4 objects; the first has a crowd as well, the last has none at all.
+    Every image has 4 objects; the first has a crowd as well, the last has none at all, so that val
+    has an object where ``images`` is 6 or more.
     """
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)

@@ -101,7 +101,7 @@ class Bench:
     @functools.cached_property
     def coco(self) -> Path:
         """A COCO-format set, see ``helpers_coco.make_coco``."""
-        return make_coco(self.folder / "coco", images=self.pick(24, 3))
+        return make_coco(self.folder / "coco", images=self.pick(24, 6))
 
     @property
     def loader_workers(self) -> int:
