@@ -198,6 +198,7 @@ def read_tensors(path: str | Path, trust: bool = False) -> tuple[Arrays, Weights
         for wrapping in ("model", "state_dict", "blobs"):
             if isinstance(tensors.get(wrapping), Mapping):
                 tensors = tensors[wrapping]
+        tensors = _without_prefix(path, tensors)
         if {"conv1_w", "res2_0_branch2a_w"} <= set(tensors):
             arrays, metadata = from_msra(tensors)
         elif data.get("__author__") == "torchvision" or "layer1.0.conv1.weight" in tensors:
@@ -218,6 +219,28 @@ def read_tensors(path: str | Path, trust: bool = False) -> tuple[Arrays, Weights
             metadata = _known_resnet(metadata, cfg, arrays)
         metadata = replace(metadata, network=describe(backbone, metadata, cfg))
     return arrays, metadata
+
+
+def _without_prefix(path: Path, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A ResNet's tensors by torchvision's names, of a file that has them within another module.
+
+    Raises:
+        CheckpointError: of several ResNets, such as a teacher and its student.
+    """
+    known = "layer1.0.conv1.weight"
+    prefixes = [name.removesuffix(known) for name in tensors if name.endswith("." + known)]
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            f"{path}: holds several ResNets ({', '.join(prefixes)}); leave the tensors of one in it"
+        )
+    if not prefixes:
+        return tensors
+    kept = {n.removeprefix(p): v for p in prefixes for n, v in tensors.items() if n.startswith(p)}
+    logger.info(
+        "%s: read without %s in the names, and without %d tensors of other parts",
+        *(path, prefixes[0], len(tensors) - len(kept)),
+    )
+    return kept
 
 
 def _known_resnet(metadata: WeightsMetadata, cfg: CfgNode, arrays: Arrays) -> WeightsMetadata:
@@ -323,6 +346,13 @@ def _from_imagenet(
     tensors: Mapping[str, Any], inputs: tuple[str, tuple, tuple], stride_in_1x1: bool
 ) -> tuple[Arrays, WeightsMetadata]:
     arrays = _keep_resnet(tensors)
+    channels = arrays["stem.conv1.weight"].shape[1] if "stem.conv1.weight" in arrays else 3
+    if channels != len(inputs[1]):
+        raise WeightsError(
+            f"conv1 sees {channels} channels; the mean and std that go with such a file are "
+            f"ImageNet's, of {len(inputs[1])}: only the checkpoint of a pre-training with "
+            f"INPUT.FORMAT C{channels} says those of other channels"
+        )
     architecture = Architecture(
         **{"width_per_group": 64, **read_architecture(_shapes(arrays))},
         stride_in_1x1=stride_in_1x1,

@@ -32,7 +32,7 @@ from jigsaw_d2.checkpoint.convert import (
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.metadata import Architecture
 from jigsaw_d2.detection.config import apply_metadata
-from jigsaw_d2.io import ConfigError, WeightsError
+from jigsaw_d2.io import CheckpointError, ConfigError, WeightsError
 
 IMAGES = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 X101 = ["MODEL.RESNETS.DEPTH", "101", "MODEL.RESNETS.NUM_GROUPS", "32"]
@@ -191,3 +191,29 @@ def test_networks_that_torchvision_lacks(overrides: list[str], named: str, tmp_p
     with pytest.raises(WeightsError, match=named):
         convert_checkpoint(weights, tmp_path / "tv.pth", format="torchvision")
     assert not (tmp_path / "tv.pth").exists()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "backbone.", "model.encoder_q."])
+def test_a_resnet_within_another_module_is_read(tmp_path, prefix):
+    model = torchvision.models.resnet18()
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": {**state, "head.weight": torch.zeros(2)}}, tmp_path / "outer.pth")
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    outer, bare = (read_backbone(tmp_path / name)[0] for name in ("outer.pth", "bare.pth"))
+    assert outer.keys() == bare.keys()
+    assert all((outer[name] == bare[name]).all() for name in bare)
+
+
+def test_two_resnets_in_one_file_are_named(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    both = {p + name: value for p in ("encoder_q.", "encoder_k.") for name, value in state.items()}
+    torch.save(both, tmp_path / "moco.pth")
+    with pytest.raises(CheckpointError, match="several ResNets .encoder_q., encoder_k.."):
+        read_backbone(tmp_path / "moco.pth")
+
+
+def test_other_channels_than_imagenets_are_refused(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    torch.save({**state, "conv1.weight": torch.zeros(64, 4, 7, 7)}, tmp_path / "four.pth")
+    with pytest.raises(WeightsError, match="conv1 sees 4 channels"):
+        read_backbone(tmp_path / "four.pth")
