@@ -33,6 +33,9 @@ HARMLESS = frozenset(
     "category_ids_with_gaps box_clipped image_grey image_palette image_cmyk image_alpha "
     "image_rotated image_16_bit_colour image_bands_dropped".split()
 )
+UNREADABLE = frozenset(
+    "image_missing image_unreadable image_empty image_not_an_image image_truncated".split()
+)
 
 
 @dataclass
@@ -199,8 +202,18 @@ def check_same_classes(classes: Mapping[str, list[str]]) -> None:
 
 
 def check_objects(name: str, clean: CleanSet, held_out: bool) -> None:
-    """Raise DataError for a set without any object: nothing to learn from, or to be scored by."""
+    """Raise DataError for a set without any object, and for a held-out set with unreadable images.
+
+    A score over the images that are left would be compared with scores over all of them.
+    """
     if clean.objects:
+        lost = [(r, n) for r, n in clean.log.counts.items() if n and r in UNREADABLE]
+        if held_out and lost:
+            raise DataError(
+                f"dataset {name!r} has images that cannot be read, on which nothing would be "
+                f"scored ({', '.join(f'{n} x {r}' for r, n in lost)}, for example "
+                f"{clean.log.examples[lost[0][0]][0]}): mend them, or take them out of its json"
+            )
         return
     why = "there is nothing to learn from"
     if held_out:

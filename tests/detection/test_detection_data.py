@@ -102,6 +102,10 @@ def no_images(content: dict) -> None:
         image["file_name"] = "gone" + image["file_name"]
 
 
+def one_image_less(content: dict) -> None:
+    content["images"][0]["file_name"] = "gone.png"
+
+
 def other_order(content: dict) -> None:
     content["categories"][0]["id"], content["categories"][1]["id"] = 2, 1
 
@@ -110,6 +114,7 @@ def other_order(content: dict) -> None:
     "change, message",
     [
         (no_objects, "'held_out_set' has no usable object, so nothing can be evaluated"),
+        (one_image_less, "'held_out_set' has images that cannot be read.*1 x image_missing.*gone"),
         (no_images, "nothing can be evaluated.*4 x image_missing.*gone0.png"),
         (other_order, r"different classes: .*\(cell, plate, rod\), .*\(plate, cell, rod\)"),
     ],
