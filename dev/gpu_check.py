@@ -53,6 +53,7 @@ CHECKS: dict[str, Check] = {
     "cuda_tests": machine.cuda_tests,
     "variants": steps.variants,
     "compiled": steps.compiled,
+    "deterministic": speed.deterministic,
     "speed_512_fp32": partial(speed.speed, batch=512, mode="fp32"),
     **{
         f"speed_256_{m}": partial(speed.speed, batch=256, mode=m)

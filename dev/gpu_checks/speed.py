@@ -88,6 +88,20 @@ def real_loader(bench: Bench) -> Iterator[Finding]:
     yield bench.goal("wait for data", f"{wait:.2%} of a step", "< 2 %", wait < 0.02)
 
 
+def deterministic(bench: Bench) -> Iterator[Finding]:
+    """What ``train_net.py --deterministic`` costs."""
+    mode, batch, n = "fp16", bench.pick(BATCH, 2), bench.pick(20, 2)
+    keys, seconds = {"SOLVER.IMS_PER_BATCH": batch, "CUDNN_BENCHMARK": True}, {}
+    for exact in (False, True):
+        with bench.trainer(mode, {**keys, "SOLVER.DETERMINISTIC": exact}) as (_, steps):
+            steps(n // 4 + 1)
+            seconds[exact] = _seconds(steps, n)
+    torch.use_deterministic_algorithms(False)
+    rates = ", ".join(f"{n * batch / value:,.0f}" for value in seconds.values())
+    value = f"{seconds[True] / seconds[False]:.2f} times the time in {mode}: {rates} images/s"
+    yield note("--deterministic", value)
+
+
 def erf_refresh(bench: Bench) -> Iterator[Finding]:
     """What a refresh of the label weights costs, in iterations of batch 512."""
     mode = _best(bench, BATCH, among=tuple(AMP_DTYPES)) or "bf16"
