@@ -7,7 +7,7 @@ OUTPUT/lengths.json
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -155,6 +155,12 @@ class Job:
         )
         passes = len(SampleStore(self.store)) / (4 * batches[0]), images / batches[1]
         lengths = plan_lengths(seconds, self.seconds, trial, *passes, settings["detectors"])
+        dear = trial.detection_step / batches[1] / (trial.pretrain_step / batches[0])
+        explanation = (
+            f"{lengths.explanation}; an image costs the detector as much as {dear:.3g} Jigsaw "
+            "images (the dearer, the sooner pre-training pays)"
+        )
+        lengths = replace(lengths, explanation=explanation)
         content = {"settings": settings, "trial": asdict(trial), "lengths": asdict(lengths)}
         write_text(path, json.dumps(content, indent=1) + "\n")
         return lengths

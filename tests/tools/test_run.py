@@ -88,6 +88,8 @@ def test_time_budget_measures_sets_lengths_and_keeps_them(job, gpus):
     assert folders == [str(job.output / "trial" / "pretrain"), str(job.output / "pretrain")]
     assert "budget 2000 s" in first.explanation and first.explanation in first.report([])
     assert "for each of 2 detectors" in first.explanation  # scratch is trained too
+    # 2 s for 4 images of the detector, 1 s for 16 Jigsaw images
+    assert "costs the detector as much as 8 Jigsaw images" in first.explanation
     assert do(job, None, seconds=2000, num_gpus=2).explanation == first.explanation
     with pytest.raises(ConfigError, match="seconds: 2000 -> 3000"):
         do(job, None, seconds=3000)
