@@ -53,13 +53,13 @@ def set_up(venv: Path) -> None:
         make_venv(venv)
         if _detectron2_state(venv) == "user":
             # Built against the torch that is here: pins of ours could break it.
-            _pip(venv, "-e", f"{ROOT}[benchmark,test]", constrained=False)
+            _pip(venv, "-e", f"{ROOT}[benchmark,test,timm]", constrained=False)
         else:
             _check_python(venv)
             _pip(venv, *FOUNDATION)
             _run(venv, str(ROOT / "dev" / "install_detectron2.py"))
             # "detectron2" is there by now; naming it brings what it needs at run time.
-            _pip(venv, "detectron2", "-e", f"{ROOT}[benchmark,test]")
+            _pip(venv, "detectron2", "-e", f"{ROOT}[benchmark,test,timm]")
         verify(venv)
         _write(stamp, key)
 

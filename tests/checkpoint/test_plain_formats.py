@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 from helpers_weights import RESNET_18, convert, pretrain_config, save_checkpoint
 
-from jigsaw_d2.checkpoint.convert import convert_checkpoint
+from jigsaw_d2.checkpoint.convert import convert_checkpoint, read_tensors
 from jigsaw_d2.io import WeightsError
 
 IMAGES = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -34,8 +34,11 @@ def test_timm_loads_it_strictly(network: str, tmp_path: Path) -> None:
 
 def test_a_resnet_of_detectron2s_is_timms_too(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
-    convert_checkpoint(convert(tmp_path, *RESNET_18), tmp_path / "r18.pth", format="timm")
-    timm.create_model("resnet18", checkpoint_path=str(tmp_path / "r18.pth"))
+    weights = convert(tmp_path, *RESNET_18)
+    convert_checkpoint(weights, tmp_path / "r18.pth", format="timm")
+    theirs = timm.create_model("resnet18", checkpoint_path=str(tmp_path / "r18.pth"))
+    stem = read_tensors(weights)[0]["stem.conv1.weight"]
+    assert torch.equal(theirs.conv1.weight, torch.from_numpy(stem))
 
 
 def test_the_bare_module_and_what_is_not_timms(tmp_path: Path) -> None:
