@@ -7,7 +7,7 @@ the paper is silent, our decision with its reason beside the key (marked "ours")
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import detectron2
@@ -79,6 +79,9 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Keep the inputs of the backbone's blocks alone and compute what lies between twice: less
     # memory, a third more time (ours).
     cfg.MODEL.JIGSAW.ACTIVATION_CHECKPOINTING = False
+    # Of MODEL.BACKBONE.NAME build_lazy_backbone: the LazyConfig whose backbone is trained, a .py
+    # file or a name in Detectron2's zoo; as train_net.py --backbone-from.
+    cfg.MODEL.JIGSAW.BACKBONE_FROM = ""
     # Fine-tuning only. Where a detector's weights must come from: "jigsaw", "imagenet", "scratch",
     # or "" = anywhere. A table row's config names it, so that no row runs from the wrong file.
     cfg.MODEL.JIGSAW.ORIGIN = ""
@@ -218,7 +221,7 @@ def get_jigsaw_cfg(
 
     Raises:
         FileNotFoundError: ``config_file`` is neither a path nor a shipped name.
-        ConfigError: see ``refuse_code``.
+        ConfigError: see ``refuse_code`` and ``refuse_program``.
     """
     cfg = get_cfg()
     add_jigsaw_config(cfg)
@@ -227,6 +230,7 @@ def get_jigsaw_cfg(
         refuse_code(path, trust)
         cfg.merge_from_file(path)
     cfg.merge_from_list(overrides or [])
+    refuse_program(cfg, config_file, overrides or [], trust)
     return cfg
 
 
@@ -274,6 +278,22 @@ def refuse_code(path: str, trust: bool = False) -> None:
         base = os.path.expanduser(base)
         remote = base.startswith(("http://", "https://"))  # found as fvcore finds them
         refuse_code(base if remote else os.path.join(os.path.dirname(path), base))
+
+
+def refuse_program(
+    cfg: CfgNode, where: str | Path, overrides: Sequence[str] = (), trust: bool = False
+) -> None:
+    """Refuse a file of MODEL.JIGSAW.BACKBONE_FROM that ``where`` names, and no one's command line.
+
+    Raises:
+        ConfigError: not with ``trust``, nor where it is one of ``overrides``, KEY VALUE ...
+    """
+    key, program = "MODEL.JIGSAW.BACKBONE_FROM", cfg.MODEL.JIGSAW.BACKBONE_FROM
+    if Path(program).is_file() and not trust and key not in overrides[::2]:
+        raise ConfigError(
+            f"{where}: refused, because its {key} {program} is a program that would run; if that "
+            f"file is your own, --trust runs it, or {key} {program} among the KEY VALUE pairs"
+        )
 
 
 def scale_to_batch(cfg: CfgNode) -> CfgNode:

@@ -20,7 +20,7 @@ from detectron2.data import MetadataCatalog
 from jigsaw_d2.checkpoint import detector
 from jigsaw_d2.checkpoint.convert import check_free, read_converted, read_tensors
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
-from jigsaw_d2.config import add_jigsaw_config, find_config, refuse_code
+from jigsaw_d2.config import add_jigsaw_config, find_config, refuse_code, refuse_program
 from jigsaw_d2.detection.data import prepare_data
 from jigsaw_d2.detection.kinds import fit_kind
 from jigsaw_d2.io import ConfigError, write_text
@@ -62,6 +62,7 @@ def load_detection_config(
         cfg = _merged(path, trust)
         where = f"overrides {list(overrides)}"
         cfg.merge_from_list(list(overrides))
+        refuse_program(cfg, path, overrides, trust)
     except ConfigError:
         raise
     except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
@@ -184,6 +185,8 @@ def apply_metadata(
     library = library_of((metadata.network or {}).get("backbone", ""))
     if library and library_of(cfg.MODEL.BACKBONE.NAME) != library:
         network["MODEL.BACKBONE.NAME"] = cfg.MODEL.BACKBONE.NAME.replace("resnet", library)
+    if cfg.MODEL.JIGSAW.BACKBONE_FROM:  # it says what the network is
+        network = {}
     is_scratch = metadata.origin == "scratch"
     is_detector = metadata.origin == detector.ORIGIN
     if is_detector:

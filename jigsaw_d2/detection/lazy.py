@@ -6,15 +6,14 @@ model's and the mappers' nodes, and the backbone loaded strictly.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model, default_writers, hooks
 from detectron2.engine.defaults import default_setup
@@ -28,6 +27,7 @@ from jigsaw_d2.checkpoint.metadata import WeightsMetadata
 from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.detection.config import read_metadata
 from jigsaw_d2.io import ConfigError, RunError
+from jigsaw_d2.modeling.lazy import nodes, read_lazy_config
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,7 @@ def load_lazy_config(
     Raises:
         ConfigError: no such config, or an override that contradicts the weights, with both.
     """
-    try:
-        cfg = LazyConfig.load(path) if Path(path).is_file() else model_zoo.get_config(path)
-        cfg = LazyConfig.apply_overrides(cfg, list(overrides))
-    except Exception as error:  # a LazyConfig is a program of anyone's
-        raise ConfigError(f"{path}: no LazyConfig: {type(error).__name__}: {error}") from error
+    cfg = read_lazy_config(path, overrides)
     if "model" not in cfg or "dataloader" not in cfg or "train" not in cfg:
         raise ConfigError(f"{path}: no model, dataloader and train in this LazyConfig")
     explicit = {override.lstrip("+").partition("=")[0] for override in overrides}
@@ -58,7 +54,7 @@ def load_lazy_config(
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         logger.warning("no GPU here: train.device cuda -> cpu, without synchronised norms and AMP")
         cfg.train.device, cfg.train.amp.enabled = "cpu", False
-        for node, _ in _nodes(cfg.model):
+        for node, _ in nodes(cfg.model):
             if "Sync" in str(node.get("norm", "")):
                 node.norm = "BN"
     return cfg
@@ -78,7 +74,7 @@ def apply_metadata(
     wanted["model.pixel_std"] = list(metadata.pixel_std)
     for split in ("train", "test"):
         wanted[f"dataloader.{split}.mapper.image_format"] = metadata.input_format
-    for node, place in _nodes(cfg.model):
+    for node, place in nodes(cfg.model):
         target = node.get("_target_", "")
         home = str(getattr(target, "__module__", target))
         if not architecture.is_resnet or "backbone.resnet" not in home:
@@ -112,15 +108,6 @@ def _at(cfg: DictConfig, path: str) -> DictConfig | None:
             return None
         cfg = cfg[part]
     return cfg
-
-
-def _nodes(node: Any, place: str = "") -> Iterator[tuple[DictConfig, str]]:
-    """Every node with keys in ``node``, and its dotted place."""
-    if isinstance(node, DictConfig):
-        yield node, place
-        for key in node:
-            if not OmegaConf.is_interpolation(node, key):
-                yield from _nodes(node[key], f"{place}.{key}".lstrip("."))
 
 
 def finetune(

@@ -204,11 +204,16 @@ class Job:
             ],
             "labels": [*config, "--store", store, "--weights", checkpoint],
         }
+        # What the config names to run, the command line has to name too.
+        key, cfg = "MODEL.JIGSAW.BACKBONE_FROM", self.pipeline.pretrain_cfg(self.pretrain)
+        program = cfg.MODEL.JIGSAW.BACKBONE_FROM
         for name, argv in figures.items():
             path = str(folder / f"{name}.png")
             if not Path(path).is_file():
                 say(f"draw {path}")
-                visualize.main([name, *argv, "--output", path, *self.pipeline.register_flags])
+                argv = [name, *argv, "--output", path, *self.pipeline.register_flags]
+                named = ["--opts", key, program] if program and name != "samples" else []
+                visualize.main([*argv, *named])
         return [folder / f"{name}.png" for name in figures]
 
     def tables(self) -> str:
