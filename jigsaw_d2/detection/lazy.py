@@ -6,7 +6,7 @@ model's and the mappers' nodes, and the backbone loaded strictly.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.metadata import WeightsMetadata
 from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.detection.config import read_metadata
-from jigsaw_d2.io import ConfigError, RunError
+from jigsaw_d2.io import ConfigError, RunError, write_text
 from jigsaw_d2.modeling.lazy import nodes, read_lazy_config
 
 logger = logging.getLogger(__name__)
@@ -51,13 +51,64 @@ def load_lazy_config(
     explicit = {override.lstrip("+").partition("=")[0] for override in overrides}
     apply_metadata(cfg, read_metadata(weights), explicit, force)
     cfg.train.init_checkpoint = str(Path(weights).resolve())
+    if "DATASETS" in cfg:
+        files = OmegaConf.to_container(cfg.DATASETS.COCO_FILES)
+        register_coco_files(SimpleNamespace(DATASETS=SimpleNamespace(COCO_FILES=files)))
+        _fit_classes(cfg)
+    return cfg
+
+
+def write_plain_config(
+    output: str, path: str, weights: str, overrides: Sequence[str] = (), force: bool = False
+) -> str:
+    """Write ``load_lazy_config``'s changes of ``path`` for Detectron2's own script; returns them.
+
+    The written file is a LazyConfig, loads ``path`` and registers the sets of DATASETS.COCO_FILES.
+    """
+    before, after = read_lazy_config(path), load_lazy_config(path, weights, overrides, force)
+    sets = OmegaConf.to_container(after.pop("DATASETS", OmegaConf.create({"COCO_FILES": []})))
+    found = (OmegaConf.to_container(cfg, resolve=False) for cfg in (before, after))
+    changes = "\n".join(_assignments(*found))
+    lines = ["# For Detectron2's own tools/lazyconfig_train_net.py --config-file THIS."]
+    if Path(path).is_file():
+        lines += ["from detectron2.config import LazyConfig"]
+        lines += [f"_cfg = LazyConfig.load({str(Path(path).resolve())!r})"]
+    else:
+        lines += ["from detectron2 import model_zoo", f"_cfg = model_zoo.get_config({path!r})"]
+    for set_name, *files in sets["COCO_FILES"]:
+        places = ", ".join(repr(str(Path(file).resolve())) for file in files)
+        lines += ["from detectron2.data.datasets import register_coco_instances"]
+        lines += [f"register_coco_instances({set_name!r}, {{}}, {places})"]
+    lines += [f"{key} = _cfg[{key!r}]" for key in before]
+    write_text(output, "\n".join([*lines, changes]) + "\n")
+    return changes
+
+
+def _assignments(before: Any, after: Any, place: str = "") -> Iterator[str]:
+    """Lines of Python that make plain values ``before`` those of ``after``."""
+    if before == after:
+        return
+    kinds, pairs = {type(before), type(after)}, []
+    if kinds == {dict}:
+        yield from (f"del {place}[{key!r}]" for key in before if key not in after)
+        pairs = [(key, before.get(key, ...), after[key]) for key in after]
+    elif kinds == {list} and len(before) == len(after) and any(type(v) is dict for v in after):
+        pairs = [(i, *values) for i, values in enumerate(zip(before, after))]
+    else:
+        yield f"{place} = {after!r}"
+    for key, *values in pairs:
+        below = f"{place}.{key}".lstrip(".") if str(key).isidentifier() else f"{place}[{key!r}]"
+        yield from _assignments(*values, below)
+
+
+def _fit_machine(cfg: DictConfig) -> None:
+    """On a machine without GPU: the CPU, no synchronised norm, no mixed precision; logged."""
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         logger.warning("no GPU here: train.device cuda -> cpu, without synchronised norms and AMP")
         cfg.train.device, cfg.train.amp.enabled = "cpu", False
         for node, _ in nodes(cfg.model):
             if "Sync" in str(node.get("norm", "")):
                 node.norm = "BN"
-    return cfg
 
 
 def apply_metadata(
@@ -126,13 +177,10 @@ def finetune(
         JigsawError: weights or config that do not fit.
     """
     cfg = load_lazy_config(path, weights, overrides, force)
+    _fit_machine(cfg)
     output = Path(cfg.train.output_dir)
     if (output / "last_checkpoint").is_file() and not (resume or eval_only):
         raise RunError(f"{output} holds a run: --resume continues it, another folder starts anew")
-    if "DATASETS" in cfg:
-        files = OmegaConf.to_container(cfg.DATASETS.COCO_FILES)
-        register_coco_files(SimpleNamespace(DATASETS=SimpleNamespace(COCO_FILES=files)))
-        _fit_classes(cfg)
     setup_logger(str(output), comm.get_rank(), name="jigsaw_d2", abbrev_name="jigsaw")
     default_setup(cfg, SimpleNamespace(config_file="", eval_only=eval_only, resume=resume))
     model = instantiate(cfg.model).to(cfg.train.device)

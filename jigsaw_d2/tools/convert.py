@@ -29,8 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--format", choices=formats, default=formats[0], help="default: %(default)s")
     add("--force", action="store_true", help="replace files that exist")
     add("--origin", default="", help="of torchvision weights that ImageNet did not train: whence")
-    text = "write a config with which Detectron2's plain tools/train_net.py fine-tunes them"
-    add("--write-config", metavar="OUT.yaml", help=text)
+    text = (
+        "write a config with which Detectron2's plain tools/train_net.py fine-tunes them, or its "
+    )
+    text += "lazyconfig_train_net.py where --config-file is a LazyConfig"
+    add("--write-config", metavar="OUT", help=text)
     text = "detection config for --write-config, which KEY VALUE pairs change: zoo name or path"
     add("--config-file", default="", help=text)
     text = "for --write-config: take depth, groups, widths, deformable stages from the weights"
@@ -64,14 +67,36 @@ def main(argv: list[str] | None = None) -> int:
     required = nested(metadata.required_config())
     out.write(f"# a detector that uses these weights needs\n{config.changes_yaml(required)}")
     if args.write_config:
-        given = (args.config_file, args.output, args.opts)
-        match = args.match_architecture
-        cfg = config.setup_finetune(*given, match_architecture=match, trust=args.trust, here=False)
+        write_config(args, args.output)
+    return 0
+
+
+def write_config(args: argparse.Namespace, weights: str, insist: bool = False) -> None:
+    """Write --write-config for ``weights``; print what they change in --config-file.
+
+    ``insist``: overrides win over the weights.
+    """
+    from jigsaw_d2.checkpoint.convert import check_free
+    from jigsaw_d2.detection import config
+
+    check_free(args.write_config, args.force)
+    if args.config_file.endswith(".py"):
+        from jigsaw_d2.detection.lazy import write_plain_config
+
+        given = (args.write_config, args.config_file, weights, args.opts)
+        changes = write_plain_config(*given, force=insist) + "\n"
+    else:
+        cfg = config.setup_finetune(
+            *(args.config_file, weights, args.opts),
+            match_architecture=args.match_architecture,
+            force=insist,
+            trust=args.trust,
+            here=False,
+        )
         config.write_plain_config(args.write_config, cfg, force=args.force)
         before = config.load_detection_config(args.config_file, args.opts, args.trust)
         changes = config.changes_yaml(config.config_changes(before, cfg))
-        out.write(f"# {args.write_config}: {args.config_file} changed in\n{changes}")
-    return 0
+    sys.stdout.write(f"# {args.write_config}: {args.config_file} changed in\n{changes}")
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
