@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -12,7 +13,10 @@ from helpers_run import tiny_options
 from helpers_weights import FPN, SMALL, THIN
 
 from jigsaw_d2.checkpoint.convert import read_converted
+from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.data.build import build_jigsaw_train_loader, jigsaw_stream
 from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.io import ConfigError
 from jigsaw_d2.tools import convert, extract, finetune, pretrain, visualize
 
 
@@ -74,16 +78,20 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert "all 265 tensors of the backbone" in (tmp_path / "detector" / "log.txt").read_text()
 
 
-def test_the_canvas_has_their_numbers(tmp_path: Path) -> None:
-    """Float32 of what is not uint8, every channel drawn."""
-    from jigsaw_d2.config import get_jigsaw_cfg
-    from jigsaw_d2.data.build import jigsaw_stream
-
+def test_the_canvas_has_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 of what is not uint8, every channel drawn; as much memory is asked for."""
     data, store = draw_set(tmp_path / "set"), tmp_path / "store"
     source = ["--json", str(data / "train.json"), "--images", str(data)]
     extract.main([*source, "--output", str(store), "--channels", "4", "--workers", "0"])
     cfg = get_jigsaw_cfg("Base-JigsawPretrain.yaml", tiny_options(tmp_path, "INPUT.FORMAT", "RGBN"))
     images = jigsaw_stream(cfg, SampleStore(store))[range(2)]["image"]
+    cfg.DATALOADER.NUM_WORKERS, free = 1, 2 * images.numel() * images.element_size()
+    usage = SimpleNamespace(free=2 * free)  # two batches of four images, made ahead
+    monkeypatch.setattr("jigsaw_d2.data.build.shutil.disk_usage", lambda folder: usage)
+    build_jigsaw_train_loader(cfg)
+    usage.free -= 1
+    with pytest.raises(ConfigError, match="/dev/shm"):
+        build_jigsaw_train_loader(cfg)
     assert images.dtype == torch.float32 and images.shape == (2, 4, 64, 64)
     assert images[:, 3].max() > 30000 and images[:, :3].max() < 4001
     assert all(images[:, c].max() > 1000 for c in range(4))
