@@ -233,8 +233,10 @@ class TrainStep:
             raise ConfigError(
                 f"{len(idle)} parameters receive no gradient, for MODEL.JIGSAW.IN_FEATURE(S) do "
                 f"not depend on them: {', '.join(idle[:5])}{' ...' if len(idle) > 5 else ''}; let "
-                "the backbone build those outputs alone (MODEL.RESNETS.OUT_FEATURES, "
-                "MODEL.FPN.IN_FEATURES or the like)"
+                "the backbone build the classified outputs alone (OUT_FEATURES of MODEL.RESNETS, "
+                "TIMM or TORCHVISION, MODEL.FPN.IN_FEATURES, out_features of a LazyConfig or your "
+                "own), or classify the others too (MODEL.JIGSAW.IN_FEATURES). A detector may have "
+                "more: what only its lower outputs use starts new there"
             )
 
     def _without_sync(self) -> contextlib.AbstractContextManager:

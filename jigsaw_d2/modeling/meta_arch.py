@@ -402,6 +402,6 @@ def check_trainable(model: nn.Module) -> None:
     for names, what in ((frozen, "frozen batch norms"), (fixed, "parameters without gradient")):
         if names:
             raise ConfigError(
-                f"{len(names)} {what} ({', '.join(names[:3])} ...): see MODEL.RESNETS.NORM and "
-                "MODEL.BACKBONE.FREEZE_AT, or the backbone's own code"
+                f"{len(names)} {what} ({', '.join(names[:3])} ...): set MODEL.BACKBONE.FREEZE_AT 0 "
+                "and MODEL.RESNETS.NORM auto, or change what the backbone's own code freezes"
             )

@@ -180,6 +180,7 @@ def test_parts_of_the_backbone_that_do_nothing_are_named(tmp_path):
     trainer = Idle(tiny_cfg(tmp_path))
     before = trainer.model.classifier.weight.clone()
     message = "2 parameters receive no gradient.*: backbone.aside.weight, backbone.aside.bias; let"
+    message += ".*build the classified outputs alone.*MODEL.JIGSAW.IN_FEATURES"
     with pytest.raises(ConfigError, match=message):
         trainer.train()
     assert torch.equal(trainer.model.classifier.weight, before)
