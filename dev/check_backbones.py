@@ -1,6 +1,6 @@
 """Which detectors load which weights, and which backbones go the whole way; tables with counts.
 
-python dev/check_backbones.py zoo          # every YAML config of Detectron2's model zoo x weights
+python dev/check_backbones.py zoo          # every config of Detectron2's model zoo x weights
 python dev/check_backbones.py backbones    # pre-train 5 steps, convert, load, one detector step
 
 Networks are thin and images small: names, strides, norms and inputs are what is looked at. A config
@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 import torch
 from detectron2 import model_zoo
+from detectron2.config import instantiate
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
@@ -29,6 +30,7 @@ from jigsaw_d2.checkpoint.convert import convert_checkpoint, read_converted
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.detection.config import apply_metadata, load_detection_config
+from jigsaw_d2.detection.lazy import load_lazy_config
 from jigsaw_d2.io import JigsawError
 from jigsaw_d2.tools import convert, extract, finetune, pretrain
 
@@ -52,6 +54,9 @@ WEIGHTS = {
     "R-50 DCN": {"DEFORM_ON_PER_STAGE": [False, True, True, True]},
     "R-18": {"DEPTH": 18, "WIDTH_PER_GROUP": 64},
 }
+# As wide as LazyConfigs are, which take no width from the weights.
+WIDE = {"STEM_OUT_CHANNELS": 64, "RES2_OUT_CHANNELS": 256, "WIDTH_PER_GROUP": 64}
+LAZY_WEIGHTS = {"R-50, full width": WIDE, "R-101, full width": WIDE | {"DEPTH": 101}}
 # (builder's library or "detectron2", network, further keys)
 BACKBONES = [
     ("detectron2", "R-50", ["MODEL.RESNETS.NORM", "BN"]),
@@ -92,6 +97,9 @@ def make_weights(folder: Path, name: str, keys: dict) -> Path:
 def try_config(name: str, weights: Path) -> str:
     """ "loaded", or why not, in the first words."""
     try:
+        if name.endswith(".py"):
+            load_backbone(instantiate(load_lazy_config(name, weights).model), weights)
+            return "loaded"
         cfg = load_detection_config(name, flat(SMALL))
         for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
             if "Sync" in cfg.MODEL[part].NORM:
@@ -110,10 +118,13 @@ def try_config(name: str, weights: Path) -> str:
 def run_zoo(folder: Path) -> int:
     """Print how many configs came to what with each kind of weights; 1 where one crashed."""
     root = Path(model_zoo.__file__).parent / "configs"
-    names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*.yaml"))]
-    names = [name for name in names if "Base" not in name]
+    names = [p.relative_to(root).as_posix() for p in sorted(root.rglob("*.*")) if p.is_file()]
+    parts = {end: [n for n in names if n.endswith(end)] for end in (".yaml", ".py")}
+    parts[".yaml"] = [name for name in parts[".yaml"] if "Base" not in name]
+    parts[".py"] = [name for name in parts[".py"] if not name.startswith("common/")]
     rows, failed = [], 0
-    for kind, keys in WEIGHTS.items():
+    for kind, keys in (WEIGHTS | LAZY_WEIGHTS).items():
+        names = parts[".py" if kind in LAZY_WEIGHTS else ".yaml"]
         weights = make_weights(folder, kind, keys)
         outcomes: Counter = Counter()
         for name in names:
@@ -124,7 +135,9 @@ def run_zoo(folder: Path) -> int:
                 outcomes[f"CRASHED {name}: {type(error).__name__}: {error}"[:150]] += 1
         rows += [[kind, outcome, count] for outcome, count in outcomes.most_common()]
         print(f"{kind}: {dict(outcomes)}", file=sys.stderr)
-    print(f"{len(names)} YAML configs x {len(WEIGHTS)} kinds of weights\n")
+    counts = [f"{len(parts['.yaml'])} YAML configs x {len(WEIGHTS)} kinds of weights"]
+    counts += [f"{len(parts['.py'])} LazyConfigs x {len(LAZY_WEIGHTS)}"]
+    print(f"{', '.join(counts)}\n")
     print(tabulate(rows, ["weights", "outcome", "configs"], tablefmt="github"))
     return int(failed > 0)
 

@@ -33,7 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_lazy_config(
-    path: str, weights: str | Path, overrides: Sequence[str] = (), force: bool = False
+    path: str,
+    weights: str | Path,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    read: DictConfig | None = None,
 ) -> DictConfig:
     """The config in ``path``, or of that name in the zoo, with what ``weights`` require.
 
@@ -41,11 +45,12 @@ def load_lazy_config(
         overrides: KEY=VALUE as Detectron2's lazyconfig_train_net.py takes them; besides,
             DATASETS.COCO_FILES='[["mine","train.json","images"]]' registers such sets.
         force: an override wins where it contradicts the weights.
+        read: it has been read already; changed in place.
 
     Raises:
         ConfigError: no such config, or an override that contradicts the weights, with both.
     """
-    cfg = read_lazy_config(path, overrides)
+    cfg = read_lazy_config(path, overrides, read)
     if "model" not in cfg or "dataloader" not in cfg or "train" not in cfg:
         raise ConfigError(f"{path}: no model, dataloader and train in this LazyConfig")
     explicit = {override.lstrip("+").partition("=")[0] for override in overrides}
@@ -65,10 +70,11 @@ def write_plain_config(
 
     The written file is a LazyConfig, loads ``path`` and registers the sets of DATASETS.COCO_FILES.
     """
-    before, after = read_lazy_config(path), load_lazy_config(path, weights, overrides, force)
-    sets = OmegaConf.to_container(after.pop("DATASETS", OmegaConf.create({"COCO_FILES": []})))
-    found = (OmegaConf.to_container(cfg, resolve=False) for cfg in (before, after))
-    changes = "\n".join(_assignments(*found))
+    cfg = read_lazy_config(path)
+    before = OmegaConf.to_container(cfg, resolve=False)
+    load_lazy_config(path, weights, overrides, force, cfg)
+    sets = OmegaConf.to_container(cfg.pop("DATASETS", OmegaConf.create({"COCO_FILES": []})))
+    changes = "\n".join(_assignments(before, OmegaConf.to_container(cfg, resolve=False)))
     lines = ["# For Detectron2's own tools/lazyconfig_train_net.py --config-file THIS."]
     if Path(path).is_file():
         lines += ["from detectron2.config import LazyConfig"]

@@ -14,15 +14,20 @@ from jigsaw_d2.config import in_features
 from jigsaw_d2.io import ConfigError
 
 
-def read_lazy_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
+def read_lazy_config(
+    path: str, overrides: Sequence[str] = (), read: DictConfig | None = None
+) -> DictConfig:
     """The LazyConfig in ``path``, or of that name in the zoo, with KEY=VALUE ``overrides``.
+
+    ``read``: it has been read already; changed in place.
 
     Raises:
         ConfigError: there is none, or it fails.
     """
     try:
-        cfg = LazyConfig.load(path) if Path(path).is_file() else model_zoo.get_config(path)
-        return LazyConfig.apply_overrides(cfg, list(overrides))
+        if read is None:
+            read = LazyConfig.load(path) if Path(path).is_file() else model_zoo.get_config(path)
+        return LazyConfig.apply_overrides(read, list(overrides))
     except Exception as error:  # a LazyConfig is a program of anyone's
         raise ConfigError(f"{path}: no LazyConfig: {type(error).__name__}: {error}") from error
 

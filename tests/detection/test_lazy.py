@@ -11,18 +11,19 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from helpers_weights import RESNET_18, THIN_GN, convert, make_coco
+from helpers_weights import RESNET_18, THIN, THIN_GN, convert, make_coco
 from omegaconf import OmegaConf
 
 from jigsaw_d2.checkpoint.convert import read_converted
 from jigsaw_d2.checkpoint.loading import load_backbone
-from jigsaw_d2.detection.lazy import load_lazy_config
+from jigsaw_d2.detection.lazy import load_lazy_config, write_plain_config
 from jigsaw_d2.io import ConfigError, WeightsError
 from jigsaw_d2.tools import convert as convert_weights
 from jigsaw_d2.tools.finetune import main
 
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.py"
+LSJ = "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py"
 CONFIGS = [MASK, RETINANET, "COCO-Detection/fcos_R_50_FPN_1x.py"]
 DEPTH = "model.backbone.bottom_up.stages.depth=18"
 GN = [*THIN_GN, "MODEL.RESNETS.NORM", "GN"]
@@ -100,6 +101,15 @@ def test_a_config_for_detectron2s_own_script(command: Callable, tmp_path: Path) 
     assert len(filled) == len(held) == 100
     for name, array in held.items():
         assert np.array_equal(model.backbone.bottom_up.state_dict()[name], array), name
+
+
+def test_what_is_no_plain_value_stays_with_the_config(tmp_path: Path) -> None:
+    """The zoo's new baselines hold functions, which no line of Python could spell."""
+    changes = write_plain_config(str(tmp_path / "out.py"), LSJ, convert(tmp_path, *THIN))
+    assert "conv_norm" not in changes and "<" not in changes
+    cfg = LazyConfig.load(str(tmp_path / "out.py"))
+    assert cfg.model.pixel_std == [58.395, 57.12, 57.375]
+    assert callable(cfg.model.roi_heads.box_head.conv_norm)
 
 
 def test_no_lazy_config(tmp_path: Path) -> None:
