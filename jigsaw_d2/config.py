@@ -28,6 +28,8 @@ SCHEDULER_NAME = "WarmupThenCosineLR"
 # Images per forward pass of one GPU below which batch statistics are taken over all GPUs. The paper
 # has 64; 16 is where group norm's authors find batch norm's error to start rising.
 MIN_IMAGES_PER_GPU = 16
+# Files of MODEL.JIGSAW.BACKBONE_FROM that this process may run.
+_PROGRAMS: set[str] = set()
 _SYNC_NORMS = ("SyncBN", "naiveSyncBN", "nnSyncBN", "naiveSyncBN_N")
 
 
@@ -283,13 +285,18 @@ def refuse_code(path: str, trust: bool = False) -> None:
 def refuse_program(
     cfg: CfgNode, where: str | Path, overrides: Sequence[str] = (), trust: bool = False
 ) -> None:
-    """Refuse a file of MODEL.JIGSAW.BACKBONE_FROM that ``where`` names, and no one's command line.
+    """Refuse a file of MODEL.JIGSAW.BACKBONE_FROM that ``where`` names, and no command line.
+
+    One that is among ``overrides``, KEY VALUE ..., or read with ``trust``, may run in this process
+    from then on, whoever names it: a checkpoint names the same as its config.
 
     Raises:
-        ConfigError: not with ``trust``, nor where it is one of ``overrides``, KEY VALUE ...
+        ConfigError: naming both.
     """
     key, program = "MODEL.JIGSAW.BACKBONE_FROM", cfg.MODEL.JIGSAW.BACKBONE_FROM
-    if Path(program).is_file() and not trust and key not in overrides[::2]:
+    if trust or key in overrides[::2]:
+        _PROGRAMS.add(os.path.realpath(program))
+    elif Path(program).is_file() and os.path.realpath(program) not in _PROGRAMS:
         raise ConfigError(
             f"{where}: refused, because its {key} {program} is a program that would run; if that "
             f"file is your own, --trust runs it, or {key} {program} among the KEY VALUE pairs"

@@ -149,6 +149,8 @@ def describe(backbone: nn.Module, metadata: WeightsMetadata, cfg: CfgNode) -> di
         "in_feature": str(cfg.MODEL.JIGSAW.IN_FEATURE) if "JIGSAW" in cfg.MODEL else "res5",
         "features": {},
     }
+    if cfg.MODEL.JIGSAW.BACKBONE_FROM:
+        network["backbone_from"] = cfg.MODEL.JIGSAW.BACKBONE_FROM
     library = library_of(cfg.MODEL.BACKBONE.NAME)
     if library:
         node = cfg.MODEL[library.upper()]

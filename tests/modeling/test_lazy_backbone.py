@@ -16,7 +16,7 @@ from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.detection.lazy import load_lazy_config
 from jigsaw_d2.io import ConfigError
-from jigsaw_d2.tools import erf, pretrain
+from jigsaw_d2.tools import erf, pretrain, visualize
 
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py"
 C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.py"
@@ -93,12 +93,19 @@ def test_the_whole_way(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert pretrain.main(started) == 0
     config = str(tmp_path / "run" / "config.yaml")
     more = ["SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(tmp_path / "run")]
+    refused = r"refused.*own\.py is a program.*--trust"
+    monkeypatch.setattr("jigsaw_d2.config._PROGRAMS", set())  # as in a new process
     for load in (get_jigsaw_cfg, load_detection_config):
-        with pytest.raises(ConfigError, match=r"refused.*own\.py is a program.*--trust"):
+        with pytest.raises(ConfigError, match=refused):
             load(config)
-    assert pretrain.main(["--config-file", config, "--trust", "--resume", *more]) == 0
-    with pytest.raises(ConfigError, match=r"model_0000001\.pth|model_final\.pth: refused.*--trust"):
+    with pytest.raises(ConfigError, match=f"model_final.pth: {refused}"):
         convert_checkpoint(tmp_path / "run", tmp_path / "w.pkl")
+    assert not (tmp_path / "w.pkl").exists()
+    named = ["--opts", "MODEL.JIGSAW.BACKBONE_FROM", "own.py"]
+    drawn = ["--config-file", config, "--weights", str(tmp_path / "run" / "model_final.pth")]
+    drawn += ["--store", str(tmp_path / "store"), "--output", "labels.png"]
+    assert visualize.main(["labels", *drawn, *named]) == 0
+    assert pretrain.main(["--config-file", config, "--trust", "--resume", *more]) == 0
     metadata = convert_checkpoint(tmp_path / "run", tmp_path / "w.pkl", trust=True)
     assert metadata.iterations == 2 and metadata.architecture.depth == 18
     arguments = ["--trust", "--feature", "res5", "--size", "64", "64", "--num-images", "1"]
@@ -117,4 +124,5 @@ def test_the_stride_is_the_networks(tmp_path: Path) -> None:
     convert_checkpoint(save_checkpoint(tmp_path / "c.pth", cfg, model), tmp_path / "w.pkl")
     _, metadata = read_converted(tmp_path / "w.pkl")
     assert metadata.required_config()["MODEL.RESNETS.STRIDE_IN_1X1"] is True
-    assert metadata.architecture.is_resnet and metadata.network["backbone"] == "build_lazy_backbone"
+    said = metadata.network
+    assert (said["backbone"], said["backbone_from"]) == ("build_lazy_backbone", MASK)
