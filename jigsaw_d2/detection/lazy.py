@@ -53,8 +53,14 @@ def load_lazy_config(
     cfg = read_lazy_config(path, overrides, read)
     if "model" not in cfg or "dataloader" not in cfg or "train" not in cfg:
         raise ConfigError(f"{path}: no model, dataloader and train in this LazyConfig")
+    metadata = read_metadata(weights)
+    if metadata.origin == "scratch":
+        raise ConfigError(
+            f"{path}: --weights none is for YAML configs, whose norms are made to train; give this "
+            "LazyConfig norms that train and use Detectron2's own lazyconfig_train_net.py"
+        )
     explicit = {override.lstrip("+").partition("=")[0] for override in overrides}
-    apply_metadata(cfg, read_metadata(weights), explicit, force)
+    apply_metadata(cfg, metadata, explicit, force)
     cfg.train.init_checkpoint = str(Path(weights).resolve())
     if "DATASETS" in cfg:
         files = OmegaConf.to_container(cfg.DATASETS.COCO_FILES)

@@ -115,6 +115,8 @@ def test_what_is_no_plain_value_stays_with_the_config(tmp_path: Path) -> None:
 def test_no_lazy_config(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("x = nothing\n")
     (tmp_path / "empty.py").write_text("x = 3\n")
+    with pytest.raises(ConfigError, match="norms that train"):
+        load_lazy_config(MASK, "none")
     for name, message in (("broken.py", "nothing"), ("empty.py", "no model"), ("gone.py", "gone")):
         with pytest.raises(ConfigError, match=f"{name}: no .*{message}|{name}: {message}"):
             load_lazy_config(str(tmp_path / name), "none")
