@@ -233,6 +233,9 @@ def get_jigsaw_cfg(
         cfg.merge_from_file(path)
     cfg.merge_from_list(overrides or [])
     refuse_program(cfg, config_file, overrides or [], trust)
+    program = Path(cfg.MODEL.JIGSAW.BACKBONE_FROM)
+    if program.is_file():  # to be found from every folder
+        cfg.merge_from_list(["MODEL.JIGSAW.BACKBONE_FROM", str(program.resolve())])
     return cfg
 
 

@@ -6,7 +6,6 @@ Started by itself it runs --num-gpus processes; under torchrun it is one of torc
 """
 
 import argparse
-from pathlib import Path
 
 from jigsaw_d2.tools import arguments
 
@@ -44,10 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
     arguments.import_registered(args.register)
     if args.backbone_from:
-        found = Path(args.backbone_from)
-        name = str(found.resolve()) if found.is_file() else args.backbone_from
-        named = ["MODEL.BACKBONE.NAME", "build_lazy_backbone", "MODEL.JIGSAW.BACKBONE_FROM", name]
-        args.opts = [*named, *args.opts]
+        named = ["MODEL.JIGSAW.BACKBONE_FROM", args.backbone_from, *args.opts]
+        args.opts = ["MODEL.BACKBONE.NAME", "build_lazy_backbone", *named]
     if args.replay:
         print(format_replay(args.replay, args.opts))
         return 0

@@ -93,6 +93,7 @@ def test_the_whole_way(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert pretrain.main(started) == 0
     config = str(tmp_path / "run" / "config.yaml")
     more = ["SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(tmp_path / "run")]
+    monkeypatch.chdir("/")
     refused = r"refused.*own\.py is a program.*--trust"
     monkeypatch.setattr("jigsaw_d2.config._PROGRAMS", set())  # as in a new process
     for load in (get_jigsaw_cfg, load_detection_config):
@@ -101,15 +102,22 @@ def test_the_whole_way(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match=f"model_final.pth: {refused}"):
         convert_checkpoint(tmp_path / "run", tmp_path / "w.pkl")
     assert not (tmp_path / "w.pkl").exists()
-    named = ["--opts", "MODEL.JIGSAW.BACKBONE_FROM", "own.py"]
+    named = ["--opts", "MODEL.JIGSAW.BACKBONE_FROM", str(own)]
     drawn = ["--config-file", config, "--weights", str(tmp_path / "run" / "model_final.pth")]
-    drawn += ["--store", str(tmp_path / "store"), "--output", "labels.png"]
+    drawn += ["--store", str(tmp_path / "store"), "--output", str(tmp_path / "l.png")]
     assert visualize.main(["labels", *drawn, *named]) == 0
     assert pretrain.main(["--config-file", config, "--trust", "--resume", *more]) == 0
     metadata = convert_checkpoint(tmp_path / "run", tmp_path / "w.pkl", trust=True)
     assert metadata.iterations == 2 and metadata.architecture.depth == 18
     arguments = ["--trust", "--feature", "res5", "--size", "64", "64", "--num-images", "1"]
-    output = ["--weights", "w.pkl", "--cells", "centre", "--output", str(tmp_path / "erf")]
+    output = [
+        "--weights",
+        str(tmp_path / "w.pkl"),
+        "--cells",
+        "centre",
+        "--output",
+        str(tmp_path / "erf"),
+    ]
     assert erf.main(["--config-file", config, *arguments, *output]) == 0
     model = instantiate(load_lazy_config(str(own), tmp_path / "w.pkl").model)
     report = load_backbone(model, tmp_path / "w.pkl")
