@@ -57,6 +57,7 @@ WEIGHTS = {
 # As wide as LazyConfigs are, which take no width from the weights.
 WIDE = {"STEM_OUT_CHANNELS": 64, "RES2_OUT_CHANNELS": 256, "WIDTH_PER_GROUP": 64}
 LAZY_WEIGHTS = {"R-50, full width": WIDE, "R-101, full width": WIDE | {"DEPTH": 101}}
+OWN = "a pre-training --backbone-from it"
 # (builder's library or "detectron2", network, further keys)
 BACKBONES = [
     ("detectron2", "R-50", ["MODEL.RESNETS.NORM", "BN"]),
@@ -79,19 +80,24 @@ def flat(keys: dict) -> list:
     return [str(part) for pair in keys.items() for part in pair]
 
 
-def make_weights(folder: Path, name: str, keys: dict) -> Path:
-    """A converted file of random weights, as a pre-training would leave them."""
+def make_weights(folder: Path, name: str, keys: dict, more: dict | None = None) -> Path:
+    """A converted file of random weights, as a pre-training would leave them.
+
+    ``keys``: of MODEL.RESNETS; ``more``: others by their whole names.
+    """
     keys = {**THIN, "NORM": "BN", **keys}
     resnets = {f"MODEL.RESNETS.{key}": value for key, value in keys.items()}
-    cfg = get_jigsaw_cfg("jigsaw_R_50.yaml", flat({**resnets, "MODEL.DEVICE": "cpu"}))
+    overrides = {**resnets, "MODEL.DEVICE": "cpu", **(more or {})}
+    cfg = get_jigsaw_cfg("jigsaw_R_50.yaml", flat(overrides))
     cfg.MODEL.JIGSAW.NUM_CLASSES = 3
     torch.manual_seed(0)
     store = {"categories": ["a", "b", "c"], "dataset": "none", "image_ids_hash": "00"}
     record = {"config": cfg.dump(), "store": store, "images_seen": 0, "code_version": "0"}
     state = build_model(cfg).state_dict()
     torch.save({"model": state, "iteration": 0, "jigsaw": record}, folder / "c.pth")
-    convert_checkpoint(folder / "c.pth", folder / f"{name.replace(' ', '_')}.pkl")
-    return folder / f"{name.replace(' ', '_')}.pkl"
+    weights = folder / f"{name.replace(' ', '_')}.pkl"
+    convert_checkpoint(folder / "c.pth", weights, force=True)
+    return weights
 
 
 def try_config(name: str, weights: Path) -> str:
@@ -110,9 +116,20 @@ def try_config(name: str, weights: Path) -> str:
         lines = str(error).splitlines()
         reason = next((line.strip() for line in lines[1:] if line.startswith("    ")), lines[0])
         return f"refused: {reason[:90]}"
-    except AssertionError as error:
+    except (AssertionError, ImportError) as error:
         return f"Detectron2 does not build it: {str(error)[:60]}"
     return "loaded"
+
+
+def try_own(name: str, folder: Path) -> str:
+    """As ``try_config`` of a LazyConfig, with weights of its own backbone."""
+    feature = "s4" if "regnet" in name else "res5"
+    keys = {"MODEL.BACKBONE.NAME": "build_lazy_backbone", "MODEL.JIGSAW.BACKBONE_FROM": name}
+    try:
+        weights = make_weights(folder, "own", {}, keys | {"MODEL.JIGSAW.IN_FEATURE": feature})
+    except JigsawError as error:
+        return f"refused: {str(error).partition(':')[2][:90]}"
+    return try_config(name, weights)
 
 
 def run_zoo(folder: Path) -> int:
@@ -123,20 +140,20 @@ def run_zoo(folder: Path) -> int:
     parts[".yaml"] = [name for name in parts[".yaml"] if "Base" not in name]
     parts[".py"] = [name for name in parts[".py"] if not name.startswith("common/")]
     rows, failed = [], 0
-    for kind, keys in (WEIGHTS | LAZY_WEIGHTS).items():
-        names = parts[".py" if kind in LAZY_WEIGHTS else ".yaml"]
-        weights = make_weights(folder, kind, keys)
+    for kind, keys in (WEIGHTS | LAZY_WEIGHTS | {OWN: {}}).items():
+        names = parts[".yaml" if kind in WEIGHTS else ".py"]
+        weights = make_weights(folder, kind, keys) if kind != OWN else None
         outcomes: Counter = Counter()
         for name in names:
             try:
-                outcomes[try_config(name, weights)] += 1
+                outcomes[try_config(name, weights) if weights else try_own(name, folder)] += 1
             except Exception as error:
                 failed += 1
                 outcomes[f"CRASHED {name}: {type(error).__name__}: {error}"[:150]] += 1
         rows += [[kind, outcome, count] for outcome, count in outcomes.most_common()]
         print(f"{kind}: {dict(outcomes)}", file=sys.stderr)
     counts = [f"{len(parts['.yaml'])} YAML configs x {len(WEIGHTS)} kinds of weights"]
-    counts += [f"{len(parts['.py'])} LazyConfigs x {len(LAZY_WEIGHTS)}"]
+    counts += [f"{len(parts['.py'])} LazyConfigs x {len(LAZY_WEIGHTS) + 1}"]
     print(f"{', '.join(counts)}\n")
     print(tabulate(rows, ["weights", "outcome", "configs"], tablefmt="github"))
     return int(failed > 0)
