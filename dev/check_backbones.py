@@ -10,6 +10,7 @@ picture are the pre-training's.
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import sys
@@ -217,13 +218,13 @@ def run_backbones(folder: Path) -> int:
     """Print the table; 1 where a backbone did not arrive."""
     data, rows, failed = draw_set(folder / "set"), [], 0
     source = ["--json", str(data / "train.json"), "--images", str(data), "--workers", "0"]
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         extract.main([*source, "--output", str(folder / "store")])
     for library, network, more in BACKBONES:
         place = folder / f"{library}_{network.replace(' ', '_')}"
         place.mkdir()
         try:
-            with contextlib.redirect_stdout(None):
+            with contextlib.redirect_stdout(io.StringIO()):
                 row = go_whole_way(library, network, more, place, data)
             rows.append([library, network, *row])
         except Exception as error:
