@@ -29,7 +29,7 @@ SCHEDULER_NAME = "WarmupThenCosineLR"
 # has 64; 16 is where group norm's authors find batch norm's error to start rising.
 MIN_IMAGES_PER_GPU = 16
 # Files of MODEL.JIGSAW.BACKBONE_FROM that this process may run.
-_PROGRAMS: set[str] = set()
+_PROGRAMS: set[Path] = set()
 _SYNC_NORMS = ("SyncBN", "naiveSyncBN", "nnSyncBN", "naiveSyncBN_N")
 
 
@@ -264,8 +264,7 @@ def refuse_code(path: str, trust: bool = False) -> None:
     Raises:
         ConfigError: naming the file and the tag; not with ``trust``.
     """
-    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
-    if trust or Path(path).resolve().is_relative_to(zoo.resolve()):
+    if trust or Path(path).resolve().is_relative_to(zoo_configs()):
         return
     with CfgNode._open_cfg(path) as stream:
         try:
@@ -285,6 +284,11 @@ def refuse_code(path: str, trust: bool = False) -> None:
         refuse_code(base if remote else os.path.join(os.path.dirname(path), base))
 
 
+def zoo_configs() -> Path:
+    """Folder of the configs of Detectron2's model zoo, which were installed with its code."""
+    return (Path(detectron2.__file__).parent / "model_zoo" / "configs").resolve()
+
+
 def refuse_program(
     cfg: CfgNode, where: str | Path, overrides: Sequence[str] = (), trust: bool = False
 ) -> None:
@@ -297,9 +301,11 @@ def refuse_program(
         ConfigError: naming both.
     """
     key, program = "MODEL.JIGSAW.BACKBONE_FROM", cfg.MODEL.JIGSAW.BACKBONE_FROM
+    path, zoo = Path(program).resolve(), zoo_configs()
+    path = path if path.is_file() else (zoo / program).resolve()  # may be a name like ../../file.py
     if trust or key in overrides[::2]:
-        _PROGRAMS.add(os.path.realpath(program))
-    elif Path(program).is_file() and os.path.realpath(program) not in _PROGRAMS:
+        _PROGRAMS.add(path)
+    elif path.is_file() and not path.is_relative_to(zoo) and path not in _PROGRAMS:
         raise ConfigError(
             f"{where}: refused, because its {key} {program} is a program that would run; if that "
             f"file is your own, --trust runs it, or {key} {program} among the KEY VALUE pairs"

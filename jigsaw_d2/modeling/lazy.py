@@ -27,6 +27,8 @@ def read_lazy_config(
     try:
         if read is None:
             read = LazyConfig.load(path) if Path(path).is_file() else model_zoo.get_config(path)
+        if not isinstance(read, DictConfig):
+            raise TypeError("a YAML config, or none at all")
         return LazyConfig.apply_overrides(read, list(overrides))
     except Exception as error:  # a LazyConfig is a program of anyone's
         raise ConfigError(f"{path}: no LazyConfig: {type(error).__name__}: {error}") from error

@@ -1,5 +1,6 @@
 """The backbone of a LazyConfig, made to train, and through every command."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,12 @@ import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_backbone
 from helpers_run import tiny_options
-from helpers_weights import pretrain_config, save_checkpoint
+from helpers_weights import FPN, pretrain_config, save_checkpoint
 from torch import nn
 
 from jigsaw_d2.checkpoint.convert import convert_checkpoint, read_converted
 from jigsaw_d2.checkpoint.loading import load_backbone
-from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.config import get_jigsaw_cfg, zoo_configs
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.detection.lazy import load_lazy_config
 from jigsaw_d2.io import ConfigError
@@ -73,6 +74,8 @@ def test_other_channels_and_a_detectors_norm(own: Path) -> None:
     ("program", "message"),
     [
         ("gone.py", "gone.py: no LazyConfig"),
+        ("", "no LazyConfig.*none at all"),
+        (FPN, "no LazyConfig.*YAML"),
         ("Misc/torchvision_imagenet_R_50.py", "no model.backbone in it"),
         (REGNET, "features res5 of MODEL.JIGSAW.IN_FEATURE.*children: stem, s1, s2, s3, s4"),
     ],
@@ -80,6 +83,16 @@ def test_other_channels_and_a_detectors_norm(own: Path) -> None:
 def test_mistakes(program: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_backbone(lazy_config(program))
+
+
+def test_a_name_that_leads_out_of_the_zoo_is_a_file(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(
+        f"MODEL: {{JIGSAW: {{BACKBONE_FROM: {os.path.relpath(own, zoo_configs())}}}}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"x.yaml: refused.*own\.py is a program"):
+        get_jigsaw_cfg(str(tmp_path / "x.yaml"))
+    (tmp_path / "x.yaml").write_text(f"MODEL: {{JIGSAW: {{BACKBONE_FROM: {MASK}}}}}\n")
+    assert get_jigsaw_cfg(str(tmp_path / "x.yaml")).MODEL.JIGSAW.BACKBONE_FROM == MASK
 
 
 def test_the_whole_way(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
