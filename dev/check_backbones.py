@@ -1,6 +1,6 @@
 """Which detectors load which weights, and which backbones go the whole way; tables with counts.
 
-python dev/check_backbones.py zoo          # every YAML config of Detectron2's model zoo x weights
+python dev/check_backbones.py zoo          # every config of Detectron2's model zoo x weights
 python dev/check_backbones.py backbones    # pre-train 5 steps, convert, load, one detector step
 
 Networks are thin and images small: names, strides, norms and inputs are what is looked at. A config
@@ -10,6 +10,7 @@ picture are the pre-training's.
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import sys
@@ -21,6 +22,7 @@ import cv2
 import numpy as np
 import torch
 from detectron2 import model_zoo
+from detectron2.config import instantiate
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
@@ -29,6 +31,7 @@ from jigsaw_d2.checkpoint.convert import convert_checkpoint, read_converted
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.detection.config import apply_metadata, load_detection_config
+from jigsaw_d2.detection.lazy import load_lazy_config
 from jigsaw_d2.io import JigsawError
 from jigsaw_d2.tools import convert, extract, finetune, pretrain
 
@@ -52,6 +55,10 @@ WEIGHTS = {
     "R-50 DCN": {"DEFORM_ON_PER_STAGE": [False, True, True, True]},
     "R-18": {"DEPTH": 18, "WIDTH_PER_GROUP": 64},
 }
+# As wide as LazyConfigs are, which take no width from the weights.
+WIDE = {"STEM_OUT_CHANNELS": 64, "RES2_OUT_CHANNELS": 256, "WIDTH_PER_GROUP": 64}
+LAZY_WEIGHTS = {"R-50, full width": WIDE, "R-101, full width": WIDE | {"DEPTH": 101}}
+OWN = "a pre-training --backbone-from it"
 # (builder's library or "detectron2", network, further keys)
 BACKBONES = [
     ("detectron2", "R-50", ["MODEL.RESNETS.NORM", "BN"]),
@@ -74,24 +81,32 @@ def flat(keys: dict) -> list:
     return [str(part) for pair in keys.items() for part in pair]
 
 
-def make_weights(folder: Path, name: str, keys: dict) -> Path:
-    """A converted file of random weights, as a pre-training would leave them."""
+def make_weights(folder: Path, name: str, keys: dict, more: dict | None = None) -> Path:
+    """A converted file of random weights, as a pre-training would leave them.
+
+    ``keys``: of MODEL.RESNETS; ``more``: others by their whole names.
+    """
     keys = {**THIN, "NORM": "BN", **keys}
     resnets = {f"MODEL.RESNETS.{key}": value for key, value in keys.items()}
-    cfg = get_jigsaw_cfg("jigsaw_R_50.yaml", flat({**resnets, "MODEL.DEVICE": "cpu"}))
+    overrides = {**resnets, "MODEL.DEVICE": "cpu", **(more or {})}
+    cfg = get_jigsaw_cfg("jigsaw_R_50.yaml", flat(overrides))
     cfg.MODEL.JIGSAW.NUM_CLASSES = 3
     torch.manual_seed(0)
     store = {"categories": ["a", "b", "c"], "dataset": "none", "image_ids_hash": "00"}
     record = {"config": cfg.dump(), "store": store, "images_seen": 0, "code_version": "0"}
     state = build_model(cfg).state_dict()
     torch.save({"model": state, "iteration": 0, "jigsaw": record}, folder / "c.pth")
-    convert_checkpoint(folder / "c.pth", folder / f"{name.replace(' ', '_')}.pkl")
-    return folder / f"{name.replace(' ', '_')}.pkl"
+    weights = folder / f"{name.replace(' ', '_')}.pkl"
+    convert_checkpoint(folder / "c.pth", weights, force=True)
+    return weights
 
 
 def try_config(name: str, weights: Path) -> str:
     """ "loaded", or why not, in the first words."""
     try:
+        if name.endswith(".py"):
+            load_backbone(instantiate(load_lazy_config(name, weights).model), weights)
+            return "loaded"
         cfg = load_detection_config(name, flat(SMALL))
         for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
             if "Sync" in cfg.MODEL[part].NORM:
@@ -102,29 +117,45 @@ def try_config(name: str, weights: Path) -> str:
         lines = str(error).splitlines()
         reason = next((line.strip() for line in lines[1:] if line.startswith("    ")), lines[0])
         return f"refused: {reason[:90]}"
-    except AssertionError as error:
+    except (AssertionError, ImportError) as error:
         return f"Detectron2 does not build it: {str(error)[:60]}"
     return "loaded"
+
+
+def try_own(name: str, folder: Path) -> str:
+    """As ``try_config`` of a LazyConfig, with weights of its own backbone."""
+    feature = "s4" if "regnet" in name else "res5"
+    keys = {"MODEL.BACKBONE.NAME": "build_lazy_backbone", "MODEL.JIGSAW.BACKBONE_FROM": name}
+    try:
+        weights = make_weights(folder, "own", {}, keys | {"MODEL.JIGSAW.IN_FEATURE": feature})
+    except JigsawError as error:
+        return f"refused: {str(error).partition(':')[2][:90]}"
+    return try_config(name, weights)
 
 
 def run_zoo(folder: Path) -> int:
     """Print how many configs came to what with each kind of weights; 1 where one crashed."""
     root = Path(model_zoo.__file__).parent / "configs"
-    names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*.yaml"))]
-    names = [name for name in names if "Base" not in name]
+    names = [p.relative_to(root).as_posix() for p in sorted(root.rglob("*.*")) if p.is_file()]
+    parts = {end: [n for n in names if n.endswith(end)] for end in (".yaml", ".py")}
+    parts[".yaml"] = [name for name in parts[".yaml"] if "Base" not in name]
+    parts[".py"] = [name for name in parts[".py"] if not name.startswith("common/")]
     rows, failed = [], 0
-    for kind, keys in WEIGHTS.items():
-        weights = make_weights(folder, kind, keys)
+    for kind, keys in (WEIGHTS | LAZY_WEIGHTS | {OWN: {}}).items():
+        names = parts[".yaml" if kind in WEIGHTS else ".py"]
+        weights = make_weights(folder, kind, keys) if kind != OWN else None
         outcomes: Counter = Counter()
         for name in names:
             try:
-                outcomes[try_config(name, weights)] += 1
+                outcomes[try_config(name, weights) if weights else try_own(name, folder)] += 1
             except Exception as error:
                 failed += 1
                 outcomes[f"CRASHED {name}: {type(error).__name__}: {error}"[:150]] += 1
         rows += [[kind, outcome, count] for outcome, count in outcomes.most_common()]
         print(f"{kind}: {dict(outcomes)}", file=sys.stderr)
-    print(f"{len(names)} YAML configs x {len(WEIGHTS)} kinds of weights\n")
+    counts = [f"{len(parts['.yaml'])} YAML configs x {len(WEIGHTS)} kinds of weights"]
+    counts += [f"{len(parts['.py'])} LazyConfigs x {len(LAZY_WEIGHTS) + 1}"]
+    print(f"{', '.join(counts)}\n")
     print(tabulate(rows, ["weights", "outcome", "configs"], tablefmt="github"))
     return int(failed > 0)
 
@@ -187,13 +218,13 @@ def run_backbones(folder: Path) -> int:
     """Print the table; 1 where a backbone did not arrive."""
     data, rows, failed = draw_set(folder / "set"), [], 0
     source = ["--json", str(data / "train.json"), "--images", str(data), "--workers", "0"]
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         extract.main([*source, "--output", str(folder / "store")])
     for library, network, more in BACKBONES:
         place = folder / f"{library}_{network.replace(' ', '_')}"
         place.mkdir()
         try:
-            with contextlib.redirect_stdout(None):
+            with contextlib.redirect_stdout(io.StringIO()):
                 row = go_whole_way(library, network, more, place, data)
             rows.append([library, network, *row])
         except Exception as error:

@@ -7,7 +7,7 @@ the paper is silent, our decision with its reason beside the key (marked "ours")
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import detectron2
@@ -28,6 +28,8 @@ SCHEDULER_NAME = "WarmupThenCosineLR"
 # Images per forward pass of one GPU below which batch statistics are taken over all GPUs. The paper
 # has 64; 16 is where group norm's authors find batch norm's error to start rising.
 MIN_IMAGES_PER_GPU = 16
+# Files of MODEL.JIGSAW.BACKBONE_FROM that this process may run.
+_PROGRAMS: set[Path] = set()
 _SYNC_NORMS = ("SyncBN", "naiveSyncBN", "nnSyncBN", "naiveSyncBN_N")
 
 
@@ -79,6 +81,9 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Keep the inputs of the backbone's blocks alone and compute what lies between twice: less
     # memory, a third more time (ours).
     cfg.MODEL.JIGSAW.ACTIVATION_CHECKPOINTING = False
+    # Of MODEL.BACKBONE.NAME build_lazy_backbone: the LazyConfig whose backbone is trained, a .py
+    # file or a name in Detectron2's zoo; as train_net.py --backbone-from.
+    cfg.MODEL.JIGSAW.BACKBONE_FROM = ""
     # Fine-tuning only. Where a detector's weights must come from: "jigsaw", "imagenet", "scratch",
     # or "" = anywhere. A table row's config names it, so that no row runs from the wrong file.
     cfg.MODEL.JIGSAW.ORIGIN = ""
@@ -218,7 +223,7 @@ def get_jigsaw_cfg(
 
     Raises:
         FileNotFoundError: ``config_file`` is neither a path nor a shipped name.
-        ConfigError: see ``refuse_code``.
+        ConfigError: see ``refuse_code`` and ``refuse_program``.
     """
     cfg = get_cfg()
     add_jigsaw_config(cfg)
@@ -227,6 +232,10 @@ def get_jigsaw_cfg(
         refuse_code(path, trust)
         cfg.merge_from_file(path)
     cfg.merge_from_list(overrides or [])
+    refuse_program(cfg, config_file, overrides or [], trust)
+    program = Path(cfg.MODEL.JIGSAW.BACKBONE_FROM)
+    if program.is_file():  # to be found from every folder
+        cfg.merge_from_list(["MODEL.JIGSAW.BACKBONE_FROM", str(program.resolve())])
     return cfg
 
 
@@ -255,8 +264,7 @@ def refuse_code(path: str, trust: bool = False) -> None:
     Raises:
         ConfigError: naming the file and the tag; not with ``trust``.
     """
-    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
-    if trust or Path(path).resolve().is_relative_to(zoo.resolve()):
+    if trust or Path(path).resolve().is_relative_to(zoo_configs()):
         return
     with CfgNode._open_cfg(path) as stream:
         try:
@@ -274,6 +282,34 @@ def refuse_code(path: str, trust: bool = False) -> None:
         base = os.path.expanduser(base)
         remote = base.startswith(("http://", "https://"))  # found as fvcore finds them
         refuse_code(base if remote else os.path.join(os.path.dirname(path), base))
+
+
+def zoo_configs() -> Path:
+    """Folder of the configs of Detectron2's model zoo, which were installed with its code."""
+    return (Path(detectron2.__file__).parent / "model_zoo" / "configs").resolve()
+
+
+def refuse_program(
+    cfg: CfgNode, where: str | Path, overrides: Sequence[str] = (), trust: bool = False
+) -> None:
+    """Refuse a file of MODEL.JIGSAW.BACKBONE_FROM that ``where`` names, and no command line.
+
+    One that is among ``overrides``, KEY VALUE ..., or read with ``trust``, may run in this process
+    from then on, whoever names it: a checkpoint names the same as its config.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    key, program = "MODEL.JIGSAW.BACKBONE_FROM", cfg.MODEL.JIGSAW.BACKBONE_FROM
+    path, zoo = Path(program).resolve(), zoo_configs()
+    path = path if path.is_file() else (zoo / program).resolve()  # may be a name like ../../file.py
+    if trust or key in overrides[::2]:
+        _PROGRAMS.add(path)
+    elif path.is_file() and not path.is_relative_to(zoo) and path not in _PROGRAMS:
+        raise ConfigError(
+            f"{where}: refused, because its {key} {program} is a program that would run; if that "
+            f"file is your own, --trust runs it, or {key} {program} among the KEY VALUE pairs"
+        )
 
 
 def scale_to_batch(cfg: CfgNode) -> CfgNode:

@@ -28,9 +28,9 @@ from jigsaw_d2.checkpoint.metadata import (
     norm_family,
     read_architecture,
 )
-from jigsaw_d2.checkpoint.network import build_pretrained, describe
+from jigsaw_d2.checkpoint.network import build_pretrained, describe, strides_in_1x1
 from jigsaw_d2.checkpoint.plain_formats import to_module, to_timm
-from jigsaw_d2.config import AUTO_NORM, get_jigsaw_cfg
+from jigsaw_d2.config import AUTO_NORM, get_jigsaw_cfg, refuse_program
 from jigsaw_d2.io import CheckpointError, ConfigError, WeightsError, open_atomically, write_text
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def read_tensors(path: str | Path, trust: bool = False) -> tuple[Arrays, Weights
             if key in place:
                 return _open_converted(path, data, place[key])
     if "jigsaw" in data and "model" in data:
-        arrays, metadata, cfg = _from_training(data, str(path))
+        arrays, metadata, cfg = _from_training(data, str(path), trust)
     else:
         tensors = data
         for wrapping in ("model", "state_dict", "blobs"):
@@ -216,7 +216,7 @@ def read_tensors(path: str | Path, trust: bool = False) -> tuple[Arrays, Weights
     if not metadata.network:
         backbone = build_pretrained(cfg, arrays)
         if isinstance(backbone, ResNet) and not metadata.architecture.is_resnet:
-            metadata = _known_resnet(metadata, cfg, arrays)
+            metadata = _known_resnet(metadata, cfg, arrays, backbone)
         metadata = replace(metadata, network=describe(backbone, metadata, cfg))
     return arrays, metadata
 
@@ -243,12 +243,21 @@ def _without_prefix(path: Path, tensors: Mapping[str, Any]) -> Mapping[str, Any]
     return kept
 
 
-def _known_resnet(metadata: WeightsMetadata, cfg: CfgNode, arrays: Arrays) -> WeightsMetadata:
-    """With the keys of MODEL.RESNETS, if a builder of another name has built by them."""
+def _known_resnet(
+    metadata: WeightsMetadata, cfg: CfgNode, arrays: Arrays, backbone: ResNet
+) -> WeightsMetadata:
+    """With the keys of MODEL.RESNETS, if a builder of another name has built by them.
+
+    A LazyConfig has its own, which are seen on its ``backbone``.
+    """
     architecture = Architecture.from_config(cfg.MODEL, is_resnet=True)
-    if architecture.norm == AUTO_NORM:
-        architecture = replace(architecture, norm=read_architecture(_shapes(arrays))["norm"])
     try:
+        found = read_architecture(_shapes(arrays))
+        if cfg.MODEL.JIGSAW.BACKBONE_FROM:
+            stride = bool(strides_in_1x1(backbone))
+            architecture = replace(architecture, **found, stride_in_1x1=stride)
+        elif architecture.norm == AUTO_NORM:
+            architecture = replace(architecture, norm=found["norm"])
         check_architecture(architecture, _shapes(arrays))
     except WeightsError as error:
         logger.warning("%s does not follow MODEL.RESNETS: %s", architecture.backbone, error)
@@ -256,7 +265,9 @@ def _known_resnet(metadata: WeightsMetadata, cfg: CfgNode, arrays: Arrays) -> We
     return replace(metadata, architecture=architecture)
 
 
-def _from_training(data: Mapping[str, Any], where: str) -> tuple[Arrays, WeightsMetadata, CfgNode]:
+def _from_training(
+    data: Mapping[str, Any], where: str, trust: bool
+) -> tuple[Arrays, WeightsMetadata, CfgNode]:
     """From what the trainer writes; classifier, ERF and the norms' counters are left out.
 
     The network at the bottom of a pyramid is named as it is by itself. Also the config of that
@@ -274,6 +285,7 @@ def _from_training(data: Mapping[str, Any], where: str) -> tuple[Arrays, Weights
         cfg = get_jigsaw_cfg()
         cfg.set_new_allowed(True)  # keys of a module of --register
         cfg.merge_from_other_cfg(CfgNode(config))
+        refuse_program(cfg, where, trust=trust)
         template = inputs["JIGSAW"]["TEMPLATE_SIZE"], inputs["JIGSAW"]["TEMPLATE_SPLIT"]
         metadata = WeightsMetadata(
             origin="jigsaw",
@@ -292,6 +304,8 @@ def _from_training(data: Mapping[str, Any], where: str) -> tuple[Arrays, Weights
             code_version=str(record["code_version"]),
             levels=_levels(model, arrays),
         )
+    except ConfigError:
+        raise
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(
             f"{where}: the checkpoint lacks what the metadata is made of ({error!r}); was it "

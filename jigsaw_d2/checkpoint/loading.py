@@ -32,6 +32,7 @@ from jigsaw_d2.checkpoint.network import (
     find_prefix,
     normalise,
     picture,
+    strides_in_1x1,
 )
 from jigsaw_d2.checkpoint.positions import resize_positions
 from jigsaw_d2.io import WeightsError
@@ -296,9 +297,8 @@ def _other_use(module: nn.Module, metadata: WeightsMetadata | None, input_format
     for key in ("pixel_mean", "pixel_std"):
         if hasattr(module, key):
             done[key] = tuple(getattr(module, key).flatten().tolist())
-    for name, block in module.named_modules():
-        if name.endswith("res3.0") and hasattr(block, "conv3"):  # a bottleneck that strides
-            done["stride_in_1x1"] = block.conv1.stride == (2, 2)
+    done["stride_in_1x1"] = strides_in_1x1(module)
+    for block in module.modules():
         if isinstance(block, FPN):
             done["fuse_type"] = block._fuse_type
     return [

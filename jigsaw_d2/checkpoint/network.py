@@ -68,6 +68,14 @@ def fill(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> nn.Module:
     return module
 
 
+def strides_in_1x1(module: nn.Module) -> bool | None:
+    """Whether the bottlenecks of a ResNet in ``module`` stride in their 1x1; None without such."""
+    for name, block in module.named_modules():
+        if name.endswith("res3.0") and hasattr(block, "conv3"):
+            return block.conv1.stride == (2, 2)
+    return None
+
+
 def find_prefix(names: Iterable[str], known: Collection[str] = ()) -> str:
     """What precedes the names of ``known`` in ``names``: "", "backbone.", "backbone.net.", ...
 
@@ -141,6 +149,8 @@ def describe(backbone: nn.Module, metadata: WeightsMetadata, cfg: CfgNode) -> di
         "in_feature": str(cfg.MODEL.JIGSAW.IN_FEATURE) if "JIGSAW" in cfg.MODEL else "res5",
         "features": {},
     }
+    if cfg.MODEL.JIGSAW.BACKBONE_FROM:
+        network["backbone_from"] = cfg.MODEL.JIGSAW.BACKBONE_FROM
     library = library_of(cfg.MODEL.BACKBONE.NAME)
     if library:
         node = cfg.MODEL[library.upper()]

@@ -249,7 +249,8 @@ def build_jigsaw_eval_loader(
 def _build_loader(
     cfg: CfgNode, mapper: JigsawDatasetMapper, positions: Iterable[range]
 ) -> JigsawLoader:
-    check_shared_memory(cfg, comm.get_world_size(), comm.get_local_size())
+    pixel = mapper.store.channels * np.dtype(mapper.dtype).itemsize
+    check_shared_memory(cfg, comm.get_world_size(), comm.get_local_size(), pixel)
     return JigsawLoader(
         JigsawBatches(build_jigsaw_sampler(cfg, mapper), mapper),
         positions,
@@ -259,17 +260,19 @@ def _build_loader(
     )
 
 
-def check_shared_memory(cfg: CfgNode, world_size: int, local_size: int) -> None:
+def check_shared_memory(
+    cfg: CfgNode, world_size: int, local_size: int, pixel_bytes: int = 3
+) -> None:
     """Refuse workers whose batches do not fit /dev/shm, where they are made; a write there kills.
 
     Raises ConfigError with what is needed for the ``local_size`` processes of this machine, of
-    ``world_size`` in the job, what is free, and what helps.
+    ``world_size`` in the job, what is free, and what helps. ``pixel_bytes``: of all channels.
     """
     workers, folder = cfg.DATALOADER.NUM_WORKERS, Path("/dev/shm")
     if not workers or not folder.is_dir():
         return
     images = cfg.SOLVER.IMS_PER_BATCH // (world_size * cfg.SOLVER.ACCUMULATION_STEPS)
-    batch = 3 * images * math.prod(cfg.INPUT.JIGSAW.TEMPLATE_SIZE)
+    batch = pixel_bytes * images * math.prod(cfg.INPUT.JIGSAW.TEMPLATE_SIZE)
     needed, free = local_size * workers * PREFETCHED * batch, shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigError(

@@ -20,7 +20,8 @@ from detectron2.data import MetadataCatalog
 from jigsaw_d2.checkpoint import detector
 from jigsaw_d2.checkpoint.convert import check_free, read_converted, read_tensors
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
-from jigsaw_d2.config import add_jigsaw_config, find_config, refuse_code
+from jigsaw_d2.config import add_jigsaw_config, find_config, refuse_code, refuse_program
+from jigsaw_d2.data.arrays import channels_of
 from jigsaw_d2.detection.data import prepare_data
 from jigsaw_d2.detection.kinds import fit_kind
 from jigsaw_d2.io import ConfigError, write_text
@@ -62,6 +63,7 @@ def load_detection_config(
         cfg = _merged(path, trust)
         where = f"overrides {list(overrides)}"
         cfg.merge_from_list(list(overrides))
+        refuse_program(cfg, path, overrides, trust)
     except ConfigError:
         raise
     except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
@@ -130,6 +132,12 @@ def setup_finetune(
     metadata, explicit = read_metadata(weights), frozenset(overrides[::2])
     options = {"match_architecture": match_architecture, "force": force}
     apply_metadata(cfg, metadata, explicit=explicit, **options)
+    counts = {len(cfg.MODEL.PIXEL_MEAN), len(cfg.MODEL.PIXEL_STD)}
+    if channels_of(cfg.INPUT.FORMAT) and counts != {channels_of(cfg.INPUT.FORMAT)}:
+        raise ConfigError(
+            f"INPUT.FORMAT is {cfg.INPUT.FORMAT}, but MODEL.PIXEL_MEAN is {cfg.MODEL.PIXEL_MEAN} "
+            f"and PIXEL_STD {cfg.MODEL.PIXEL_STD}: name as many, as the store's header.json does"
+        )
     cfg.MODEL.WEIGHTS = "" if metadata.origin == "scratch" else str(Path(weights).resolve())
     if here:
         fit_kind(cfg)
@@ -184,11 +192,14 @@ def apply_metadata(
     library = library_of((metadata.network or {}).get("backbone", ""))
     if library and library_of(cfg.MODEL.BACKBONE.NAME) != library:
         network["MODEL.BACKBONE.NAME"] = cfg.MODEL.BACKBONE.NAME.replace("resnet", library)
+    if cfg.MODEL.JIGSAW.BACKBONE_FROM:  # it says what the network is
+        network = {}
     is_scratch = metadata.origin == "scratch"
     is_detector = metadata.origin == detector.ORIGIN
     if is_detector:
         use[NORM] = metadata.architecture.norm
-    if is_scratch:  # a norm that trains, nothing frozen
+    if is_scratch:  # a norm that trains, nothing frozen; the user's input is as good as ours
+        use = {k: v for k, v in use.items() if k not in explicit}
         use["MODEL.BACKBONE.FREEZE_AT"] = 0
         if cfg.MODEL.RESNETS.NORM in ("FrozenBN", ""):
             use[NORM] = cfg.MODEL.JIGSAW.SCRATCH_NORM

@@ -12,9 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model, default_writers, hooks
 from detectron2.engine.defaults import default_setup
@@ -27,13 +26,18 @@ from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.metadata import WeightsMetadata
 from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.detection.config import read_metadata
-from jigsaw_d2.io import ConfigError, RunError
+from jigsaw_d2.io import ConfigError, RunError, write_text
+from jigsaw_d2.modeling.lazy import nodes, read_lazy_config
 
 logger = logging.getLogger(__name__)
 
 
 def load_lazy_config(
-    path: str, weights: str | Path, overrides: Sequence[str] = (), force: bool = False
+    path: str,
+    weights: str | Path,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    read: DictConfig | None = None,
 ) -> DictConfig:
     """The config in ``path``, or of that name in the zoo, with what ``weights`` require.
 
@@ -41,27 +45,82 @@ def load_lazy_config(
         overrides: KEY=VALUE as Detectron2's lazyconfig_train_net.py takes them; besides,
             DATASETS.COCO_FILES='[["mine","train.json","images"]]' registers such sets.
         force: an override wins where it contradicts the weights.
+        read: it has been read already; changed in place.
 
     Raises:
         ConfigError: no such config, or an override that contradicts the weights, with both.
     """
-    try:
-        cfg = LazyConfig.load(path) if Path(path).is_file() else model_zoo.get_config(path)
-        cfg = LazyConfig.apply_overrides(cfg, list(overrides))
-    except Exception as error:  # a LazyConfig is a program of anyone's
-        raise ConfigError(f"{path}: no LazyConfig: {type(error).__name__}: {error}") from error
+    cfg = read_lazy_config(path, overrides, read)
     if "model" not in cfg or "dataloader" not in cfg or "train" not in cfg:
         raise ConfigError(f"{path}: no model, dataloader and train in this LazyConfig")
+    metadata = read_metadata(weights)
+    if metadata.origin == "scratch":
+        raise ConfigError(
+            f"{path}: --weights none is for YAML configs, whose norms are made to train; give this "
+            "LazyConfig norms that train and use Detectron2's own lazyconfig_train_net.py"
+        )
     explicit = {override.lstrip("+").partition("=")[0] for override in overrides}
-    apply_metadata(cfg, read_metadata(weights), explicit, force)
+    apply_metadata(cfg, metadata, explicit, force)
     cfg.train.init_checkpoint = str(Path(weights).resolve())
+    if "DATASETS" in cfg:
+        files = OmegaConf.to_container(cfg.DATASETS.COCO_FILES)
+        register_coco_files(SimpleNamespace(DATASETS=SimpleNamespace(COCO_FILES=files)))
+        _fit_classes(cfg)
+    return cfg
+
+
+def write_plain_config(
+    output: str, path: str, weights: str, overrides: Sequence[str] = (), force: bool = False
+) -> str:
+    """Write ``load_lazy_config``'s changes of ``path`` for Detectron2's own script; returns them.
+
+    The written file is a LazyConfig, loads ``path`` and registers the sets of DATASETS.COCO_FILES.
+    """
+    cfg = read_lazy_config(path)
+    before = OmegaConf.to_container(cfg, resolve=False)
+    load_lazy_config(path, weights, overrides, force, cfg)
+    sets = OmegaConf.to_container(cfg.pop("DATASETS", OmegaConf.create({"COCO_FILES": []})))
+    changes = "\n".join(_assignments(before, OmegaConf.to_container(cfg, resolve=False)))
+    lines = ["# For Detectron2's own tools/lazyconfig_train_net.py --config-file THIS."]
+    if Path(path).is_file():
+        lines += ["from detectron2.config import LazyConfig"]
+        lines += [f"_cfg = LazyConfig.load({str(Path(path).resolve())!r})"]
+    else:
+        lines += ["from detectron2 import model_zoo", f"_cfg = model_zoo.get_config({path!r})"]
+    for set_name, *files in sets["COCO_FILES"]:
+        places = ", ".join(repr(str(Path(file).resolve())) for file in files)
+        lines += ["from detectron2.data.datasets import register_coco_instances"]
+        lines += [f"register_coco_instances({set_name!r}, {{}}, {places})"]
+    lines += [f"{key} = _cfg[{key!r}]" for key in before]
+    write_text(output, "\n".join([*lines, changes]) + "\n")
+    return changes
+
+
+def _assignments(before: Any, after: Any, place: str = "") -> Iterator[str]:
+    """Lines of Python that make plain values ``before`` those of ``after``."""
+    if before == after:
+        return
+    kinds, pairs = {type(before), type(after)}, []
+    if kinds == {dict}:
+        yield from (f"del {place}[{key!r}]" for key in before if key not in after)
+        pairs = [(key, before.get(key, ...), after[key]) for key in after]
+    elif kinds == {list} and len(before) == len(after) and any(type(v) is dict for v in after):
+        pairs = [(i, *values) for i, values in enumerate(zip(before, after))]
+    else:
+        yield f"{place} = {after!r}"
+    for key, *values in pairs:
+        below = f"{place}.{key}".lstrip(".") if str(key).isidentifier() else f"{place}[{key!r}]"
+        yield from _assignments(*values, below)
+
+
+def _fit_machine(cfg: DictConfig) -> None:
+    """On a machine without GPU: the CPU, no synchronised norm, no mixed precision; logged."""
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         logger.warning("no GPU here: train.device cuda -> cpu, without synchronised norms and AMP")
         cfg.train.device, cfg.train.amp.enabled = "cpu", False
-        for node, _ in _nodes(cfg.model):
+        for node, _ in nodes(cfg.model):
             if "Sync" in str(node.get("norm", "")):
                 node.norm = "BN"
-    return cfg
 
 
 def apply_metadata(
@@ -78,7 +137,7 @@ def apply_metadata(
     wanted["model.pixel_std"] = list(metadata.pixel_std)
     for split in ("train", "test"):
         wanted[f"dataloader.{split}.mapper.image_format"] = metadata.input_format
-    for node, place in _nodes(cfg.model):
+    for node, place in nodes(cfg.model):
         target = node.get("_target_", "")
         home = str(getattr(target, "__module__", target))
         if not architecture.is_resnet or "backbone.resnet" not in home:
@@ -114,15 +173,6 @@ def _at(cfg: DictConfig, path: str) -> DictConfig | None:
     return cfg
 
 
-def _nodes(node: Any, place: str = "") -> Iterator[tuple[DictConfig, str]]:
-    """Every node with keys in ``node``, and its dotted place."""
-    if isinstance(node, DictConfig):
-        yield node, place
-        for key in node:
-            if not OmegaConf.is_interpolation(node, key):
-                yield from _nodes(node[key], f"{place}.{key}".lstrip("."))
-
-
 def finetune(
     path: str,
     weights: str,
@@ -139,13 +189,10 @@ def finetune(
         JigsawError: weights or config that do not fit.
     """
     cfg = load_lazy_config(path, weights, overrides, force)
+    _fit_machine(cfg)
     output = Path(cfg.train.output_dir)
     if (output / "last_checkpoint").is_file() and not (resume or eval_only):
         raise RunError(f"{output} holds a run: --resume continues it, another folder starts anew")
-    if "DATASETS" in cfg:
-        files = OmegaConf.to_container(cfg.DATASETS.COCO_FILES)
-        register_coco_files(SimpleNamespace(DATASETS=SimpleNamespace(COCO_FILES=files)))
-        _fit_classes(cfg)
     setup_logger(str(output), comm.get_rank(), name="jigsaw_d2", abbrev_name="jigsaw")
     default_setup(cfg, SimpleNamespace(config_file="", eval_only=eval_only, resume=resume))
     model = instantiate(cfg.model).to(cfg.train.device)

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.config import get_jigsaw_cfg, refuse_program
 from jigsaw_d2.engine.precision import Precision
 from jigsaw_d2.engine.state import set_random_state
 from jigsaw_d2.engine.train_step import StepRecord, TrainStep
@@ -80,6 +80,7 @@ def replay_step(path: str | Path, overrides: list[str] | None = None) -> Replay:
     cfg = get_jigsaw_cfg()
     cfg.merge_from_other_cfg(CfgNode.load_cfg(content["config"]))
     cfg.merge_from_list(overrides or [])
+    refuse_program(cfg, path, overrides or [])
     if cfg.MODEL.RESNETS.NORM == "SyncBN":
         logger.warning("SyncBN is replayed as BN: the other ranks' images are not in the file")
         cfg.MODEL.RESNETS.NORM = "BN"

@@ -15,8 +15,6 @@ from torch.optim import Optimizer
 
 from jigsaw_d2.engine.precision import Precision
 from jigsaw_d2.engine.state import get_random_state
-from jigsaw_d2.io import ConfigError
-from jigsaw_d2.modeling.erf import unwrap
 
 Batch = dict[str, Any]
 # What of a batch the network takes.
@@ -159,7 +157,6 @@ class TrainStep:
         self.grad_scaler = precision.grad_scaler()
         self.data_loader: Iterable[Batch] = ()
         self._batches = DeviceBatches(iter(()), self.device)
-        self._is_first = True
         self.record = StepRecord()
 
     def feed(self, data_loader: Iterable[Batch]) -> None:
@@ -182,16 +179,10 @@ class TrainStep:
         Returns:
             Scalars averaged over ranks: "total_loss", the losses by name where there are several,
             and "data_time", the seconds for which the device waited for data.
-
-        Raises:
-            ConfigError: in the first step, naming parameters that receive no gradient.
         """
         self.record = StepRecord(random_state=get_random_state(self.device))
         self.optimizer.zero_grad(set_to_none=True)
         report = self._accumulate()
-        if self._is_first:
-            self._check_gradients()
-            self._is_first = False
         scalars, own = report.wait()
         if not math.isfinite(scalars["total_loss"]):
             on_bad_loss(scalars, own)
@@ -224,18 +215,6 @@ class TrainStep:
         with self.precision.autocast():
             losses = self.model(batch)
         return {name: value / self.accumulation_steps for name, value in losses.items()}
-
-    def _check_gradients(self) -> None:
-        """Refuse a network of which parts do nothing: they would stay random, and stop DDP."""
-        parameters = unwrap(self.model).named_parameters()
-        idle = [name for name, p in parameters if p.requires_grad and p.grad is None]
-        if idle:
-            raise ConfigError(
-                f"{len(idle)} parameters receive no gradient, for MODEL.JIGSAW.IN_FEATURE(S) do "
-                f"not depend on them: {', '.join(idle[:5])}{' ...' if len(idle) > 5 else ''}; let "
-                "the backbone build those outputs alone (MODEL.RESNETS.OUT_FEATURES, "
-                "MODEL.FPN.IN_FEATURES or the like)"
-            )
 
     def _without_sync(self) -> contextlib.AbstractContextManager:
         """Passes before the last keep their gradients to themselves."""

@@ -20,6 +20,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import jigsaw_d2.modeling.lazy  # noqa: F401  (registers its builder)
 from jigsaw_d2.io import ConfigError
 
 LIBRARIES = ("timm", "torchvision")

@@ -19,7 +19,7 @@ from jigsaw_d2.config import in_features
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import losses
-from jigsaw_d2.modeling.erf import own_region_weights
+from jigsaw_d2.modeling.erf import measuring, own_region_weights
 from jigsaw_d2.modeling.levels import Level, assigned_levels, check_levels, used_cells
 
 # Iterations between two values of the training metrics: the period of Detectron2's writers, so
@@ -402,6 +402,31 @@ def check_trainable(model: nn.Module) -> None:
     for names, what in ((frozen, "frozen batch norms"), (fixed, "parameters without gradient")):
         if names:
             raise ConfigError(
-                f"{len(names)} {what} ({', '.join(names[:3])} ...): see MODEL.RESNETS.NORM and "
-                "MODEL.BACKBONE.FREEZE_AT, or the backbone's own code"
+                f"{len(names)} {what} ({', '.join(names[:3])} ...): set MODEL.BACKBONE.FREEZE_AT 0 "
+                "and MODEL.RESNETS.NORM auto, or change what the backbone's own code freezes"
             )
+
+
+def check_used(model: JigsawPretrainer) -> None:
+    """Refuse a backbone of which parts do nothing: they would stay random, and stop DDP.
+
+    Raises:
+        ConfigError: naming the first few parameters.
+    """
+    size = (len(model.pixel_mean), model.template.height, model.template.width)
+    with measuring(model.backbone) as backbone:
+        names, parameters = zip(*backbone.requires_grad_(True).named_parameters())
+        features = backbone(torch.zeros(1, *size, device=model.device))
+        total = sum(features[name].float().sum() for name in model.in_features)
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    idle = [name for name, gradient in zip(names, gradients) if gradient is None]
+    if idle:
+        raise ConfigError(
+            f"{len(idle)} parameters of the backbone receive no gradient, for "
+            f"MODEL.JIGSAW.IN_FEATURE(S) do not depend on them: {', '.join(idle[:5])}"
+            f"{' ...' if len(idle) > 5 else ''}; let it build the classified outputs alone "
+            "(OUT_FEATURES of MODEL.RESNETS, TIMM or TORCHVISION, MODEL.FPN.IN_FEATURES, "
+            "out_features of a LazyConfig or your own), or classify the others too "
+            "(MODEL.JIGSAW.IN_FEATURES). A detector may have more: what only its lower outputs use "
+            "starts new there"
+        )

@@ -3,9 +3,12 @@
 import argparse
 import sys
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jigsaw_d2.tools import arguments
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help shall not
+    from torch import nn
 
 EPILOG = """\
 examples:
@@ -29,8 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--format", choices=formats, default=formats[0], help="default: %(default)s")
     add("--force", action="store_true", help="replace files that exist")
     add("--origin", default="", help="of torchvision weights that ImageNet did not train: whence")
-    text = "write a config with which Detectron2's plain tools/train_net.py fine-tunes them"
-    add("--write-config", metavar="OUT.yaml", help=text)
+    text = (
+        "write a config with which Detectron2's plain tools/train_net.py fine-tunes them, or its "
+    )
+    text += "lazyconfig_train_net.py where --config-file is a LazyConfig"
+    add("--write-config", metavar="OUT", help=text)
     text = "detection config for --write-config, which KEY VALUE pairs change: zoo name or path"
     add("--config-file", default="", help=text)
     text = "for --write-config: take depth, groups, widths, deformable stages from the weights"
@@ -64,14 +70,60 @@ def main(argv: list[str] | None = None) -> int:
     required = nested(metadata.required_config())
     out.write(f"# a detector that uses these weights needs\n{config.changes_yaml(required)}")
     if args.write_config:
-        given = (args.config_file, args.output, args.opts)
-        match = args.match_architecture
-        cfg = config.setup_finetune(*given, match_architecture=match, trust=args.trust, here=False)
+        write_config(args, args.output, try_it=True)
+    return 0
+
+
+def write_config(
+    args: argparse.Namespace, weights: str, insist: bool = False, try_it: bool = False
+) -> None:
+    """Write --write-config for ``weights``; print what they change in --config-file.
+
+    ``insist``: overrides win over the weights. ``try_it``: load them into that detector first, and
+    print what it finds new.
+    """
+    from detectron2.config import instantiate
+
+    from jigsaw_d2.checkpoint.convert import check_free
+    from jigsaw_d2.detection import config, lazy
+    from jigsaw_d2.detection.finetune import FinetuneTrainer
+
+    check_free(args.write_config, args.force)
+    if args.config_file.endswith(".py"):
+        given = (args.config_file, weights, args.opts, insist)
+        if try_it:
+            try_load(instantiate(lazy.load_lazy_config(*given).model), weights)
+        changes = lazy.write_plain_config(args.write_config, *given) + "\n"
+    else:
+        cfg = config.setup_finetune(
+            *(args.config_file, weights, args.opts),
+            match_architecture=args.match_architecture,
+            force=insist,
+            trust=args.trust,
+            here=False,
+        )
+        if try_it:
+            cpu = cfg.clone()
+            cpu.MODEL.DEVICE = "cpu"
+            offsets = cfg.MODEL.JIGSAW.NEW_OFFSETS
+            try_load(FinetuneTrainer.build_model(cpu), weights, new_offsets=offsets)
         config.write_plain_config(args.write_config, cfg, force=args.force)
         before = config.load_detection_config(args.config_file, args.opts, args.trust)
         changes = config.changes_yaml(config.config_changes(before, cfg))
-        out.write(f"# {args.write_config}: {args.config_file} changed in\n{changes}")
-    return 0
+    sys.stdout.write(f"# {args.write_config}: {args.config_file} changed in\n{changes}")
+
+
+def try_load(detector: "nn.Module", weights: str, **options: bool) -> None:
+    """Load ``weights`` strictly into the detector, and print what starts new there.
+
+    Raises:
+        WeightsError: see ``load_backbone``.
+    """
+    from jigsaw_d2.checkpoint.loading import load_backbone
+
+    found = load_backbone(detector, weights, **options)
+    new = ", ".join([*found.new_outputs, *found.new_offsets, *found.new_modules]) or "nothing"
+    sys.stdout.write(f"# fills {len(found.filled)} tensors of that detector; new in it: {new}\n")
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:

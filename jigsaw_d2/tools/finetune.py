@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from jigsaw_d2.tools import arguments
+from jigsaw_d2.tools.convert import write_config
 
 EPILOG = """\
 examples:
@@ -29,6 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", required=True, help=text)
     text = "take depth, groups, widths, deformable stages from the weights, not from the config"
     add("--match-architecture", action="store_true", help=text)
+    text = "write a config for Detectron2's own tools/train_net.py, of a LazyConfig for its "
+    text += "lazyconfig_train_net.py, and train nothing"
+    add("--write-config", metavar="OUT", help=text)
     add("--resume", action="store_true", help="go on with the run in OUTPUT_DIR")
     add("--eval-only", action="store_true", help="evaluate the last checkpoint in OUTPUT_DIR")
     text = "insist on overrides that contradict the weights, and load what fits of the weights"
@@ -47,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     from jigsaw_d2.engine.launch import launch_job
 
     arguments.import_registered(args.register)
+    if args.write_config:
+        write_config(args, args.weights, args.force)
+        return 0
     machines = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
     if args.config_file.endswith(".py"):
         return launch_job(run_lazy, *machines, args=(args,)) or 0

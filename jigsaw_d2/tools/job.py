@@ -5,6 +5,7 @@ OUTPUT/samples/{train,val}/store -> OUTPUT/pretrain -> OUTPUT/weights/backbone.p
 OUTPUT/lengths.json
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -47,6 +48,7 @@ class Job:
     Attributes:
         pretrain, detector: KEY VALUE overrides of the two configs.
         with_scratch: train the same detector from random weights too.
+        extraction: further arguments of both extractions.
         equal_cost: and once more for the time that the Jigsaw detector took with pre-training.
         stages: (stage, wall-clock seconds over all attempts, images or samples it saw).
         metrics: {what the detector started from: box metrics in percent}.
@@ -58,6 +60,7 @@ class Job:
     pretrain: tuple[str, ...] = ()
     detector: tuple[str, ...] = ()
     with_scratch: bool = False
+    extraction: tuple[str, ...] = ()
     equal_cost: bool = False
     stages: list[tuple[Stage, float, int]] = field(default_factory=list, init=False)
     metrics: dict[str, dict[str, float | None]] = field(default_factory=dict, init=False)
@@ -112,9 +115,16 @@ class Job:
         )
 
     def extract(self) -> None:
-        """The samples of both splits."""
-        for stage in self.pipeline.extraction(self.output / "samples", (), self.detector):
+        """The samples of both splits; of arrays, their mean and std for every detector."""
+        options = (self.extraction, self.detector)
+        for stage in self.pipeline.extraction(self.output / "samples", *options):
             self._do(stage)
+        header = SampleStore(self.store).header
+        if "pixel_mean" in header:  # which one from scratch has no weights to tell
+            values = (
+                ("MODEL.PIXEL_" + k.upper(), repr(header[f"pixel_{k}"])) for k in ("mean", "std")
+            )
+            self.detector = (*itertools.chain(*values), *self.detector)
 
     def _do(self, stage: Stage) -> Stage:
         """Run a stage and enter it into the table."""
@@ -204,11 +214,16 @@ class Job:
             ],
             "labels": [*config, "--store", store, "--weights", checkpoint],
         }
+        # What the config names to run, the command line has to name too.
+        key, cfg = "MODEL.JIGSAW.BACKBONE_FROM", self.pipeline.pretrain_cfg(self.pretrain)
+        program = cfg.MODEL.JIGSAW.BACKBONE_FROM
         for name, argv in figures.items():
             path = str(folder / f"{name}.png")
             if not Path(path).is_file():
                 say(f"draw {path}")
-                visualize.main([name, *argv, "--output", path, *self.pipeline.register_flags])
+                argv = [name, *argv, "--output", path, *self.pipeline.register_flags]
+                named = ["--opts", key, program] if program and name != "samples" else []
+                visualize.main([*argv, *named])
         return [folder / f"{name}.png" for name in figures]
 
     def tables(self) -> str:

@@ -15,6 +15,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = arguments.make_parser("train_net.py", __doc__)
     add = parser.add_argument
     add("--config-file", default="", help="of the pre-training: a path, or a name among ours")
+    text = (
+        "pre-train the backbone of this LazyConfig, a .py file or a name in Detectron2's zoo, from "
+    )
+    text += "below its pyramid; kept in the run's config"
+    add("--backbone-from", metavar="X.py", help=text)
     add("--resume", action="store_true", help="go on with the run in OUTPUT_DIR")
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, or with --resume the run")
     text = "repeat the step that a run stopped at for a loss that was not finite, and say where "
@@ -37,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     from jigsaw_d2.engine.launch import launch_job
 
     arguments.import_registered(args.register)
+    if args.backbone_from:
+        named = ["MODEL.JIGSAW.BACKBONE_FROM", args.backbone_from, *args.opts]
+        args.opts = ["MODEL.BACKBONE.NAME", "build_lazy_backbone", *named]
     if args.replay:
         print(format_replay(args.replay, args.opts))
         return 0

@@ -53,6 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config-file", help=text)
     text = "of the detector; default: finetune/faster_rcnn_R_50_FPN_1x.yaml, without a GPU "
     add("--detector-config", help=text + "finetune/faster_rcnn_R_18_FPN_small.yaml")
+    text = "of images that are arrays (npy, tiff, png as they are), such as 4; 0: pictures"
+    add("--channels", type=int, default=0, help=text)
+    add("--reader", metavar="MODULE:FUNCTION", help="reads an array of --channels instead")
     add("--with-scratch", action="store_true", help="the detector from scratch as well")
     add("--seed", type=int, default=0, help="of every stage")
     add("--num-gpus", type=int, help="default: all of this machine")
@@ -74,8 +77,13 @@ def main(argv: list[str] | None = None) -> int:
     given = (gpus, tuple(args.register), args.trust, args.seed)
     pipeline = Pipeline(files_dataset(args), *configs, *given)
     fitted = () if args.config_file else ("INPUT.JIGSAW.FIT_TO", "auto")  # a named one says itself
-    overrides = ((*fitted, *args.pretrain), tuple(args.detector))
-    job = Job(pipeline, Path(args.output).resolve(), *overrides, args.with_scratch)
+    arrays, extraction = (), ()
+    if args.channels or args.reader:
+        arrays = ("INPUT.FORMAT", f"C{args.channels}", "INPUT.READER", args.reader or "")
+        extraction = ("--channels", str(args.channels))
+        extraction += ("--reader", args.reader) if args.reader else ()
+    overrides = ((*fitted, *arrays, *args.pretrain), (*arrays, *args.detector))
+    job = Job(pipeline, Path(args.output).resolve(), *overrides, args.with_scratch, extraction)
     finish(job, None if args.hours is None else args.hours * 3600)
     return 0
 

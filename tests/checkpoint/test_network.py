@@ -28,6 +28,7 @@ from jigsaw_d2.checkpoint.metadata import WeightsMetadata
 from jigsaw_d2.checkpoint.network import difference, find_prefix, numbers, picture
 from jigsaw_d2.detection.config import apply_metadata
 from jigsaw_d2.io import ConfigError, WeightsError
+from jigsaw_d2.tools.convert import main
 
 
 @BACKBONE_REGISTRY.register()
@@ -66,6 +67,14 @@ def stairs(folder: Path) -> Path:
     checkpoint = save_checkpoint(folder / "c.pth", cfg, model)
     convert_checkpoint(checkpoint, folder / "w.pkl", force=True)
     return folder / "w.pkl"
+
+
+class Detector(nn.Module):
+    """A backbone with a head."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Conv2d(8, 1, 1)
 
 
 class Wrapped(Backbone):
@@ -108,6 +117,22 @@ class TestParity:
         assert report.new_outputs == ("norm_res4.weight", "norm_res4.bias")[::-1]
         assert "did not use: norm_res4.bias, norm_res4.weight" in caplog.text
         assert torch.equal(network.norm_res4.weight, torch.ones(8))
+
+    def test_conversion_names_them_where_it_is_told_the_detector(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        (tmp_path / "x.py").write_text(
+            "from detectron2.config import LazyCall as L\n"
+            "from test_network import Detector, Stairs\n"
+            "model = L(Detector)(backbone=L(Stairs)(outputs=['res4', 'res5']))\n"
+            "dataloader, train = {}, {}\n"
+        )
+        weights = stairs(tmp_path)
+        arguments = ["--input", str(weights), "--output", str(tmp_path / "w2.pkl")]
+        plain = ["--write-config", str(tmp_path / "plain.py")]
+        assert main([*arguments, "--config-file", str(tmp_path / "x.py"), *plain]) == 0
+        said = "fills 6 tensors of that detector; new in it: norm_res4.bias, norm_res4.weight, head"
+        assert said.replace("norm", "backbone.norm") in capsys.readouterr().out
 
     def test_an_output_above_the_trained_one_is_refused(self, tmp_path: Path) -> None:
         """As are tensors on which a trained output depends."""

@@ -182,6 +182,8 @@ def test_workers_whose_batches_do_not_fit_shared_memory_are_refused(monkeypatch)
         check_shared_memory(cfg, 2, 2)
     usage.free = needed
     check_shared_memory(cfg, 2, 2)
+    with pytest.raises(ConfigError, match="1568 MiB, but 294 MiB are free"):
+        check_shared_memory(cfg, 2, 2, 4 * 4)  # 4 channels of 16 bits, on a float32 canvas
     cfg.DATALOADER.NUM_WORKERS, usage.free = 0, 0
     check_shared_memory(cfg, 2, 2)
 

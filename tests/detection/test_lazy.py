@@ -1,19 +1,29 @@
 """LazyConfigs: the weights' metadata reaches the model's and the mappers' nodes."""
 
+import copy
+import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from detectron2.config import instantiate
-from helpers_weights import RESNET_18, THIN_GN, convert, make_coco
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from helpers_weights import RESNET_18, THIN, THIN_GN, convert, make_coco
+from omegaconf import OmegaConf
 
+from jigsaw_d2.checkpoint.convert import read_converted
 from jigsaw_d2.checkpoint.loading import load_backbone
-from jigsaw_d2.detection.lazy import load_lazy_config
+from jigsaw_d2.detection.lazy import load_lazy_config, write_plain_config
 from jigsaw_d2.io import ConfigError, WeightsError
+from jigsaw_d2.tools import convert as convert_weights
 from jigsaw_d2.tools.finetune import main
 
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.py"
+LSJ = "new_baselines/mask_rcnn_R_50_FPN_50ep_LSJ.py"
 CONFIGS = [MASK, RETINANET, "COCO-Detection/fcos_R_50_FPN_1x.py"]
 DEPTH = "model.backbone.bottom_up.stages.depth=18"
 GN = [*THIN_GN, "MODEL.RESNETS.NORM", "GN"]
@@ -63,9 +73,50 @@ def test_strides_and_the_c4_head(tmp_path: Path) -> None:
     assert [node.norm for node in (*nodes, cfg.model.backbone.stem)] == ["GN"] * 3
 
 
+@pytest.mark.parametrize("command", [convert_weights.main, main])
+def test_a_config_for_detectron2s_own_script(command: Callable, tmp_path: Path) -> None:
+    """Loaded without us it is what we train by: values, lists, sets, what had to go."""
+    weights, out = convert(tmp_path, *RESNET_18), str(tmp_path / "out.py")
+    entry = make_coco(tmp_path / f"plain_{command.__module__.rpartition('.')[2]}")[0]
+    own = f"+DATASETS.COCO_FILES={json.dumps([entry])}"
+    overrides = [*SMALL, own, f"dataloader.train.dataset.names={entry[0]}"]
+    files = ["--weights", str(weights)]
+    if command is convert_weights.main:
+        weights = tmp_path / "again.pkl"
+        files = ["--input", files[1], "--output", str(weights)]
+    assert command([*files, "--config-file", MASK, "--write-config", out, *overrides]) == 0
+    with pytest.raises(ConfigError, match="exists; --force"):
+        command([*files, "--config-file", MASK, "--write-config", out])
+    expected = load_lazy_config(MASK, weights, overrides)
+    del expected["DATASETS"]
+    DatasetCatalog.remove(entry[0]), MetadataCatalog.remove(entry[0])  # the file registers it
+    cfg = LazyConfig.load(out)
+    plain = [OmegaConf.to_container(c, resolve=False) for c in (cfg, expected)]
+    assert plain[0] == plain[1] and len(DatasetCatalog.get(entry[0])) == 4
+    assert cfg.model.roi_heads.num_classes == 3 and cfg.train.init_checkpoint == str(weights)
+    model = instantiate(cfg.model)
+    DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+    filled = load_backbone(copy.deepcopy(model), weights).filled
+    held = read_converted(weights)[0]
+    assert len(filled) == len(held) == 100
+    for name, array in held.items():
+        assert np.array_equal(model.backbone.bottom_up.state_dict()[name], array), name
+
+
+def test_what_is_no_plain_value_stays_with_the_config(tmp_path: Path) -> None:
+    """The zoo's new baselines hold functions, which no line of Python could spell."""
+    changes = write_plain_config(str(tmp_path / "out.py"), LSJ, convert(tmp_path, *THIN))
+    assert "conv_norm" not in changes and "<" not in changes
+    cfg = LazyConfig.load(str(tmp_path / "out.py"))
+    assert cfg.model.pixel_std == [58.395, 57.12, 57.375]
+    assert callable(cfg.model.roi_heads.box_head.conv_norm)
+
+
 def test_no_lazy_config(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("x = nothing\n")
     (tmp_path / "empty.py").write_text("x = 3\n")
+    with pytest.raises(ConfigError, match="norms that train"):
+        load_lazy_config(MASK, "none")
     for name, message in (("broken.py", "nothing"), ("empty.py", "no model"), ("gone.py", "gone")):
         with pytest.raises(ConfigError, match=f"{name}: no .*{message}|{name}: {message}"):
             load_lazy_config(str(tmp_path / name), "none")

@@ -77,6 +77,7 @@ def test_the_command_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert main([*arguments, "--match-architecture", "SOLVER.MAX_ITER", "9"]) == 0
     said = capsys.readouterr().out
     assert "input_format: RGB" in said and f"{FPN} changed in" in said
+    assert "fills 100 tensors of that detector; new in it: backbone.fpn_lateral2, " in said
     plain = get_cfg()
     plain.merge_from_file(str(tmp_path / "p.yaml"))
     assert (plain.MODEL.RESNETS.DEPTH, plain.SOLVER.MAX_ITER) == (18, 9)

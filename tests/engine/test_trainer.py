@@ -21,6 +21,7 @@ from jigsaw_d2.engine.state import (
 from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.io import CheckpointError, ConfigError, RunError
 from jigsaw_d2.modeling.losses import OBJECTIVES
+from jigsaw_d2.modeling.meta_arch import check_used
 from jigsaw_d2.tools import run_command
 from jigsaw_d2.tools.pretrain import main
 
@@ -168,7 +169,10 @@ def test_a_compiled_backbone_agrees(tmp_path, monkeypatch, objective):
 
 
 def test_parts_of_the_backbone_that_do_nothing_are_named(tmp_path):
-    """An output that is not classified: DistributedDataParallel would fail in the second step."""
+    """An output that is not classified: DistributedDataParallel would fail in the second step.
+
+    Before anything is measured or trained, and leaving the random state to what is.
+    """
 
     class Idle(JigsawTrainer):
         @classmethod
@@ -177,12 +181,16 @@ def test_parts_of_the_backbone_that_do_nothing_are_named(tmp_path):
             model.backbone.aside = nn.Conv2d(32, 8, 1)
             return model
 
-    trainer = Idle(tiny_cfg(tmp_path))
-    before = trainer.model.classifier.weight.clone()
-    message = "2 parameters receive no gradient.*: backbone.aside.weight, backbone.aside.bias; let"
+    message = "2 parameters of the backbone receive no gradient.*: aside.weight, aside.bias; let it"
+    message += ".*build the classified outputs alone.*MODEL.JIGSAW.IN_FEATURES"
+    cfg = tiny_cfg(tmp_path)
     with pytest.raises(ConfigError, match=message):
-        trainer.train()
-    assert torch.equal(trainer.model.classifier.weight, before)
+        Idle(cfg)
+    assert not (tmp_path / "run" / "cost.json").exists()
+    model, before = JigsawTrainer(cfg).model, torch.get_rng_state()
+    check_used(model)
+    assert torch.equal(torch.get_rng_state(), before) and model.backbone.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_every_rank_waits_until_the_bad_step_is_kept(tmp_path, monkeypatch):
