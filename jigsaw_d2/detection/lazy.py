@@ -173,6 +173,19 @@ def _at(cfg: DictConfig, path: str) -> DictConfig | None:
     return cfg
 
 
+def build_model(cfg: DictConfig, path: str) -> torch.nn.Module:
+    """The detector of a LazyConfig that was read from ``path``.
+
+    Raises:
+        ConfigError: its program fails.
+    """
+    try:
+        return instantiate(cfg.model)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path}: its model cannot be built: {said}") from error
+
+
 def finetune(
     path: str,
     weights: str,
@@ -195,7 +208,7 @@ def finetune(
         raise RunError(f"{output} holds a run: --resume continues it, another folder starts anew")
     setup_logger(str(output), comm.get_rank(), name="jigsaw_d2", abbrev_name="jigsaw")
     default_setup(cfg, SimpleNamespace(config_file="", eval_only=eval_only, resume=resume))
-    model = instantiate(cfg.model).to(cfg.train.device)
+    model = build_model(cfg, path).to(cfg.train.device)
     if eval_only:
         DetectionCheckpointer(model, str(output)).resume_or_load("", resume=True)
         return evaluate(cfg, model)

@@ -82,8 +82,6 @@ def write_config(
     ``insist``: overrides win over the weights. ``try_it``: load them into that detector first, and
     print what it finds new.
     """
-    from detectron2.config import instantiate
-
     from jigsaw_d2.checkpoint.convert import check_free
     from jigsaw_d2.detection import config, lazy
     from jigsaw_d2.detection.finetune import FinetuneTrainer
@@ -92,7 +90,8 @@ def write_config(
     if args.config_file.endswith(".py"):
         given = (args.config_file, weights, args.opts, insist)
         if try_it:
-            try_load(instantiate(lazy.load_lazy_config(*given).model), weights)
+            detector = lazy.build_model(lazy.load_lazy_config(*given), args.config_file)
+            try_load(detector, weights)
         changes = lazy.write_plain_config(args.write_config, *given) + "\n"
     else:
         cfg = config.setup_finetune(

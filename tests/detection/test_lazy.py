@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from jigsaw_d2.checkpoint.convert import read_converted
 from jigsaw_d2.checkpoint.loading import load_backbone
-from jigsaw_d2.detection.lazy import load_lazy_config, write_plain_config
+from jigsaw_d2.detection.lazy import build_model, load_lazy_config, write_plain_config
 from jigsaw_d2.io import ConfigError, WeightsError
 from jigsaw_d2.tools import convert as convert_weights
 from jigsaw_d2.tools.finetune import main
@@ -120,6 +120,9 @@ def test_no_lazy_config(tmp_path: Path) -> None:
     for name, message in (("broken.py", "nothing"), ("empty.py", "no model"), ("gone.py", "gone")):
         with pytest.raises(ConfigError, match=f"{name}: no .*{message}|{name}: {message}"):
             load_lazy_config(str(tmp_path / name), "none")
+    cfg = OmegaConf.create({"model": {"_target_": "torch.nn.Conv2d", "in_channels": 3}})
+    with pytest.raises(ConfigError, match="own.py: its model cannot be built: .*out_channels"):
+        build_model(cfg, "own.py")
 
 
 def test_train_and_evaluate(tmp_path: Path) -> None:
