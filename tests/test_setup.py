@@ -61,7 +61,7 @@ def calls(monkeypatch, tmp_path):
 def test_set_up_installs_in_order_and_only_once(calls, tmp_path, monkeypatch):
     venv = tmp_path / "venv"
     set_up.set_up(venv)
-    project = f"{ROOT}[benchmark,test]"
+    project = f"{ROOT}[benchmark,test,timm]"
     assert calls == [
         ("venv",),
         ("pip", "setuptools", "wheel", "torch", "torchvision", {}),
