@@ -41,9 +41,10 @@ def build_pretrained(cfg: CfgNode, arrays: Mapping[str, np.ndarray]) -> nn.Modul
     """
     cfg = cfg.clone()
     if cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
+        modules = " ".join(f"--register {module}" for module in cfg.MODEL.JIGSAW.REGISTER)
         raise ConfigError(
-            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME!r} is not registered here: name the "
-            "module that registers it with --register"
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME!r} is not registered here: "
+            + (f"its training had {modules}: give the same" if modules else "--register its module")
         )
     resnets = cfg.MODEL.RESNETS
     if resnets.NORM == AUTO_NORM or norm_family(resnets.NORM) == "BN":

@@ -41,6 +41,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
         args.config_file = str(find_config(args.config_file))
     cfg = get_jigsaw_cfg(args.config_file, args.opts, trust=args.trust)
     cfg.SOLVER.DETERMINISTIC |= args.deterministic
+    cfg.MODEL.JIGSAW.REGISTER = list(dict.fromkeys([*cfg.MODEL.JIGSAW.REGISTER, *args.register]))
     return cfg
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from helpers_weights import C4, FPN, SMALL, THIN, make_coco
 
+from jigsaw_d2.engine.pretrain import load_config
 from jigsaw_d2.tools import finetune as finetune_command
+from jigsaw_d2.tools import pretrain as pretrain_command
 from jigsaw_d2.tools import run_command
 
 HELP = """
@@ -71,3 +73,10 @@ def test_a_mistake_in_it_is_one_line(capsys: pytest.CaptureFixture) -> None:
     options = ["--config-file", FPN, "--weights", "none", "--register", "no_such_module"]
     assert run_command(finetune_command.main, options) == 2
     assert "no_such_module cannot be imported" in capsys.readouterr().err
+
+
+def test_a_run_keeps_the_names_of_its_modules() -> None:
+    """In its config, and so in its checkpoints, that others can say what it needs."""
+    argv = ["--config-file", "jigsaw_R_18_cpu.yaml", "--register", "json", "--register", "json"]
+    cfg = load_config(pretrain_command.build_parser().parse_args(argv))
+    assert cfg.MODEL.JIGSAW.REGISTER == ["json"]
