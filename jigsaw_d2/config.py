@@ -84,8 +84,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Of MODEL.BACKBONE.NAME build_lazy_backbone: the LazyConfig whose backbone is trained, a .py
     # file or a name in Detectron2's zoo; as train_net.py --backbone-from.
     cfg.MODEL.JIGSAW.BACKBONE_FROM = ""
-    # Modules that registered what the run needs, as train_net.py --register named them: who opens the
-    # run without them is told which. Not imported from here, for a config is no program.
+    # Modules that registered what the run needs, as train_net.py --register named them: who opens
+    # the run without them is told which. Not imported from here, for a config is no program.
     cfg.MODEL.JIGSAW.REGISTER = []
     # Fine-tuning only. Where a detector's weights must come from: "jigsaw", "imagenet", "scratch",
     # or "" = anywhere. A table row's config names it, so that no row runs from the wrong file.
