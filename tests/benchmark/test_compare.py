@@ -35,9 +35,11 @@ from benchmark.report import (
 from benchmark.runner import DONE, FAILED, PENDING, Comparison, Pool
 from jigsaw_d2 import config
 from jigsaw_d2.cost import record_stage
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import losses
+from jigsaw_d2.modeling.levels import check_levels
 from jigsaw_d2.tools.pipeline import Pipeline
 
 PLAN = dataclasses.replace(PRESETS["smoke"], pretrain_iterations=45, detection_iterations=20)
@@ -395,3 +397,14 @@ def test_a_pre_empted_job_is_queued_again_and_resumes(data, tmp_path, jobs):
     assert [run.status for run in comparison.execute(pool=jobs)] == [DONE]
     first, second = attempts.read_text().splitlines()
     assert first == "pretrain --config-file" and second == "pretrain --resume"
+
+
+def test_every_level_of_the_ablation_gets_samples_on_the_smallest_canvas_fitted() -> None:
+    arms = [dict(zip(arm.pretrain[::2], arm.pretrain[1::2])) for arm in ABLATIONS["levels"]]
+    assigned = [keys for keys in arms if keys.get("MODEL.JIGSAW.LEVELS") == "assign"]
+    assert assigned
+    for keys in assigned:
+        strides = {"p3": 8, "p4": 16, "p5": 32}
+        assert keys["MODEL.JIGSAW.IN_FEATURES"] == str([*strides])
+        size = int(keys["MODEL.JIGSAW.ASSIGN_BOX_SIZE"])
+        check_levels("assign", strides, size, JigsawTemplate(64, 64, 32, 32))

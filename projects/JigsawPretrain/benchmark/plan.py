@@ -165,12 +165,12 @@ def _variants(prefix: str, key: str, values: tuple[object, ...], base: Arm) -> t
 
 
 _ERF, _BLOCK = jigsaw_arm(), jigsaw_arm("block_wise")
-# The pyramid of the presets' FPN detector; boxes of a canvas of 160 pixels reach p5.
+# The pyramid of the presets' FPN detector; boxes of the smallest canvas fitted, 64 px, reach p5.
 _PYRAMID = (
     *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.OUT_CHANNELS", "64"),
     *("MODEL.RESNETS.OUT_FEATURES", "['res3', 'res4', 'res5']"),
     *("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']"),
-    *("MODEL.JIGSAW.IN_FEATURES", "['p3', 'p4', 'p5']", "MODEL.JIGSAW.ASSIGN_BOX_SIZE", "32"),
+    *("MODEL.JIGSAW.IN_FEATURES", "['p3', 'p4', 'p5']", "MODEL.JIGSAW.ASSIGN_BOX_SIZE", "16"),
 )
 ABLATIONS: dict[str, tuple[Arm, ...]] = {
     "objective": tuple(jigsaw_arm(objective) for objective in OBJECTIVES),  # Table 2
