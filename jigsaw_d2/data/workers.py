@@ -44,6 +44,7 @@ def start_workers(count: int | None) -> Iterator[Mapper]:
     pool = ProcessPoolExecutor(count, get_context("fork"), _end_with_parent)
 
     def run(function: Callable, tasks: Iterable[tuple]) -> Iterator:
+        """Results in the order of ``tasks``, of which a few wait in each process."""
         pending = deque()
         try:
             for task in tasks:

@@ -119,6 +119,7 @@ class MeterPrinter(EventWriter):
         self._device = device
 
     def write(self) -> None:
+        """The line, in iterations that were metered."""
         storage = get_event_storage()
         latest = storage.latest_with_smoothing_hint(WRITE_PERIOD)
         if latest.get("images_per_s", (0.0, -1))[1] != storage.iter:
@@ -157,6 +158,7 @@ class CheckpointHook(HookBase):
         self._notice.listen()
 
     def after_step(self) -> None:
+        """Write the state where it is due; end the process where a notice asks all ranks to."""
         iteration, done = self.trainer.iter, self.trainer.iter + 1
         number, name = self._notice.agreed(iteration), f"model_{iteration:07d}"
         if done >= self.trainer.max_iter:
@@ -183,6 +185,7 @@ class ContinueHook(HookBase):
     """
 
     def before_train(self) -> None:
+        """Put them back, if a checkpoint was resumed."""
         resumed = self.trainer.resumed
         if not resumed:
             return
@@ -199,6 +202,7 @@ class FirstBatchHook(HookBase):
     """figures/first_batch.png, and the same in TensorBoard: a look before a wait of days."""
 
     def after_step(self) -> None:
+        """Draw it, after the first step alone."""
         if self.trainer.iter > 0:
             return
         from jigsaw_d2.visualization.jigsaw import save_batch_figure  # brings matplotlib in

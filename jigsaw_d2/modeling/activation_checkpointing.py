@@ -52,6 +52,7 @@ def _checkpoint(block: nn.Module) -> None:
 
     @contextlib.contextmanager
     def statistics_left_alone() -> Iterator[None]:
+        """While the forward pass is repeated, which must not count its batch twice."""
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = 0.0

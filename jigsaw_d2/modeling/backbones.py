@@ -101,6 +101,7 @@ class Chain(nn.Module):
         self.kept: tuple[int, ...] = ()  # indices of parts
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """(N, C, H, W) -> the outputs of the ``kept`` parts, of all where none is named."""
         outputs = []
         for i, part in enumerate(self.children()):
             images = part(images)
