@@ -14,7 +14,7 @@ import detectron2
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from jigsaw_d2.io import ConfigError
+from jigsaw_d2.io import ConfigError, import_modules
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Of MODEL.BACKBONE.NAME build_lazy_backbone: the LazyConfig whose backbone is trained, a .py
     # file or a name in Detectron2's zoo; as train_net.py --backbone-from.
     cfg.MODEL.JIGSAW.BACKBONE_FROM = ""
-    # Modules that registered what the run needs, as train_net.py --register named them: who opens
-    # the run without them is told which. Not imported from here, for a config is no program.
+    # Modules that registered what the run needs, as --register named them. Imported from here with
+    # --trust alone, for a config is no program; who opens the run without them is told which.
     cfg.MODEL.JIGSAW.REGISTER = []
     # Fine-tuning only. Where a detector's weights must come from: "jigsaw", "imagenet", "scratch",
     # or "" = anywhere. A table row's config names it, so that no row runs from the wrong file.
@@ -226,7 +226,7 @@ def get_jigsaw_cfg(
 
     Raises:
         FileNotFoundError: ``config_file`` is neither a path nor a shipped name.
-        ConfigError: see ``refuse_code`` and ``refuse_program``.
+        ConfigError: see ``refuse_code`` and ``admit_programs``.
     """
     cfg = get_cfg()
     add_jigsaw_config(cfg)
@@ -235,7 +235,7 @@ def get_jigsaw_cfg(
         refuse_code(path, trust)
         cfg.merge_from_file(path)
     cfg.merge_from_list(overrides or [])
-    refuse_program(cfg, config_file, overrides or [], trust)
+    admit_programs(cfg, config_file, overrides or [], trust)
     program = Path(cfg.MODEL.JIGSAW.BACKBONE_FROM)
     if program.is_file():  # to be found from every folder
         cfg.merge_from_list(["MODEL.JIGSAW.BACKBONE_FROM", str(program.resolve())])
@@ -292,20 +292,24 @@ def zoo_configs() -> Path:
     return (Path(detectron2.__file__).parent / "model_zoo" / "configs").resolve()
 
 
-def refuse_program(
+def admit_programs(
     cfg: CfgNode, where: str | Path, overrides: Sequence[str] = (), trust: bool = False
 ) -> None:
-    """Refuse a file of MODEL.JIGSAW.BACKBONE_FROM that ``where`` names, and no command line.
+    """Run what the config ``where`` names if ``trust``; else refuse its MODEL.JIGSAW.BACKBONE_FROM.
 
-    One that is among ``overrides``, KEY VALUE ..., or read with ``trust``, may run in this process
-    from then on, whoever names it: a checkpoint names the same as its config.
+    A file of that key that is among ``overrides``, KEY VALUE ..., or read with ``trust``, may run
+    in this process from then on, whoever names it: a checkpoint names the same as its config.
+    Modules of MODEL.JIGSAW.REGISTER are imported with ``trust``; without, whoever needs what they
+    register says so.
 
     Raises:
-        ConfigError: naming both.
+        ConfigError: naming the program and ``where``.
     """
     key, program = "MODEL.JIGSAW.BACKBONE_FROM", cfg.MODEL.JIGSAW.BACKBONE_FROM
     path, zoo = Path(program).resolve(), zoo_configs()
     path = path if path.is_file() else (zoo / program).resolve()  # may be a name like ../../file.py
+    if trust:
+        import_modules(cfg.MODEL.JIGSAW.REGISTER, f"{where}, MODEL.JIGSAW.REGISTER")
     if trust or key in overrides[::2]:
         _PROGRAMS.add(path)
     elif path.is_file() and not path.is_relative_to(zoo) and path not in _PROGRAMS:
@@ -313,6 +317,12 @@ def refuse_program(
             f"{where}: refused, because its {key} {program} is a program that would run; if that "
             f"file is your own, --trust runs it, or {key} {program} among the KEY VALUE pairs"
         )
+
+
+def keep_registered(cfg: CfgNode, modules: Sequence[str]) -> None:
+    """Write the modules of --register into the run's settings, after those that are there."""
+    names = list(dict.fromkeys([*cfg.MODEL.JIGSAW.REGISTER, *modules]))
+    cfg.merge_from_list(["MODEL.JIGSAW.REGISTER", names])
 
 
 def scale_to_batch(cfg: CfgNode) -> CfgNode:

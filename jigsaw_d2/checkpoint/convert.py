@@ -30,7 +30,7 @@ from jigsaw_d2.checkpoint.metadata import (
 )
 from jigsaw_d2.checkpoint.network import build_pretrained, describe, strides_in_1x1
 from jigsaw_d2.checkpoint.plain_formats import to_module, to_timm
-from jigsaw_d2.config import AUTO_NORM, get_jigsaw_cfg, refuse_program
+from jigsaw_d2.config import AUTO_NORM, admit_programs, get_jigsaw_cfg
 from jigsaw_d2.io import CheckpointError, ConfigError, WeightsError, open_atomically, write_text
 
 logger = logging.getLogger(__name__)
@@ -285,7 +285,7 @@ def _from_training(
         cfg = get_jigsaw_cfg()
         cfg.set_new_allowed(True)  # keys of a module of --register
         cfg.merge_from_other_cfg(CfgNode(config))
-        refuse_program(cfg, where, trust=trust)
+        admit_programs(cfg, where, trust=trust)
         template = inputs["JIGSAW"]["TEMPLATE_SIZE"], inputs["JIGSAW"]["TEMPLATE_SPLIT"]
         metadata = WeightsMetadata(
             origin="jigsaw",

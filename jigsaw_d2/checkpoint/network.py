@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jigsaw_d2.checkpoint.metadata import STAGES, WeightsMetadata, norm_family
 from jigsaw_d2.config import AUTO_NORM
-from jigsaw_d2.io import ConfigError
-from jigsaw_d2.modeling.backbones import LIBRARIES, library_of
+from jigsaw_d2.modeling.backbones import LIBRARIES, build_backbone, library_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +38,6 @@ def build_pretrained(cfg: CfgNode, arrays: Mapping[str, np.ndarray]) -> nn.Modul
         ConfigError: nobody has registered it here.
     """
     cfg = cfg.clone()
-    if cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
-        modules = " ".join(f"--register {module}" for module in cfg.MODEL.JIGSAW.REGISTER)
-        raise ConfigError(
-            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME!r} is not registered here: "
-            + (f"its training had {modules}: give the same" if modules else "--register its module")
-        )
     resnets = cfg.MODEL.RESNETS
     if resnets.NORM == AUTO_NORM or norm_family(resnets.NORM) == "BN":
         resnets.NORM = "BN"

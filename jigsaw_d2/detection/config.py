@@ -20,7 +20,7 @@ from detectron2.data import MetadataCatalog
 from jigsaw_d2.checkpoint import detector
 from jigsaw_d2.checkpoint.convert import check_free, read_converted, read_tensors
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
-from jigsaw_d2.config import add_jigsaw_config, find_config, refuse_code, refuse_program
+from jigsaw_d2.config import add_jigsaw_config, admit_programs, find_config, refuse_code
 from jigsaw_d2.data.arrays import channels_of
 from jigsaw_d2.detection.data import prepare_data
 from jigsaw_d2.detection.kinds import fit_kind
@@ -63,7 +63,7 @@ def load_detection_config(
         cfg = _merged(path, trust)
         where = f"overrides {list(overrides)}"
         cfg.merge_from_list(list(overrides))
-        refuse_program(cfg, path, overrides, trust)
+        admit_programs(cfg, path, overrides, trust)
     except ConfigError:
         raise
     except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:

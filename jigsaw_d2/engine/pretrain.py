@@ -9,7 +9,7 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from jigsaw_d2.config import find_config, get_jigsaw_cfg
+from jigsaw_d2.config import find_config, get_jigsaw_cfg, keep_registered
 from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.engine.hooks import FirstBatchHook
 from jigsaw_d2.engine.launch import explained, lock_output
@@ -41,7 +41,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
         args.config_file = str(find_config(args.config_file))
     cfg = get_jigsaw_cfg(args.config_file, args.opts, trust=args.trust)
     cfg.SOLVER.DETERMINISTIC |= args.deterministic
-    cfg.MODEL.JIGSAW.REGISTER = list(dict.fromkeys([*cfg.MODEL.JIGSAW.REGISTER, *args.register]))
+    keep_registered(cfg, args.register)
     return cfg
 
 

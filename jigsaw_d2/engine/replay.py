@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from jigsaw_d2.config import get_jigsaw_cfg, refuse_program
+from jigsaw_d2.config import admit_programs, get_jigsaw_cfg
 from jigsaw_d2.engine.precision import Precision
 from jigsaw_d2.engine.state import set_random_state
 from jigsaw_d2.engine.train_step import StepRecord, TrainStep
@@ -66,12 +66,15 @@ def sample_ids(batches: list[dict[str, Any]]) -> list[list[int]]:
     ]
 
 
-def replay_step(path: str | Path, overrides: list[str] | None = None) -> Replay:
+def replay_step(
+    path: str | Path, overrides: list[str] | None = None, trust: bool = False
+) -> Replay:
     """Repeat a kept step, watching every module, without changing anything.
 
     Args:
         path: the file that the stopped run named.
         overrides: KEY VALUE pairs, e.g. ["MODEL.DEVICE", "cpu"] or ["SOLVER.AMP.ENABLED", "False"].
+        trust: see ``admit_programs``.
 
     Raises:
         CheckpointError: the file is no kept step.
@@ -80,7 +83,7 @@ def replay_step(path: str | Path, overrides: list[str] | None = None) -> Replay:
     cfg = get_jigsaw_cfg()
     cfg.merge_from_other_cfg(CfgNode.load_cfg(content["config"]))
     cfg.merge_from_list(overrides or [])
-    refuse_program(cfg, path, overrides or [])
+    admit_programs(cfg, path, overrides or [], trust)
     if cfg.MODEL.RESNETS.NORM == "SyncBN":
         logger.warning("SyncBN is replayed as BN: the other ranks' images are not in the file")
         cfg.MODEL.RESNETS.NORM = "BN"

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone
 from detectron2.utils import comm
 
 from jigsaw_d2.config import (
@@ -25,6 +24,7 @@ from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.engine.precision import is_settled, settle_precision
 from jigsaw_d2.engine.state import read_checkpoint
 from jigsaw_d2.io import ConfigError
+from jigsaw_d2.modeling.backbones import build_backbone
 
 logger = logging.getLogger(__name__)
 

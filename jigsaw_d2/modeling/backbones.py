@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from detectron2 import modeling
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from fvcore.common.registry import Registry
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -222,6 +224,26 @@ BUILDERS: dict[str, Callable[[CfgNode, int], LibraryBackbone]] = {
     "timm": build_from_timm,
     "torchvision": build_from_torchvision,
 }
+
+
+def build_backbone(cfg: CfgNode) -> Backbone:
+    """Detectron2's, of any name that is registered here.
+
+    Raises:
+        ConfigError: MODEL.BACKBONE.NAME is not.
+    """
+    refuse_unknown(cfg, "MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
+    return modeling.build_backbone(cfg)
+
+
+def refuse_unknown(cfg: CfgNode, key: str, name: str, registry: Registry) -> None:
+    """Raises ``ConfigError`` if ``registry`` lacks it, with the modules of --register to import."""
+    if name not in registry:
+        modules = " ".join(f"--register {module}" for module in cfg.MODEL.JIGSAW.REGISTER)
+        mend = f"its run had {modules}: give the same, or --trust" if modules else ""
+        raise ConfigError(
+            f"{key} {name!r} is not registered here: {mend or '--register the module that does it'}"
+        )
 
 
 def library_of(builder: str) -> str:

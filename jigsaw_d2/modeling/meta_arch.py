@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-import jigsaw_d2.modeling.backbones  # noqa: F401  (registers them)
 from jigsaw_d2.config import in_features
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import losses
+from jigsaw_d2.modeling.backbones import build_backbone
 from jigsaw_d2.modeling.erf import measuring, own_region_weights
 from jigsaw_d2.modeling.levels import Level, assigned_levels, check_levels, used_cells
 

@@ -1,10 +1,9 @@
 """Arguments that several commands share."""
 
 import argparse
-import importlib
 from collections.abc import Sequence
 
-from jigsaw_d2.io import ConfigError
+from jigsaw_d2.io import import_modules
 
 
 def make_parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -25,11 +24,7 @@ def import_registered(modules: Sequence[str]) -> None:
     Raises:
         ConfigError: one cannot be imported.
     """
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ConfigError(f"--register: {module} cannot be imported: {error}") from error
+    import_modules(modules, "--register")
 
 
 def add_launch(parser: argparse.ArgumentParser) -> None:

@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Train, evaluate; print what the weights changed in the config, and name the results."""
     args = build_parser().parse_args(argv)
+    from jigsaw_d2.config import keep_registered
     from jigsaw_d2.detection import config
     from jigsaw_d2.engine.launch import launch_job
 
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         changes = config.changes_yaml(config.config_changes(before, cfg))
         sys.stdout.write(f"# weights, dataset and machine change {args.config_file} in\n{changes}")
         sys.stdout.flush()
+    keep_registered(cfg, args.register)
     cfg.freeze()
     timeout = cfg.SOLVER.PEER_TIMEOUT
     launch_job(run, *machines, args=(cfg, args), timeout=timeout, device=cfg.MODEL.DEVICE)
@@ -90,5 +92,6 @@ def run(cfg: Any, args: argparse.Namespace) -> None:
     """The work of one process, which knows nothing of another's registries."""
     from jigsaw_d2.detection.finetune import finetune
 
-    arguments.import_registered(args.register)
+    trusted = cfg.MODEL.JIGSAW.REGISTER if args.trust else []
+    arguments.import_registered([*trusted, *args.register])
     finetune(cfg, resume=args.resume, eval_only=args.eval_only, force=args.force)

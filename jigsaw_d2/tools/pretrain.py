@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         named = ["MODEL.JIGSAW.BACKBONE_FROM", args.backbone_from, *args.opts]
         args.opts = ["MODEL.BACKBONE.NAME", "build_lazy_backbone", *named]
     if args.replay:
-        print(format_replay(args.replay, args.opts))
+        print(format_replay(args.replay, args.opts, args.trust))
         return 0
     cfg = pretrain.load_config(args)
     counts = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
@@ -63,11 +63,11 @@ def run(args: argparse.Namespace) -> None:
     pretrain.run(args)
 
 
-def format_replay(path: str, overrides: list[str]) -> str:
+def format_replay(path: str, overrides: list[str], trust: bool) -> str:
     """What the repeated step gave, in words."""
     from jigsaw_d2.engine.replay import replay_step
 
-    replay = replay_step(path, overrides)
+    replay = replay_step(path, overrides, trust)
     lines = [
         f"iteration {replay.iteration}: loss {replay.loss} (the run saw {replay.recorded_loss})",
         f"first module with an output that is not finite: {replay.first_bad_module or 'none'}",

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
-from detectron2.modeling import Backbone, build_backbone
+from detectron2.modeling import Backbone
 from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -19,6 +19,7 @@ from jigsaw_d2.data.build import JigsawBatches, fit_input, jigsaw_stream
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.detection.config import apply_metadata, load_detection_config
 from jigsaw_d2.io import ConfigError
+from jigsaw_d2.modeling.backbones import build_backbone
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 

@@ -218,11 +218,11 @@ def test_a_backbone_that_nobody_registered(tmp_path: Path) -> None:
         "build_resnet_backbone", "build_far"
     )
     torch.save(data, checkpoint)
-    with pytest.raises(ConfigError, match="'build_far' is not registered here: --register its"):
+    with pytest.raises(ConfigError, match="'build_far' is not registered here: --register the"):
         convert_checkpoint(checkpoint, tmp_path / "w.pkl")
     data["jigsaw"]["config"] = data["jigsaw"]["config"].replace("REGISTER: []", "REGISTER: [far]")
     torch.save(data, checkpoint)
-    with pytest.raises(ConfigError, match="its training had --register far: give the same"):
+    with pytest.raises(ConfigError, match="its run had --register far: give the same"):
         convert_checkpoint(checkpoint, tmp_path / "w.pkl")
 
 

@@ -10,6 +10,7 @@ import pytest
 from helpers_weights import C4, FPN, SMALL, THIN, make_coco
 
 from jigsaw_d2.engine.pretrain import load_config
+from jigsaw_d2.io import ConfigError
 from jigsaw_d2.tools import finetune as finetune_command
 from jigsaw_d2.tools import pretrain as pretrain_command
 from jigsaw_d2.tools import run_command
@@ -67,6 +68,7 @@ def test_finetune_knows_a_registered_set_and_backbone_in_every_process(
     stages = json.loads((tmp_path / "out" / "cost.json").read_text())["stages"]
     assert stages["finetuning"]["images"] == 2
     assert (tmp_path / "out" / "model_final.pth").is_file()
+    assert "my_registrations" in (tmp_path / "out" / "config.yaml").read_text()
 
 
 def test_a_mistake_in_it_is_one_line(capsys: pytest.CaptureFixture) -> None:
@@ -80,3 +82,35 @@ def test_a_run_keeps_the_names_of_its_modules() -> None:
     argv = ["--config-file", "jigsaw_R_18_cpu.yaml", "--register", "json", "--register", "json"]
     cfg = load_config(pretrain_command.build_parser().parse_args(argv))
     assert cfg.MODEL.JIGSAW.REGISTER == ["json"]
+
+
+def test_trust_imports_them_for_who_opens_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "registers_for_a_run.py").write_text("")
+    (tmp_path / "config.yaml").write_text("MODEL: {JIGSAW: {REGISTER: [registers_for_a_run]}}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    argv = ["--config-file", str(tmp_path / "config.yaml")]
+    parse = pretrain_command.build_parser().parse_args
+    assert load_config(parse(argv)).MODEL.JIGSAW.REGISTER == ["registers_for_a_run"]
+    assert "registers_for_a_run" not in sys.modules
+    load_config(parse([*argv, "--trust"]))
+    assert "registers_for_a_run" in sys.modules
+    (tmp_path / "config.yaml").write_text("MODEL: {JIGSAW: {REGISTER: [no_such_module]}}")
+    with pytest.raises(ConfigError, match="config.yaml.*REGISTER: no_such_module cannot be"):
+        load_config(parse([*argv, "--trust"]))
+
+
+@pytest.mark.parametrize("key", ["MODEL.BACKBONE.NAME", "MODEL.META_ARCHITECTURE"])
+def test_a_name_that_nobody_registered_is_one_line(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    _, json_file, images = make_coco(tmp_path / "data")[0]
+    name = f"set of {key}"
+    settings = [*SMALL, *THIN, "DATASETS.COCO_FILES", f"[['{name}', '{json_file}', '{images}']]"]
+    settings += ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()", key, "build_nothing"]
+    settings += ["MODEL.JIGSAW.REGISTER", "['its_module']", "OUTPUT_DIR", str(tmp_path / "out")]
+    given = ["--config-file", C4, "--weights", "none"]
+    assert run_command(finetune_command.main, [*given, *settings]) == 2
+    assert f"{key} 'build_nothing' is not registered here" in (said := capsys.readouterr().err)
+    assert "--register its_module" in said
