@@ -89,10 +89,95 @@ def load_backbone(
             f"{file}: weights without metadata, which says how their input was normalised; make "
             f"such with convert_weights.py --input {file} --output ..."
         )
-    state = module.state_dict()
+    match = _match(module, arrays, metadata, new_offsets)
+    mismatches = {
+        "In the file, not in the network": match.stray,
+        "Other shapes": match.other_shapes(),
+        "Used otherwise than in the pre-training": _other_use(module, metadata, input_format),
+    }
+    missing, new_outputs, other_features = match.missing, [], []
+    if metadata and metadata.network and not any(mismatches.values()) and not match.grids:
+        found = _compare_features(module, match, metadata, input_format)
+        missing, new_outputs, other_features = found
+    mismatches["In the network, not in the file"] = missing
+    mismatches["Other features of a fixed picture"] = other_features
+    report = LoadReport(
+        filled=tuple(match.filled),
+        mismatch=_in_words(module, match, mismatches),
+        no_room=tuple(match.no_room),
+        new_offsets=tuple(sorted(match.ours[name] for name in match.fresh)),
+        interpolated=tuple(match.ours[name] for name in sorted(match.grids)),
+        new_outputs=tuple(match.ours[name] for name in new_outputs),
+        new_modules=_modules(set(match.state) - set(match.ours.values())),
+    )
+    if strict and report.mismatch:
+        raise WeightsError(
+            f"{file} does not fit the network's backbone; nothing was loaded.\n"
+            f"{report.mismatch}\nChoose the config of the same network; finetune_net.py and "
+            "convert_weights.py --write-config set it from the weights' metadata."
+        )
+    with torch.no_grad():
+        for name, array in match.filled.items():
+            match.state[name].copy_(torch.from_numpy(array))
+        for name in report.new_offsets:
+            match.state[name].zero_()
+    _log(file, report, alone)
+    return report
+
+
+@dataclass(frozen=True)
+class _Match:
+    """Tensors of a file and those of a network, by their names in a converted file."""
+
+    state: dict[str, torch.Tensor]  # the network's, by its own names
+    prefix: str  # of the backbone in these
+    body: dict[str, str]  # {name: name in the network} of the backbone, without a pyramid
+    ours: dict[str, str]  # the same of all that the file should fill
+    held: dict[str, np.ndarray]  # the file's; position embeddings on the network's grid
+    grids: frozenset[str]  # of those, the interpolated ones
+    fresh: frozenset[str]  # offsets of deformable stages that start at zero
+    no_room: list[str]  # the file's, of parts that the network has not
+
+    @property
+    def missing(self) -> list[str]:
+        """What the file should fill, and has not."""
+        return sorted(self.ours.keys() - self.held.keys() - self.fresh)
+
+    @property
+    def stray(self) -> list[str]:
+        """What the network has not, though it has the rest of that part."""
+        return sorted(self.held.keys() - self.ours.keys() - set(self.no_room))
+
+    @property
+    def filled(self) -> dict[str, np.ndarray]:
+        """What fits, by its name in the network."""
+        shared = sorted(self.ours.keys() & self.held.keys())
+        return {self.ours[n]: self.held[n] for n in shared if self.held[n].shape == self.shape(n)}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the network's tensor of that name."""
+        return tuple(self.state[self.ours[name]].shape)
+
+    def other_shapes(self) -> list[str]:
+        """What does not fit, with both shapes."""
+        return [
+            f"{name}: file {self.held[name].shape}, network {self.shape(name)}"
+            for name in sorted(self.ours.keys() & self.held.keys())
+            if self.held[name].shape != self.shape(name)
+        ]
+
+
+def _match(
+    module: nn.Module,
+    arrays: Mapping[str, np.ndarray],
+    metadata: WeightsMetadata | None,
+    new_offsets: bool,
+) -> _Match:
+    """Which tensor goes where; the network stays as it is."""
+    state, alone = module.state_dict(), isinstance(module, Backbone)
     prefix = find_prefix(state, arrays if metadata else ())
     body, pyramid = _by_place(state, prefix, alone)
-    held = arrays
+    held = dict(arrays)
     if metadata is None:
         theirs, more = _by_place(arrays, find_prefix(arrays, body), alone)
         theirs |= {name: key for name, key in more.items() if name in pyramid}
@@ -104,71 +189,47 @@ def load_backbone(
     parts = {*STAGES, *(m for m in modules if m.startswith(("fpn_", "top_block")))}
     absent = parts - {name.split(".")[0] for name in ours}
     no_room = sorted(name for name in held if name.split(".")[0] in absent)
-    shared = sorted(set(ours) & set(held))
-    other_shape = [n for n in shared if held[n].shape != tuple(state[ours[n]].shape)]
-    grids = {n: resize_positions(n, held[n], tuple(state[ours[n]].shape)) for n in other_shape}
-    grids = {name: array for name, array in grids.items() if array is not None}
-    held = {**held, **grids}
-    other_shape = [name for name in other_shape if name not in grids]
-    filled = {ours[name]: held[name] for name in shared if name not in other_shape}
-    shapes = [
-        f"{name}: file {held[name].shape}, network {tuple(state[ours[name]].shape)}"
-        for name in other_shape
-    ]
-    missing, new_outputs, other_features = sorted(set(ours) - set(held) - fresh), [], []
-    mismatches = {
-        "In the file, not in the network": sorted(set(held) - set(ours) - set(no_room)),
-        "Other shapes": shapes,
-        "Used otherwise than in the pre-training": _other_use(module, metadata, input_format),
-    }
-    if metadata and metadata.network and not any(mismatches.values()) and not grids:
-        zeros = {name: np.zeros(tuple(state[ours[name]].shape)) for name in fresh}
-        inputs = (held | zeros, metadata, input_format)
-        features = _features(module, prefix, *inputs)
-        if not missing:
-            other_features = _other_features(features, metadata.network)
-        elif set(missing) <= set(body) and metadata.network["in_feature"] in (
-            features.keys() & metadata.network["features"]
-        ):
-            changed = {
-                name: np.random.default_rng(0).random(state[ours[name]].shape) for name in missing
-            }
-            moved = _features(module, prefix, inputs[0] | changed, *inputs[1:])
-            if _keep_trained_outputs(features, moved, metadata.network):
-                missing, new_outputs = [], missing
-    mismatches["In the network, not in the file"] = missing
-    mismatches["Other features of a fixed picture"] = other_features
+    grids = {}
+    for name in ours.keys() & held.keys():
+        shape = tuple(state[ours[name]].shape)
+        resized = None if held[name].shape == shape else resize_positions(name, held[name], shape)
+        if resized is not None:
+            grids[name] = resized
+    names = frozenset(grids), frozenset(fresh)
+    return _Match(state, prefix, body, ours, held | grids, *names, no_room)
+
+
+def _compare_features(
+    module: nn.Module, match: _Match, metadata: WeightsMetadata, input_format: str
+) -> tuple[list[str], list[str], list[str]]:
+    """(what the file lacks, what of that is for outputs not trained, features that differ)."""
+    zeros = {name: np.zeros(match.shape(name)) for name in match.fresh}
+    held, network, missing = match.held | zeros, metadata.network, match.missing
+    features = _features(module, match.prefix, held, metadata, input_format)
+    if not missing:
+        return [], [], _other_features(features, network)
+    if set(missing) <= set(match.body) and network["in_feature"] in (
+        features.keys() & network["features"]
+    ):
+        changed = {name: np.random.default_rng(0).random(match.shape(name)) for name in missing}
+        moved = _features(module, match.prefix, held | changed, metadata, input_format)
+        if _keep_trained_outputs(features, moved, network):
+            return [], missing, []
+    return missing, [], []
+
+
+def _in_words(module: nn.Module, match: _Match, mismatches: Mapping[str, list[str]]) -> str:
+    """What does not fit, in lines; "" where all does. Where the cause is known, it comes first."""
     reasons = []
-    if missing or other_shape or mismatches["In the file, not in the network"]:
-        network = {name: tuple(state[key].shape) for name, key in body.items()}
-        reasons = _reasons({name: array.shape for name, array in held.items()}, network, module)
+    if match.missing or match.stray or match.other_shapes():
+        network = {name: tuple(match.state[key].shape) for name, key in match.body.items()}
+        reasons = _reasons({n: array.shape for n, array in match.held.items()}, network, module)
     texts = ["\n    ".join([f"  Another network ({len(reasons)}):", *reasons])] if reasons else []
     for title, lines in mismatches.items():
         shown = lines[:3] if reasons else lines
         shown = [*shown, "..."] if len(shown) < len(lines) else shown
         texts += ["\n    ".join([f"  {title} ({len(lines)}):", *shown])] if lines else []
-    report = LoadReport(
-        filled=tuple(filled),
-        mismatch="\n".join(texts),
-        no_room=tuple(no_room),
-        new_offsets=tuple(sorted(ours[name] for name in fresh)),
-        interpolated=tuple(ours[name] for name in grids),
-        new_outputs=tuple(ours[name] for name in new_outputs),
-        new_modules=_modules(set(state) - set(ours.values())),
-    )
-    if strict and report.mismatch:
-        raise WeightsError(
-            f"{file} does not fit the network's backbone; nothing was loaded.\n"
-            f"{report.mismatch}\nChoose the config of the same network; finetune_net.py and "
-            "convert_weights.py --write-config set it from the weights' metadata."
-        )
-    with torch.no_grad():
-        for name, array in filled.items():
-            state[name].copy_(torch.from_numpy(array))
-        for name in report.new_offsets:
-            state[name].zero_()
-    _log(file, report, alone)
-    return report
+    return "\n".join(texts)
 
 
 def _by_place(
