@@ -27,8 +27,9 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 import jigsaw_d2.modeling.meta_arch  # noqa: F401  (registers JigsawPretrainer)
-from jigsaw_d2.checkpoint.convert import convert_checkpoint, read_converted
+from jigsaw_d2.checkpoint.convert import convert_checkpoint
 from jigsaw_d2.checkpoint.loading import load_backbone
+from jigsaw_d2.checkpoint.reading import read_converted
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.detection.config import apply_metadata, load_detection_config
 from jigsaw_d2.detection.lazy import load_lazy_config

@@ -14,14 +14,10 @@ from helpers_coco import annotation
 from torch import nn
 
 import jigsaw_d2.modeling.meta_arch  # noqa: F401  (registers JigsawPretrainer)
-from jigsaw_d2.checkpoint.convert import (
-    METADATA_KEY,
-    NOTE,
-    convert_checkpoint,
-    metadata_path,
-    read_weights,
-)
+from jigsaw_d2.checkpoint.convert import convert_checkpoint
 from jigsaw_d2.checkpoint.metadata import WeightsMetadata
+from jigsaw_d2.checkpoint.reading import METADATA_KEY, NOTE, metadata_path
+from jigsaw_d2.checkpoint.weight_files import read_weights
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.detection.config import load_detection_config
 

@@ -15,7 +15,7 @@ from helpers_run import tiny_options
 from helpers_weights import FPN, SMALL, THIN
 
 from jigsaw_d2 import __main__
-from jigsaw_d2.checkpoint.convert import read_converted
+from jigsaw_d2.checkpoint.reading import read_converted
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data.build import build_jigsaw_train_loader, jigsaw_stream
 from jigsaw_d2.data.store import SampleStore

@@ -12,7 +12,7 @@ from torch import nn
 from jigsaw_d2.config import check_trainable_config, get_jigsaw_cfg, resolve_norm
 from jigsaw_d2.engine.state import average_statistics
 from jigsaw_d2.io import ConfigError
-from jigsaw_d2.modeling.meta_arch import check_trainable
+from jigsaw_d2.modeling.trainable import check_trainable
 
 
 def cfg_with(*options: str):

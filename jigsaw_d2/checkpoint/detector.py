@@ -8,8 +8,9 @@ import torch
 import yaml
 from torch import nn
 
-from jigsaw_d2.checkpoint.convert import Arrays, read_tensors
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata
+from jigsaw_d2.checkpoint.reading import read_tensors
+from jigsaw_d2.checkpoint.weight_files import Arrays
 from jigsaw_d2.io import CheckpointError, WeightsError
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,6 @@ import torch
 from detectron2.modeling import FPN, Backbone
 from torch import nn
 
-from jigsaw_d2.checkpoint.convert import read_tensors
 from jigsaw_d2.checkpoint.metadata import (
     STAGES,
     Shapes,
@@ -35,6 +34,7 @@ from jigsaw_d2.checkpoint.network import (
     strides_in_1x1,
 )
 from jigsaw_d2.checkpoint.positions import resize_positions
+from jigsaw_d2.checkpoint.reading import read_tensors
 from jigsaw_d2.io import WeightsError
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def load_backbone(
         "Used otherwise than in the pre-training": _other_use(module, metadata, input_format),
     }
     missing, new_outputs, other_features = match.missing, [], []
-    if metadata and metadata.network and not any(mismatches.values()) and not match.grids:
+    if metadata and metadata.network and not any(mismatches.values()):
         found = _compare_features(module, match, metadata, input_format)
         missing, new_outputs, other_features = found
     mismatches["In the network, not in the file"] = missing
@@ -202,18 +202,25 @@ def _match(
 def _compare_features(
     module: nn.Module, match: _Match, metadata: WeightsMetadata, input_format: str
 ) -> tuple[list[str], list[str], list[str]]:
-    """(what the file lacks, what of that is for outputs not trained, features that differ)."""
+    """(what the file lacks, what of that is for outputs not trained, features that differ).
+
+    Between position embeddings of two grids features differ, and are not compared.
+    """
     zeros = {name: np.zeros(match.shape(name)) for name in match.fresh}
     held, network, missing = match.held | zeros, metadata.network, match.missing
+    if match.grids and not missing:
+        return [], [], []
     features = _features(module, match.prefix, held, metadata, input_format)
     if not missing:
         return [], [], _other_features(features, network)
-    if set(missing) <= set(match.body) and network["in_feature"] in (
-        features.keys() & network["features"]
-    ):
+    trained = network["in_feature"]
+    known = trained in features.keys() & network["features"].keys()
+    if known and set(missing) <= set(match.body):
         changed = {name: np.random.default_rng(0).random(match.shape(name)) for name in missing}
         moved = _features(module, match.prefix, held | changed, metadata, input_format)
-        if _keep_trained_outputs(features, moved, network):
+        only = {"features": {trained: network["features"][trained]}}
+        same = match.grids or not _other_features(features, only)
+        if same and _keep_outputs(features, moved, trained):
             return [], missing, []
     return missing, [], []
 
@@ -301,19 +308,13 @@ def _other_features(features: Mapping[str, torch.Tensor], network: Mapping[str, 
     return [f"{n}: {100 * d:.2g} % of its norm apart" for n, d in apart.items() if d > TOLERANCE]
 
 
-def _keep_trained_outputs(
-    features: Mapping[str, torch.Tensor],
-    moved: Mapping[str, torch.Tensor],
-    network: Mapping[str, Any],
+def _keep_outputs(
+    features: Mapping[str, torch.Tensor], moved: Mapping[str, torch.Tensor], trained: str
 ) -> bool:
     """Whether outputs of lower levels than the trained one alone ``moved`` with some tensors."""
-    trained = network["in_feature"]
     cells = features[trained].shape[2:].numel()
     higher = [name for name, value in features.items() if value.shape[2:].numel() <= cells]
-    only = {"features": {trained: network["features"][trained]}}
-    return not _other_features(features, only) and all(
-        torch.equal(features[name], moved[name]) for name in higher
-    )
+    return all(torch.equal(features[name], moved[name]) for name in higher)
 
 
 def _reasons(file: Shapes, network: Shapes, module: nn.Module) -> list[str]:

@@ -18,8 +18,9 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 
 from jigsaw_d2.checkpoint import detector
-from jigsaw_d2.checkpoint.convert import check_free, read_converted, read_tensors
+from jigsaw_d2.checkpoint.convert import check_free
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
+from jigsaw_d2.checkpoint.reading import read_converted, read_tensors
 from jigsaw_d2.config import add_jigsaw_config, admit_programs, find_config, refuse_code
 from jigsaw_d2.data.arrays import channels_of
 from jigsaw_d2.detection.data import prepare_data

@@ -56,7 +56,8 @@ from jigsaw_d2.engine.train_step import Batch, TrainStep
 from jigsaw_d2.evaluation import JigsawEvaluator
 from jigsaw_d2.io import CheckpointError, RunError
 from jigsaw_d2.modeling.activation_checkpointing import checkpoint_activations
-from jigsaw_d2.modeling.meta_arch import JigsawPretrainer, check_trainable, check_used
+from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
+from jigsaw_d2.modeling.trainable import check_trainable, set_aside_unused
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class JigsawTrainer(DefaultTrainer):
         configure_backends(cfg)
         model = self.build_model(cfg)
         check_trainable(model)
-        check_used(model)
+        set_aside_unused(model)
         self.device = device = model.device
         size, bottom_up = cfg.INPUT.JIGSAW.TEMPLATE_SIZE, getattr(model.backbone, "bottom_up", None)
         size = (*size, len(cfg.MODEL.PIXEL_MEAN))

@@ -12,14 +12,13 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from jigsaw_d2.config import in_features
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import losses
 from jigsaw_d2.modeling.backbones import build_backbone
-from jigsaw_d2.modeling.erf import measuring, own_region_weights
+from jigsaw_d2.modeling.erf import own_region_weights
 from jigsaw_d2.modeling.levels import Level, assigned_levels, check_levels, used_cells
 
 # Iterations between two values of the training metrics: the period of Detectron2's writers, so
@@ -385,48 +384,3 @@ def _check_settings(
         )
     if not 0 <= tau <= 1:
         raise ConfigError(f"MODEL.JIGSAW.TAU is {tau}; it must lie in [0, 1]")
-
-
-def check_trainable(model: nn.Module) -> None:
-    """Refuse a built ``JigsawPretrainer`` with a frozen norm or parameter, whatever made it so.
-
-    Raises:
-        ConfigError: naming the first few layers.
-    """
-    frozen = [  # anyone's norm with statistics that is not made to renew them
-        name
-        for name, module in model.named_modules()
-        if hasattr(module, "running_mean") and not isinstance(module, _NormBase)
-    ]
-    fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
-    for names, what in ((frozen, "frozen batch norms"), (fixed, "parameters without gradient")):
-        if names:
-            raise ConfigError(
-                f"{len(names)} {what} ({', '.join(names[:3])} ...): set MODEL.BACKBONE.FREEZE_AT 0 "
-                "and MODEL.RESNETS.NORM auto, or change what the backbone's own code freezes"
-            )
-
-
-def check_used(model: JigsawPretrainer) -> None:
-    """Refuse a backbone of which parts do nothing: they would stay random, and stop DDP.
-
-    Raises:
-        ConfigError: naming the first few parameters.
-    """
-    size = (len(model.pixel_mean), model.template.height, model.template.width)
-    with measuring(model.backbone) as backbone:
-        names, parameters = zip(*backbone.requires_grad_(True).named_parameters())
-        features = backbone(torch.zeros(1, *size, device=model.device))
-        total = sum(features[name].float().sum() for name in model.in_features)
-        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-    idle = [name for name, gradient in zip(names, gradients) if gradient is None]
-    if idle:
-        raise ConfigError(
-            f"{len(idle)} parameters of the backbone receive no gradient, for "
-            f"MODEL.JIGSAW.IN_FEATURE(S) do not depend on them: {', '.join(idle[:5])}"
-            f"{' ...' if len(idle) > 5 else ''}; let it build the classified outputs alone "
-            "(OUT_FEATURES of MODEL.RESNETS, TIMM or TORCHVISION, MODEL.FPN.IN_FEATURES, "
-            "out_features of a LazyConfig or your own), or classify the others too "
-            "(MODEL.JIGSAW.IN_FEATURES). A detector may have more: what only its lower outputs use "
-            "starts new there"
-        )

@@ -12,8 +12,8 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from jigsaw_d2.checkpoint.convert import read_tensors
 from jigsaw_d2.checkpoint.loading import load_backbone
+from jigsaw_d2.checkpoint.reading import read_tensors
 from jigsaw_d2.config import resolve_norm
 from jigsaw_d2.data.build import JigsawBatches, fit_input, jigsaw_stream
 from jigsaw_d2.data.store import SampleStore

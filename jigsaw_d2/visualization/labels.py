@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from jigsaw_d2.checkpoint.convert import read_weights
+from jigsaw_d2.checkpoint.weight_files import read_weights
 from jigsaw_d2.config import get_jigsaw_cfg, resolve_norm
 from jigsaw_d2.data.arrays import show
 from jigsaw_d2.data.store import SampleStore

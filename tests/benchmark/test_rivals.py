@@ -17,8 +17,8 @@ from benchmark.dry_run import estimate
 from benchmark.plan import DIRECT, LIGHTLY, PRESETS, SCRATCH, check_lightly, jigsaw_arm, parse_arm
 from benchmark.report import build_report, render, write_report
 from benchmark.runner import DONE, FAILED, Comparison, small_images_overrides
-from jigsaw_d2.checkpoint.convert import read_converted
 from jigsaw_d2.checkpoint.metadata import WeightsMetadata
+from jigsaw_d2.checkpoint.reading import read_converted
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.tools import convert, finetune

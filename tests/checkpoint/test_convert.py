@@ -19,16 +19,16 @@ from helpers_weights import (
     save_checkpoint,
 )
 
-from jigsaw_d2.checkpoint.convert import (
+from jigsaw_d2.checkpoint.convert import convert_checkpoint
+from jigsaw_d2.checkpoint.metadata import WeightsMetadata
+from jigsaw_d2.checkpoint.reading import (
     METADATA_KEY,
     NOTE,
-    convert_checkpoint,
     metadata_path,
     read_backbone,
     read_converted,
-    read_weights,
 )
-from jigsaw_d2.checkpoint.metadata import WeightsMetadata
+from jigsaw_d2.checkpoint.weight_files import read_weights
 from jigsaw_d2.io import CheckpointError, ConfigError, JigsawError, WeightsError
 
 

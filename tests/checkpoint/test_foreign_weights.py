@@ -21,16 +21,11 @@ from helpers_weights import (
 )
 from torch import nn
 
-from jigsaw_d2.checkpoint.convert import (
-    convert_checkpoint,
-    from_torchvision,
-    name_from_torchvision,
-    read_backbone,
-    read_converted,
-    to_torchvision,
-)
+from jigsaw_d2.checkpoint.convert import convert_checkpoint
+from jigsaw_d2.checkpoint.formats import from_torchvision, name_from_torchvision, to_torchvision
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.metadata import Architecture
+from jigsaw_d2.checkpoint.reading import read_backbone, read_converted
 from jigsaw_d2.detection.config import apply_metadata
 from jigsaw_d2.io import CheckpointError, ConfigError, WeightsError
 

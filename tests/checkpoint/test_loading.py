@@ -28,8 +28,9 @@ from helpers_weights import (
 )
 from torch import nn
 
-from jigsaw_d2.checkpoint.convert import convert_checkpoint, read_converted
+from jigsaw_d2.checkpoint.convert import convert_checkpoint
 from jigsaw_d2.checkpoint.loading import LoadReport, load_backbone
+from jigsaw_d2.checkpoint.reading import read_converted
 from jigsaw_d2.detection.config import SCRATCH_METADATA, apply_metadata
 from jigsaw_d2.io import WeightsError
 

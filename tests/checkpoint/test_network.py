@@ -22,12 +22,15 @@ from helpers_weights import (
 )
 from torch import Tensor, nn
 
-from jigsaw_d2.checkpoint.convert import convert_checkpoint, from_msra, read_backbone
+from jigsaw_d2.checkpoint.convert import convert_checkpoint
+from jigsaw_d2.checkpoint.formats import from_msra
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.metadata import WeightsMetadata
 from jigsaw_d2.checkpoint.network import difference, find_prefix, numbers, picture
+from jigsaw_d2.checkpoint.reading import read_backbone
 from jigsaw_d2.detection.config import apply_metadata
 from jigsaw_d2.io import ConfigError, WeightsError
+from jigsaw_d2.modeling.trainable import set_aside_unused
 from jigsaw_d2.tools.convert import main
 
 
@@ -117,6 +120,31 @@ class TestParity:
         assert report.new_outputs == ("norm_res4.weight", "norm_res4.bias")[::-1]
         assert "did not use: norm_res4.bias, norm_res4.weight" in caplog.text
         assert torch.equal(network.norm_res4.weight, torch.ones(8))
+
+    def test_they_are_set_aside_where_they_are_built(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As a LazyConfig's backbone does, which was written for a detector."""
+        outputs = ("MODEL.RESNETS.OUT_FEATURES", "['res4', 'res5']")
+        cfg = pretrain_config("MODEL.BACKBONE.NAME", "build_stairs", *outputs)
+        model = build_model(cfg)
+        set_aside_unused(model)
+        fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
+        assert fixed == ["backbone.norm_res4.weight", "backbone.norm_res4.bias"]
+        assert "are not trained; a detector starts them new: norm_res4.weight" in caplog.text
+        convert_checkpoint(save_checkpoint(tmp_path / "c.pth", cfg, model), tmp_path / "w.pkl")
+        held, _ = read_backbone(tmp_path / "w.pkl")
+        assert len(held) == 6 and not any("norm_res4" in name for name in held)
+        assert load_backbone(Stairs(["res4", "res5"]), tmp_path / "w.pkl").new_outputs
+        assert len(load_backbone(Stairs(["res5"]), tmp_path / "w.pkl").filled) == 6
+
+    def test_what_a_coarser_output_needs_is_not_set_aside(self) -> None:
+        """A detector that took it for trained would have a random stage."""
+        outputs = ("MODEL.RESNETS.OUT_FEATURES", "['res4', 'res5']")
+        lower = ("MODEL.JIGSAW.IN_FEATURE", "res4", *outputs)
+        model = build_model(pretrain_config("MODEL.BACKBONE.NAME", "build_stairs", *lower))
+        with pytest.raises(ConfigError, match="4 parameters.* no gradient.*: high.weight"):
+            set_aside_unused(model)
 
     def test_conversion_names_them_where_it_is_told_the_detector(
         self, tmp_path: Path, capsys: pytest.CaptureFixture

@@ -7,7 +7,8 @@ import torch
 from detectron2.modeling import build_model
 from helpers_weights import RESNET_18, convert, pretrain_config, save_checkpoint
 
-from jigsaw_d2.checkpoint.convert import convert_checkpoint, read_tensors
+from jigsaw_d2.checkpoint.convert import convert_checkpoint
+from jigsaw_d2.checkpoint.reading import read_tensors
 from jigsaw_d2.io import WeightsError
 
 IMAGES = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -23,9 +23,10 @@ from helpers_weights import (
 )
 from torch import nn
 
-from jigsaw_d2.checkpoint.convert import convert_checkpoint, read_converted
+from jigsaw_d2.checkpoint.convert import convert_checkpoint
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.metadata import WeightsMetadata
+from jigsaw_d2.checkpoint.reading import read_converted
 from jigsaw_d2.detection.config import apply_metadata
 from jigsaw_d2.io import ConfigError, WeightsError
 

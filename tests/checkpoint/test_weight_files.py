@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from jigsaw_d2.checkpoint.convert import read_weights
+from jigsaw_d2.checkpoint.weight_files import read_weights
 from jigsaw_d2.io import CheckpointError
 
 

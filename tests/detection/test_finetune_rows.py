@@ -9,8 +9,8 @@ import torch
 from detectron2.utils.events import EventStorage
 from helpers_weights import SMALL, THIN, THIN_GN, convert, make_coco, rewrite
 
-from jigsaw_d2.checkpoint.convert import METADATA_KEY
 from jigsaw_d2.checkpoint.metadata import Architecture
+from jigsaw_d2.checkpoint.reading import METADATA_KEY
 from jigsaw_d2.config import config_dir, get_jigsaw_cfg
 from jigsaw_d2.detection.config import get_key, load_detection_config, setup_finetune
 from jigsaw_d2.detection.finetune import FinetuneTrainer

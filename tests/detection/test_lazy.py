@@ -14,8 +14,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers_weights import RESNET_18, THIN, THIN_GN, convert, make_coco
 from omegaconf import OmegaConf
 
-from jigsaw_d2.checkpoint.convert import read_converted
 from jigsaw_d2.checkpoint.loading import load_backbone
+from jigsaw_d2.checkpoint.reading import read_converted
 from jigsaw_d2.detection.lazy import build_model, load_lazy_config, write_plain_config
 from jigsaw_d2.io import ConfigError, WeightsError
 from jigsaw_d2.tools import convert as convert_weights

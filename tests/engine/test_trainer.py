@@ -21,7 +21,7 @@ from jigsaw_d2.engine.state import (
 from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.io import CheckpointError, ConfigError, RunError
 from jigsaw_d2.modeling.losses import OBJECTIVES
-from jigsaw_d2.modeling.meta_arch import check_used
+from jigsaw_d2.modeling.trainable import set_aside_unused
 from jigsaw_d2.tools import run_command
 from jigsaw_d2.tools.pretrain import main
 
@@ -188,7 +188,7 @@ def test_parts_of_the_backbone_that_do_nothing_are_named(tmp_path):
         Idle(cfg)
     assert not (tmp_path / "run" / "cost.json").exists()
     model, before = JigsawTrainer(cfg).model, torch.get_rng_state()
-    check_used(model)
+    set_aside_unused(model)
     assert torch.equal(torch.get_rng_state(), before) and model.backbone.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 

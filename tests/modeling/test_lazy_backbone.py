@@ -11,8 +11,9 @@ from helpers_run import tiny_options
 from helpers_weights import FPN, pretrain_config, save_checkpoint
 from torch import nn
 
-from jigsaw_d2.checkpoint.convert import convert_checkpoint, read_converted
+from jigsaw_d2.checkpoint.convert import convert_checkpoint
 from jigsaw_d2.checkpoint.loading import load_backbone
+from jigsaw_d2.checkpoint.reading import read_converted
 from jigsaw_d2.config import get_jigsaw_cfg, zoo_configs
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.detection.lazy import load_lazy_config
