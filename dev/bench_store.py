@@ -21,7 +21,8 @@ import cv2
 import numpy as np
 
 from jigsaw_d2.data.extraction import needs_windows, shown_sizes
-from jigsaw_d2.data.store import INDEX_NAME, SampleStore, fingerprint, read_header
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.store_format import INDEX_NAME, fingerprint, read_header
 from jigsaw_d2.data.store_writer import StoreWriter
 from jigsaw_d2.data.template import JigsawTemplate
 

@@ -18,20 +18,26 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jigsaw_d2.data import store
+from jigsaw_d2.data import store_format
 from jigsaw_d2.data.arrays import ArrayReader, measure
 from jigsaw_d2.data.image_reading import probe_image, read_pixels
 from jigsaw_d2.data.plan import ImagePlan, add_negatives, plan_positives, take_part
 from jigsaw_d2.data.report import ExtractionLog, advise_fit, summarise
 from jigsaw_d2.data.samples import GROUPS, group_codes
 from jigsaw_d2.data.sources import CocoSource, RegisteredSource, SourceData, SourceImage
-from jigsaw_d2.data.store_writer import DEFAULT_SHARD_SIZE, Sample, StoreWriter, make_chunk
+from jigsaw_d2.data.store_writer import (
+    DEFAULT_SHARD_SIZE,
+    Sample,
+    StoreWriter,
+    check_free,
+    make_chunk,
+)
 from jigsaw_d2.data.template import REGION_GROUPS, JigsawTemplate
 from jigsaw_d2.data.workers import Mapper, start_workers
 from jigsaw_d2.io import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
-CHOICES = ("auto", *store.ENCODINGS)
+CHOICES = ("auto", *store_format.ENCODINGS)
 # Bytes of pixels that "auto" leaves uncompressed: what stays in the memory of any machine that
 # trains a detector, so that reading takes no longer than from a tenth of the bytes.
 UNCOMPRESSED_UP_TO = 1 << 30
@@ -121,7 +127,7 @@ class ExtractionOptions:
         encoding, quality = "npy" if self.channels else self.encoding, self.quality
         if encoding == "auto":
             encoding = "ppm" if quality is None and 3 * pixels <= UNCOMPRESSED_UP_TO else "jpeg"
-        quality = quality or store.DEFAULT_QUALITY if encoding == "jpeg" else None
+        quality = quality or store_format.DEFAULT_QUALITY if encoding == "jpeg" else None
         return replace(self, encoding=encoding, quality=quality)
 
 
@@ -150,7 +156,7 @@ def extract_samples(
     """
     started, (number, parts) = time.monotonic(), options.part
     output = Path(output, *([f"part-{number}-of-{parts}"] if parts > 1 else []))
-    store.check_free(output, options.overwrite)
+    check_free(output, options.overwrite)
     log = ExtractionLog(options.strict)
     with start_workers(options.workers) as run:
         data = source.load(log)
@@ -171,7 +177,7 @@ def extract_samples(
             "source": source.name,
             "category_ids": data.category_ids,
             "annotations_sha256": data.content_hash(),
-            "image_ids_sha256": store.hash_image_ids(
+            "image_ids_sha256": store_format.hash_image_ids(
                 np.array([p.image_id for p in plans], np.int64)
             ),
             "seed": options.seed,
@@ -279,7 +285,7 @@ def cut_images(
         rows = zip(plan.boxes, plan.gt_boxes, plan.classes, needs_windows(plan.boxes, shown))
         for serial, (box, gt_box, label, windows) in enumerate(rows):
             x0, y0, x1, y1 = map(int, box)
-            encoded = store.encode_sample(image[y0:y1, x0:x1], **how, windows=bool(windows))
+            encoded = store_format.encode_sample(image[y0:y1, x0:x1], **how, windows=bool(windows))
             where = (y1 - y0, x1 - x0), plan.image_id, serial
             samples.append(Sample(*encoded, int(label), *where, box, gt_box))
     return *make_chunk(samples, options.class_files), log.to_dict()
@@ -322,7 +328,9 @@ def _cut_all(
 
 def _work_key(header: dict, chunks: list[list[ImagePlan]]) -> str:
     """Names the work exactly: the same key, the same bytes."""
-    digest = hashlib.sha256(json.dumps([store.VERSION, header, list(map(len, chunks))]).encode())
+    digest = hashlib.sha256(
+        json.dumps([store_format.VERSION, header, list(map(len, chunks))]).encode()
+    )
     for plan in itertools.chain(*chunks):
         digest.update(plan.path.encode() + plan.boxes.tobytes() + plan.classes.tobytes())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from jigsaw_d2.data.fit import detector_scale, fit_scale, fit_template, paper_fit, template_fill
 from jigsaw_d2.data.samples import GROUPS
-from jigsaw_d2.data.store import SUFFIXES
+from jigsaw_d2.data.store_format import SUFFIXES
 from jigsaw_d2.data.template import REGION_GROUPS, REGIONS, JigsawTemplate
 from jigsaw_d2.io import DataError
 
@@ -150,7 +150,7 @@ def summarise(
     """Counts per class and group, sizes, fill of the template, cautions; plain Python values.
 
     Args:
-        index: ``store.RECORD`` of shape (n,).
+        index: ``store_format.RECORD`` of shape (n,).
         categories: without background.
         scale_range: ratios that samples will be resized by.
     """

@@ -11,19 +11,30 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from jigsaw_d2.data import store
+from jigsaw_d2.data import store_format
 from jigsaw_d2.data.samples import group_codes
-from jigsaw_d2.data.store import RECORD
-from jigsaw_d2.io import RunError, lock_folder, open_atomically, write_text
+from jigsaw_d2.data.store_format import RECORD
+from jigsaw_d2.io import DataError, RunError, lock_folder, open_atomically, write_text
 
 DEFAULT_SHARD_SIZE = 256 << 20
-END_OF_ARCHIVE = bytes(2 * store.BLOCK)
+END_OF_ARCHIVE = bytes(2 * store_format.BLOCK)
 PROGRESS_NAME = "progress.json"
 LOCK_NAME = "lock"
 
 
+def check_free(path: str | os.PathLike, overwrite: bool) -> None:
+    """Raises DataError where a store may not be written: something is there already.
+
+    An empty folder, or an empty disk that is mounted there, may become one.
+    """
+    path, nothing = Path(path), (store_format.PARTIAL_NAME, "lost+found")
+    is_free = path.is_dir() and all(file.name.startswith(nothing) for file in path.iterdir())
+    if path.exists() and not is_free and not overwrite:
+        raise DataError(f"{path} exists; --overwrite replaces it, or choose another folder")
+
+
 class Sample(NamedTuple):
-    """One encoded sample; the other fields are those of ``store.RECORD``."""
+    """One encoded sample; the other fields are those of ``store_format.RECORD``."""
 
     encoded: bytes
     interval: int
@@ -46,16 +57,16 @@ def make_chunk(samples: Sequence[Sample], class_files: bool = False) -> tuple[by
     records, parts, size = np.zeros(len(samples), RECORD), [], 0
     for n, s in enumerate(samples):
         row = (s.image_id, s.class_index, s.box, s.gt_box, s.size, len(s.encoded))
-        rest = (store.crc32(s.encoded), 0, s.serial, s.interval, 0, s.format)
-        records[n] = (size + store.BLOCK, *row, *rest)
-        key = store.sample_key(s.class_index, s.image_id, s.serial)
-        members = {f"{key}.{store.SUFFIXES[s.format]}": s.encoded}
+        rest = (store_format.crc32(s.encoded), 0, s.serial, s.interval, 0, s.format)
+        records[n] = (size + store_format.BLOCK, *row, *rest)
+        key = store_format.sample_key(s.class_index, s.image_id, s.serial)
+        members = {f"{key}.{store_format.SUFFIXES[s.format]}": s.encoded}
         if class_files:
             members[f"{key}.cls"] = str(s.class_index).encode()
         for name, content in members.items():
-            padding = bytes(-len(content) % store.BLOCK)
-            parts += (store.tar_header(name, len(content)), content, padding)
-            size += store.BLOCK + len(content) + len(padding)
+            padding = bytes(-len(content) % store_format.BLOCK)
+            parts += (store_format.tar_header(name, len(content)), content, padding)
+            size += store_format.BLOCK + len(content) + len(padding)
     records["group"] = group_codes(records["size"][:, 1], records["size"][:, 0])
     return b"".join(parts), records
 
@@ -106,11 +117,11 @@ class StoreWriter:
         overwrite: bool = False,
         resume_key: str = "",
     ) -> None:
-        store.check_free(path, overwrite)
+        check_free(path, overwrite)
         self.path = Path(os.path.realpath(path))
         self._is_mount = os.path.ismount(self.path)
         beside = self.path.with_name(self.path.name + ".partial")
-        self.partial = self.path / store.PARTIAL_NAME if self._is_mount else beside
+        self.partial = self.path / store_format.PARTIAL_NAME if self._is_mount else beside
         self.folder = self.partial / "store"
         self.categories, self.header = list(categories), dict(header or {})
         self.shard_size, self.resume_key = shard_size, resume_key
@@ -148,14 +159,14 @@ class StoreWriter:
     ) -> None:
         """Encode and append one sample, uint8 RGB (h, w, 3) or grey (h, w); of "npy" any array.
 
-        Boxes default to the whole of it; the rest is as for ``store.encode_sample``.
+        Boxes default to the whole of it; the rest is as for ``store_format.encode_sample``.
         """
         size = image.shape[:2]
         box = np.array([0, 0, size[1], size[0]], np.float32) if box is None else box
         gt_box = box if gt_box is None else gt_box
         as_it_is = image.ndim == 2 or encoding.get("encoding") == "npy"
         bgr = image if as_it_is else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-        encoded = store.encode_sample(bgr, **encoding)
+        encoded = store_format.encode_sample(bgr, **encoding)
         sample = Sample(*encoded, class_index, size, image_id, 0, box, gt_box)
         self.append(*make_chunk([sample]))
 
@@ -203,20 +214,20 @@ class StoreWriter:
             if self._file is not None:
                 self._close_shard()
             index = self.index()
-            with open_atomically(self.folder / store.INDEX_NAME) as file:
+            with open_atomically(self.folder / store_format.INDEX_NAME) as file:
                 np.save(file, index)
             header = {
-                "format": store.FORMAT,
-                "version": store.VERSION,
+                "format": store_format.FORMAT,
+                "version": store_format.VERSION,
                 "categories": self.categories,
                 "samples": len(index),
                 "shards": self.shards,
-                "fingerprint": store.fingerprint(self.categories, index),
-                "image_ids_sha256": store.hash_image_ids(index["image_id"]),
+                "fingerprint": store_format.fingerprint(self.categories, index),
+                "image_ids_sha256": store_format.hash_image_ids(index["image_id"]),
                 **self.header,
                 "report": report or {},
             }
-            write_text(self.folder / store.HEADER_NAME, json.dumps(header, indent=1))
+            write_text(self.folder / store_format.HEADER_NAME, json.dumps(header, indent=1))
             self._replace()
 
     def _replace(self) -> None:
@@ -225,10 +236,10 @@ class StoreWriter:
         shutil.rmtree(old, ignore_errors=True)
         if self._is_mount:
             old.mkdir()
-            names = [store.HEADER_NAME, store.INDEX_NAME, "shard-*.tar"]
+            names = [store_format.HEADER_NAME, store_format.INDEX_NAME, "shard-*.tar"]
             _move([file for name in names for file in self.path.glob(name)], old)
             files = list(self.folder.iterdir())
-            _move(sorted(files, key=lambda file: file.name == store.HEADER_NAME), self.path)
+            _move(sorted(files, key=lambda file: file.name == store_format.HEADER_NAME), self.path)
         else:
             if self.path.exists():
                 os.replace(self.path, old)

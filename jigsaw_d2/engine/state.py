@@ -36,7 +36,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from jigsaw_d2 import __version__
-from jigsaw_d2.data.store import SampleStore, hash_image_ids
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.store_format import hash_image_ids
 from jigsaw_d2.io import CheckpointError, ConfigError, RunError, open_atomically, write_text
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from jigsaw_d2.data.extraction import (
 )
 from jigsaw_d2.data.report import format_report
 from jigsaw_d2.data.sources import CocoSource, RegisteredSource
-from jigsaw_d2.data.store import DEFAULT_QUALITY, SampleStore
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.store_format import DEFAULT_QUALITY
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.data.workers import default_workers
 from jigsaw_d2.io import ConfigError

@@ -16,7 +16,7 @@ from jigsaw_d2.tools.arguments import import_registered, make_parser
 from jigsaw_d2.tools.run import add_file_arguments, add_training_arguments, files_dataset
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help shall not
-    from benchmark.runner import Pool
+    from benchmark.pool import Pool
     from jigsaw_d2.tools.pipeline import DetectionSet
 
 EPILOG = """\
@@ -169,7 +169,7 @@ def pool_from(args: argparse.Namespace, output: Path) -> "Pool | None":
     """For several runs at once; None where one follows the other in this process."""
     if args.jobs == 1 and args.cluster == "local":
         return None
-    from benchmark.runner import Pool
+    from benchmark.pool import Pool
 
     slurm = None
     if args.cluster == "slurm":

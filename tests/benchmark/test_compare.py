@@ -24,6 +24,7 @@ from benchmark.plan import (
     jigsaw_arm,
     parse_arm,
 )
+from benchmark.pool import Pool
 from benchmark.report import (
     build_report,
     curve_figure,
@@ -32,7 +33,7 @@ from benchmark.report import (
     verdict,
     write_report,
 )
-from benchmark.runner import DONE, FAILED, PENDING, Comparison, Pool
+from benchmark.runner import DONE, FAILED, PENDING, Comparison
 from jigsaw_d2 import config
 from jigsaw_d2.cost import record_stage
 from jigsaw_d2.data.template import JigsawTemplate

@@ -14,7 +14,7 @@ from jigsaw_d2.data.report import (
     format_report,
     summarise,
 )
-from jigsaw_d2.data.store import RECORD
+from jigsaw_d2.data.store_format import RECORD
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import DataError
 

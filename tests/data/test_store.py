@@ -13,14 +13,8 @@ import pytest
 from helpers_store import make_store
 from PIL import Image
 
-from jigsaw_d2.data.store import (
-    DamagedSampleError,
-    SampleStore,
-    check_store,
-    decode_netpbm,
-    encode_sample,
-    read_header,
-)
+from jigsaw_d2.data.store import DamagedSampleError, SampleStore, check_store
+from jigsaw_d2.data.store_format import decode_netpbm, encode_sample, read_header
 from jigsaw_d2.io import DataError
 
 

@@ -11,7 +11,8 @@ import pytest
 from helpers_store import draw_image, make_store
 from PIL import Image
 
-from jigsaw_d2.data.store import RECORD, SampleStore, encode_sample, fingerprint
+from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.store_format import RECORD, encode_sample, fingerprint
 from jigsaw_d2.data.store_writer import Sample, StoreWriter, make_chunk
 from jigsaw_d2.io import DataError, RunError
 
