@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from jigsaw_d2.checkpoint.metadata import STAGES, WeightsMetadata, norm_family
-from jigsaw_d2.config import AUTO_NORM
+from jigsaw_d2.config import AUTO_NORM, in_features
 from jigsaw_d2.modeling.backbones import LIBRARIES, build_backbone, library_of
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def describe(backbone: nn.Module, metadata: WeightsMetadata, cfg: CfgNode) -> di
         "config": {},
         "batch_norm": any(isinstance(m, _BatchNorm) for m in backbone.modules()),
         "parameters": sum(p.numel() for p in backbone.parameters()),
-        "in_feature": str(cfg.MODEL.JIGSAW.IN_FEATURE) if "JIGSAW" in cfg.MODEL else "res5",
+        "in_feature": str(cfg.MODEL.JIGSAW.IN_FEATURE),  # of several, the finest
         "features": {},
     }
     if cfg.MODEL.JIGSAW.BACKBONE_FROM:
@@ -161,6 +161,8 @@ def describe(backbone: nn.Module, metadata: WeightsMetadata, cfg: CfgNode) -> di
             continue
         network["picture"] = [height, width]
         network["features"] = {name: numbers(value) for name, value in features.items()}
+        cells = {n: features[n].shape[2:].numel() for n in in_features(cfg) if n in features}
+        network["in_feature"] = max(cells, key=cells.get, default=network["in_feature"])
         return network
     logger.warning(
         "the backbone does not run on a picture of %dx%d pixels (%s): what it computes will not be "

@@ -138,6 +138,18 @@ class TestParity:
         assert load_backbone(Stairs(["res4", "res5"]), tmp_path / "w.pkl").new_outputs
         assert len(load_backbone(Stairs(["res5"]), tmp_path / "w.pkl").filled) == 6
 
+    def test_of_several_classified_outputs_the_finest_counts(self, tmp_path: Path) -> None:
+        outputs = ("MODEL.RESNETS.OUT_FEATURES", "['res4', 'res5']")
+        classified = ("MODEL.JIGSAW.IN_FEATURES", "['res4', 'res5']", *outputs)
+        classified += ("MODEL.JIGSAW.SHARED_CLASSIFIER", "False")
+        cfg = pretrain_config("MODEL.BACKBONE.NAME", "build_stairs", *classified)
+        model = build_model(cfg)
+        set_aside_unused(model)
+        assert all(p.requires_grad for p in model.parameters())
+        convert_checkpoint(save_checkpoint(tmp_path / "c.pth", cfg, model), tmp_path / "w.pkl")
+        held, metadata = read_backbone(tmp_path / "w.pkl")
+        assert len(held) == 8 and metadata.network["in_feature"] == "res4"
+
     def test_what_a_coarser_output_needs_is_not_set_aside(self) -> None:
         """A detector that took it for trained would have a random stage."""
         outputs = ("MODEL.RESNETS.OUT_FEATURES", "['res4', 'res5']")
