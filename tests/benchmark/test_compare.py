@@ -229,6 +229,10 @@ def test_no_time_leaves_runs_pending_and_listed(data, tmp_path):
 def test_report_is_whole_hides_local_paths_and_tells_where_settings_differ(finished):
     config = finished.folder(finished.runs[0]) / "detector" / "config.yaml"
     config.write_text("SEED: 1\nSOLVER:\n  LENGTH: 99\n")
+    for run in finished.runs:  # its own cleaned data are no other setting
+        config = finished.folder(run) / "detector" / "config.yaml"
+        files = f"DATASETS:\n  COCO_FILES: [[set, {config.parent}/set.json]]\n"
+        config.write_text(config.read_text() + files)
     path = write_report(finished, f"compare --output {finished.output}")
     text, report = path.read_text(), json.loads(path.with_suffix(".json").read_text())
     assert str(finished.output.parent) not in text + json.dumps(report)
@@ -237,6 +241,7 @@ def test_report_is_whole_hides_local_paths_and_tells_where_settings_differ(finis
     assert (path.parent / "figures/ap_over_cost.png").stat().st_size > 5000
     assert "differ, beside weights, seed and folder, in:" in text
     assert re.search(r"\| `SOLVER.LENGTH` +\| 99 ", text) and "`SEED`" not in text
+    assert "COCO_FILES`" not in text
 
 
 def test_the_figure_shows_mean_and_range_over_seeds():
