@@ -4,17 +4,19 @@ The defaults here are the paper's values ("Cheaper Pre-training Lunch", arXiv 20
 the paper is silent, our decision with its reason beside the key (marked "ours").
 """
 
+import importlib
 import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import detectron2
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from jigsaw_d2.io import ConfigError, import_modules
+from jigsaw_d2.io import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -222,20 +224,28 @@ def get_jigsaw_cfg(
         config_file: a path; or a name relative to ``configs/`` ("jigsaw_R_50.yaml", with or
             without a leading "configs/"), found in an installed package too. "" = defaults alone.
         overrides: flat list [key, value, ...] as from the command line.
-        trust: let tags in ``config_file`` run code.
+        trust: let tags in ``config_file`` run code, and import its MODEL.JIGSAW.REGISTER.
 
     Raises:
         FileNotFoundError: ``config_file`` is neither a path nor a shipped name.
-        ConfigError: see ``refuse_code`` and ``admit_programs``.
+        ConfigError: unknown keys, other types; see ``refuse_code`` and ``refuse_program``.
     """
-    cfg = get_cfg()
-    add_jigsaw_config(cfg)
-    if config_file:
-        path = str(find_config(config_file))
-        refuse_code(path, trust)
-        cfg.merge_from_file(path)
-    cfg.merge_from_list(overrides or [])
-    admit_programs(cfg, config_file, overrides or [], trust)
+    path = where = str(find_config(config_file)) if config_file else ""
+    try:
+        if path:
+            refuse_code(path, trust)
+            import_kept(CfgNode.load_yaml_with_base(path, allow_unsafe=True), path, trust)
+        cfg = get_cfg()
+        add_jigsaw_config(cfg)
+        if path:
+            cfg.merge_from_file(path)
+        where = f"overrides {overrides}"
+        cfg.merge_from_list(overrides or [])
+    except ConfigError:
+        raise
+    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{where}: {error.args[0] if error.args else error}") from None
+    refuse_program(cfg, config_file, overrides or [], trust)
     program = Path(cfg.MODEL.JIGSAW.BACKBONE_FROM)
     if program.is_file():  # to be found from every folder
         cfg.merge_from_list(["MODEL.JIGSAW.BACKBONE_FROM", str(program.resolve())])
@@ -292,24 +302,20 @@ def zoo_configs() -> Path:
     return (Path(detectron2.__file__).parent / "model_zoo" / "configs").resolve()
 
 
-def admit_programs(
+def refuse_program(
     cfg: CfgNode, where: str | Path, overrides: Sequence[str] = (), trust: bool = False
 ) -> None:
-    """Run what the config ``where`` names if ``trust``; else refuse its MODEL.JIGSAW.BACKBONE_FROM.
+    """Refuse a file of MODEL.JIGSAW.BACKBONE_FROM that ``where`` names, and no command line.
 
-    A file of that key that is among ``overrides``, KEY VALUE ..., or read with ``trust``, may run
-    in this process from then on, whoever names it: a checkpoint names the same as its config.
-    Modules of MODEL.JIGSAW.REGISTER are imported with ``trust``; without, whoever needs what they
-    register says so.
+    One that is among ``overrides``, KEY VALUE ..., or read with ``trust``, may run in this process
+    from then on, whoever names it: a checkpoint names the same as its config.
 
     Raises:
-        ConfigError: naming the program and ``where``.
+        ConfigError: naming both.
     """
     key, program = "MODEL.JIGSAW.BACKBONE_FROM", cfg.MODEL.JIGSAW.BACKBONE_FROM
     path, zoo = Path(program).resolve(), zoo_configs()
     path = path if path.is_file() else (zoo / program).resolve()  # may be a name like ../../file.py
-    if trust:
-        import_modules(cfg.MODEL.JIGSAW.REGISTER, f"{where}, MODEL.JIGSAW.REGISTER")
     if trust or key in overrides[::2]:
         _PROGRAMS.add(path)
     elif path.is_file() and not path.is_relative_to(zoo) and path not in _PROGRAMS:
@@ -317,6 +323,21 @@ def admit_programs(
             f"{where}: refused, because its {key} {program} is a program that would run; if that "
             f"file is your own, --trust runs it, or {key} {program} among the KEY VALUE pairs"
         )
+
+
+def import_kept(settings: Mapping[str, Any], where: str | Path, trust: bool) -> None:
+    """With ``trust``, import the MODEL.JIGSAW.REGISTER of a config's plain ``settings``.
+
+    Before Detectron2's defaults are copied, to which a module may add keys. One that cannot be
+    imported may not be needed: the log names it.
+    """
+    names = settings.get("MODEL", {}).get("JIGSAW", {}).get("REGISTER", ()) if trust else ()
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # of anyone's module
+            said = f"{type(error).__name__}: {error}"
+            logger.warning("%s, MODEL.JIGSAW.REGISTER: %s is not imported (%s)", where, name, said)
 
 
 def keep_registered(cfg: CfgNode, modules: Sequence[str]) -> None:

@@ -1,13 +1,12 @@
 """What everything shares: the errors that a user can cause and mend, and files replaced whole.
 
-And the import of modules that a user names. Imports nothing of the project, and no torch.
+Imports nothing of the project, and no torch.
 """
 
 import contextlib
 import fcntl
-import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -92,16 +91,3 @@ def write_text(path: str | Path, text: str) -> None:
     """``open_atomically`` for a text."""
     with open_atomically(path, "w") as stream:
         stream.write(text)
-
-
-def import_modules(modules: Sequence[str], where: str) -> None:
-    """Import what registers backbones or datasets, in each process that needs them.
-
-    Raises:
-        ConfigError: one cannot be imported; ``where`` says who named it.
-    """
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ConfigError(f"{where}: {module} cannot be imported: {error}") from error

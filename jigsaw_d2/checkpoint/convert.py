@@ -38,7 +38,7 @@ def convert_checkpoint(
     """Write the backbone of ``path`` to ``output`` and the metadata beside it; return the metadata.
 
     Args:
-        path: see the head of this file; a folder stands for the file its ``last_checkpoint`` names.
+        path: see ``reading``; a folder stands for the file its ``last_checkpoint`` names.
         output: ``.pkl`` (numpy arrays, as Detectron2's own converters write) or ``.pth`` (tensors
             and plain values). Keys carry no prefix, so that one file serves every detector.
         origin: of weights in torchvision's form that ImageNet did not train: where they are from.

@@ -140,7 +140,10 @@ def to_torchvision(arrays: Mapping[str, np.ndarray], architecture: Architecture)
 
 
 def to_module(arrays: Mapping[str, np.ndarray]) -> OrderedDict:
-    """A state dict, tensors of any shapes, of the backbone's module by its own names."""
+    """A state dict, tensors of any shapes, of the backbone's module by its own names.
+
+    Without norms of outputs that the pre-training did not use, which strict loading would miss.
+    """
     return OrderedDict((name, torch.from_numpy(np.array(a))) for name, a in arrays.items())
 
 

@@ -39,6 +39,10 @@ from jigsaw_d2.io import WeightsError
 
 logger = logging.getLogger(__name__)
 
+# What mismatches that are not of names and shapes are called.
+OTHER_USE = "Used otherwise than in the pre-training"
+OTHER_FEATURES = "Other features of a fixed picture"
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -93,14 +97,14 @@ def load_backbone(
     mismatches = {
         "In the file, not in the network": match.stray,
         "Other shapes": match.other_shapes(),
-        "Used otherwise than in the pre-training": _other_use(module, metadata, input_format),
+        OTHER_USE: _other_use(module, metadata, input_format),
     }
     missing, new_outputs, other_features = match.missing, [], []
     if metadata and metadata.network and not any(mismatches.values()):
         found = _compare_features(module, match, metadata, input_format)
         missing, new_outputs, other_features = found
     mismatches["In the network, not in the file"] = missing
-    mismatches["Other features of a fixed picture"] = other_features
+    mismatches[OTHER_FEATURES] = other_features
     report = LoadReport(
         filled=tuple(match.filled),
         mismatch=_in_words(module, match, mismatches),
@@ -218,9 +222,10 @@ def _compare_features(
     if known and set(missing) <= set(match.body):
         changed = {name: np.random.default_rng(0).random(match.shape(name)) for name in missing}
         moved = _features(module, match.prefix, held | changed, metadata, input_format)
-        only = {"features": {trained: network["features"][trained]}}
-        same = match.grids or not _other_features(features, only)
-        if same and _keep_outputs(features, moved, trained):
+        cells = features[trained].shape[2:].numel()
+        higher = {n: value for n, value in features.items() if value.shape[2:].numel() <= cells}
+        same = match.grids or not _other_features(higher, network)
+        if same and all(torch.equal(value, moved[name]) for name, value in higher.items()):
             return [], missing, []
     return missing, [], []
 
@@ -228,7 +233,9 @@ def _compare_features(
 def _in_words(module: nn.Module, match: _Match, mismatches: Mapping[str, list[str]]) -> str:
     """What does not fit, in lines; "" where all does. Where the cause is known, it comes first."""
     reasons = []
-    if match.missing or match.stray or match.other_shapes():
+    if any(
+        lines for title, lines in mismatches.items() if title not in (OTHER_USE, OTHER_FEATURES)
+    ):
         network = {name: tuple(match.state[key].shape) for name, key in match.body.items()}
         reasons = _reasons({n: array.shape for n, array in match.held.items()}, network, module)
     texts = ["\n    ".join([f"  Another network ({len(reasons)}):", *reasons])] if reasons else []
@@ -306,15 +313,6 @@ def _other_features(features: Mapping[str, torch.Tensor], network: Mapping[str, 
     if features and not apart:
         logger.warning("no feature of the pre-training's is an output here: none was compared")
     return [f"{n}: {100 * d:.2g} % of its norm apart" for n, d in apart.items() if d > TOLERANCE]
-
-
-def _keep_outputs(
-    features: Mapping[str, torch.Tensor], moved: Mapping[str, torch.Tensor], trained: str
-) -> bool:
-    """Whether outputs of lower levels than the trained one alone ``moved`` with some tensors."""
-    cells = features[trained].shape[2:].numel()
-    higher = [name for name, value in features.items() if value.shape[2:].numel() <= cells]
-    return all(torch.equal(features[name], moved[name]) for name in higher)
 
 
 def _reasons(file: Shapes, network: Shapes, module: nn.Module) -> list[str]:

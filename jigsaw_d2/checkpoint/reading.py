@@ -16,7 +16,6 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone import ResNet
-from torch import nn
 
 from jigsaw_d2.checkpoint.formats import (
     RESNET_NAME,
@@ -34,9 +33,8 @@ from jigsaw_d2.checkpoint.metadata import (
 )
 from jigsaw_d2.checkpoint.network import build_pretrained, describe, strides_in_1x1
 from jigsaw_d2.checkpoint.weight_files import Arrays, read_weights, shapes_of, to_array
-from jigsaw_d2.config import AUTO_NORM, admit_programs, get_jigsaw_cfg, in_features
+from jigsaw_d2.config import AUTO_NORM, get_jigsaw_cfg, import_kept, refuse_program
 from jigsaw_d2.io import CheckpointError, ConfigError, WeightsError
-from jigsaw_d2.modeling.trainable import unused_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -121,25 +119,7 @@ def read_tensors(path: str | Path, trust: bool = False) -> tuple[Arrays, Weights
         if isinstance(backbone, ResNet) and not metadata.architecture.is_resnet:
             metadata = _known_resnet(metadata, cfg, arrays, backbone)
         metadata = replace(metadata, network=describe(backbone, metadata, cfg))
-        if metadata.origin == "jigsaw":
-            arrays = _without_untrained(arrays, backbone, cfg, metadata.network)
     return arrays, metadata
-
-
-def _without_untrained(
-    arrays: Arrays, backbone: nn.Module, cfg: CfgNode, network: Mapping[str, Any]
-) -> Arrays:
-    """What the classified features depend on: see ``set_aside_unused``."""
-    classified = in_features(cfg)
-    if not set(classified) <= network["features"].keys():  # a pyramid's, which used all it had
-        return arrays
-    parameter = next(backbone.parameters())
-    size = (1, network["input_channels"], *network["picture"])
-    images = torch.zeros(size, dtype=parameter.dtype, device=parameter.device)
-    names, _ = unused_parameters(backbone.requires_grad_(True), classified, images)
-    if names:
-        logger.info("left out, for the pre-training did not use it: %s", ", ".join(names))
-    return {name: array for name, array in arrays.items() if name not in names}
 
 
 def metadata_path(weights: str | Path) -> Path:
@@ -175,22 +155,26 @@ def _from_training(
 ) -> tuple[Arrays, WeightsMetadata, CfgNode]:
     """From what the trainer writes; classifier, ERF and the norms' counters are left out.
 
-    The network at the bottom of a pyramid is named as it is by itself. Also the config of that
-    training.
+    So are the norms that ``set_aside_unused`` has set aside. The network at the bottom of a pyramid
+    is named as it is by itself. Also the config of that training.
     """
+    record = data["jigsaw"]
+    names = record.get("set_aside", ()) if isinstance(record, Mapping) else ()
+    aside = {name.rpartition(".")[0] for name in names}
     arrays = {
         name.removeprefix("backbone.").removeprefix("bottom_up."): to_array(value)
         for name, value in data["model"].items()
         if name.startswith("backbone.") and not name.endswith("num_batches_tracked")
+        if name.rpartition(".")[0] not in aside
     }
     try:
-        record = data["jigsaw"]
         config = yaml.safe_load(record["config"])
         model, inputs, store = config["MODEL"], config["INPUT"], record["store"]
+        import_kept(config, where, trust)
         cfg = get_jigsaw_cfg()
         cfg.set_new_allowed(True)  # keys of a module of --register
         cfg.merge_from_other_cfg(CfgNode(config))
-        admit_programs(cfg, where, trust=trust)
+        refuse_program(cfg, where, trust=trust)
         template = inputs["JIGSAW"]["TEMPLATE_SIZE"], inputs["JIGSAW"]["TEMPLATE_SPLIT"]
         metadata = WeightsMetadata(
             origin="jigsaw",

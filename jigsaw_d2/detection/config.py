@@ -21,7 +21,13 @@ from jigsaw_d2.checkpoint import detector
 from jigsaw_d2.checkpoint.convert import check_free
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
 from jigsaw_d2.checkpoint.reading import read_converted, read_tensors
-from jigsaw_d2.config import add_jigsaw_config, admit_programs, find_config, refuse_code
+from jigsaw_d2.config import (
+    add_jigsaw_config,
+    find_config,
+    import_kept,
+    refuse_code,
+    refuse_program,
+)
 from jigsaw_d2.data.arrays import channels_of
 from jigsaw_d2.detection.data import prepare_data
 from jigsaw_d2.detection.kinds import fit_kind
@@ -51,7 +57,7 @@ def load_detection_config(
         config_file: a path, the name of a shipped file ("finetune/faster_rcnn_R_50_C4_1x.yaml"),
             or a name in Detectron2's model zoo. ``_ZOO_BASE_: <zoo name>`` in a file lays a zoo
             config under it, wherever the file lies.
-        trust: let tags in the file run code.
+        trust: let tags in the file run code, and import its MODEL.JIGSAW.REGISTER.
 
     Raises:
         ConfigError: none of the three; tags that could run code; unknown keys, other types.
@@ -64,7 +70,7 @@ def load_detection_config(
         cfg = _merged(path, trust)
         where = f"overrides {list(overrides)}"
         cfg.merge_from_list(list(overrides))
-        admit_programs(cfg, path, overrides, trust)
+        refuse_program(cfg, path, overrides, trust)
     except ConfigError:
         raise
     except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
@@ -76,9 +82,10 @@ def _merged(path: str, trust: bool) -> CfgNode:
     if path.endswith(".py"):
         raise ValueError("a LazyConfig; name one of the YAML configs")
     refuse_code(path, trust)
+    loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=True)
+    import_kept(loaded, path, trust)
     cfg = get_cfg()
     add_jigsaw_config(cfg)
-    loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=True)
     zoo = loaded.pop(ZOO_BASE, None)
     if zoo is not None:
         refuse_code(_zoo_file(zoo), trust)  # which may be a name like ../../file.yaml

@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, default_setup, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, coco_evaluation
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, GeneralizedRCNNWithTTA
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from pycocotools import cocoeval
@@ -42,7 +42,7 @@ from jigsaw_d2.engine.launch import explained, lock_output
 from jigsaw_d2.engine.optimizer import build_optimizer
 from jigsaw_d2.engine.state import JigsawCheckpointer, gather_random_states, set_random_state
 from jigsaw_d2.io import RunError, write_text
-from jigsaw_d2.modeling.backbones import refuse_unknown
+from jigsaw_d2.modeling.backbones import unknown_explained
 
 try:
     from faster_coco_eval.core.faster_eval_api import COCOeval
@@ -119,14 +119,9 @@ class FinetuneTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Detectron2's detector, unless it has no such one, e.g. C4 with a deformable res5."""
-        model = cfg.MODEL
-        for key, name, registry in (
-            ("MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY),
-            ("MODEL.BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY),
-        ):
-            refuse_unknown(cfg, key, name, registry)
         try:
-            return super().build_model(cfg)
+            with unknown_explained(cfg):
+                return super().build_model(cfg)
         except AssertionError as error:
             raise RunError(f"Detectron2 cannot build this detector: {error}") from error
 

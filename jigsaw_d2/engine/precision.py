@@ -14,6 +14,7 @@ from torch import nn
 
 from jigsaw_d2.config import AMP_DTYPES
 from jigsaw_d2.io import ConfigError
+from jigsaw_d2.modeling.backbones import unknown_explained
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ def _time_candidates(cfg: CfgNode) -> dict[tuple[str, bool], float]:
         batch = _noise_batch(cfg, device)
         for channels_last in _formats(cfg):
             cfg.MODEL.JIGSAW.CHANNELS_LAST = channels_last
-            model = build_model(cfg).train()
+            with unknown_explained(cfg):
+                model = build_model(cfg).train()
             for dtype in _dtypes(cfg, device):
                 if seconds and time.perf_counter() - begun > _TRIAL_SECONDS[device.type]:
                     return seconds

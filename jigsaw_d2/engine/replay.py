@@ -10,11 +10,12 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from jigsaw_d2.config import admit_programs, get_jigsaw_cfg
+from jigsaw_d2.config import get_jigsaw_cfg, import_kept, refuse_program
 from jigsaw_d2.engine.precision import Precision
 from jigsaw_d2.engine.state import set_random_state
 from jigsaw_d2.engine.train_step import StepRecord, TrainStep
 from jigsaw_d2.io import CheckpointError, open_atomically
+from jigsaw_d2.modeling.backbones import unknown_explained
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
 
 logger = logging.getLogger(__name__)
@@ -74,20 +75,24 @@ def replay_step(
     Args:
         path: the file that the stopped run named.
         overrides: KEY VALUE pairs, e.g. ["MODEL.DEVICE", "cpu"] or ["SOLVER.AMP.ENABLED", "False"].
-        trust: see ``admit_programs``.
+        trust: run programs and import modules that the step's config names.
 
     Raises:
         CheckpointError: the file is no kept step.
+        ConfigError: its config names a program, and ``trust`` is not given.
     """
     content = _read(path)
+    kept = CfgNode.load_cfg(content["config"])
+    import_kept(kept, path, trust)
     cfg = get_jigsaw_cfg()
-    cfg.merge_from_other_cfg(CfgNode.load_cfg(content["config"]))
+    cfg.merge_from_other_cfg(kept)
     cfg.merge_from_list(overrides or [])
-    admit_programs(cfg, path, overrides or [], trust)
+    refuse_program(cfg, path, overrides or [], trust)
     if cfg.MODEL.RESNETS.NORM == "SyncBN":
         logger.warning("SyncBN is replayed as BN: the other ranks' images are not in the file")
         cfg.MODEL.RESNETS.NORM = "BN"
-    model: JigsawPretrainer = build_model(cfg)
+    with unknown_explained(cfg):
+        model: JigsawPretrainer = build_model(cfg)
     model.load_state_dict(content["model"])
     model.train()
     step = TrainStep(

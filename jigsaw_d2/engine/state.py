@@ -39,6 +39,7 @@ from jigsaw_d2 import __version__
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.store_format import hash_image_ids
 from jigsaw_d2.io import CheckpointError, ConfigError, RunError, open_atomically, write_text
+from jigsaw_d2.modeling.erf import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def collect_state(trainer: DefaultTrainer) -> dict[str, Any]:
     """The state after the step that a ``JigsawTrainer`` has just done; every rank must call it."""
-    step, cfg = trainer._trainer, trainer.cfg
+    step, cfg, model = trainer._trainer, trainer.cfg, unwrap(trainer.model)
     images_seen = (trainer.iter + 1) * cfg.SOLVER.IMS_PER_BATCH
     state = {
         "iteration": trainer.iter,
@@ -132,6 +133,7 @@ def collect_state(trainer: DefaultTrainer) -> dict[str, Any]:
             "events": smoothed_events(trainer.storage),
             "images_seen": images_seen,
             "code_version": __version__,
+            "set_aside": [n for n, p in model.named_parameters() if not p.requires_grad],
         },
     }
     if step.grad_scaler.is_enabled():

@@ -56,6 +56,7 @@ from jigsaw_d2.engine.train_step import Batch, TrainStep
 from jigsaw_d2.evaluation import JigsawEvaluator
 from jigsaw_d2.io import CheckpointError, RunError
 from jigsaw_d2.modeling.activation_checkpointing import checkpoint_activations
+from jigsaw_d2.modeling.backbones import unknown_explained
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
 from jigsaw_d2.modeling.trainable import check_trainable, set_aside_unused
 
@@ -116,7 +117,8 @@ class JigsawTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> JigsawPretrainer:
         """The registered META_ARCHITECTURE, on MODEL.DEVICE."""
-        return super().build_model(cfg)
+        with unknown_explained(cfg):
+            return super().build_model(cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:

@@ -7,9 +7,11 @@ MODEL.RESNETS is for Detectron2's ResNets alone.
 Features are named as Detectron2's by stride: res2 (4), res3 (8), res4 (16), res5 (32).
 """
 
+import contextlib
 import math
+import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +20,6 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
-from fvcore.common.registry import Registry
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -232,18 +233,27 @@ def build_backbone(cfg: CfgNode) -> Backbone:
     Raises:
         ConfigError: MODEL.BACKBONE.NAME is not.
     """
-    refuse_unknown(cfg, "MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY)
-    return modeling.build_backbone(cfg)
+    with unknown_explained(cfg):
+        return modeling.build_backbone(cfg)
 
 
-def refuse_unknown(cfg: CfgNode, key: str, name: str, registry: Registry) -> None:
-    """Raises ``ConfigError`` if ``registry`` lacks it, with the modules of --register to import."""
-    if name not in registry:
-        modules = " ".join(f"--register {module}" for module in cfg.MODEL.JIGSAW.REGISTER)
-        mend = f"its run had {modules}: give the same, or --trust" if modules else ""
+@contextlib.contextmanager
+def unknown_explained(cfg: CfgNode) -> Iterator[None]:
+    """A name that is in no registry of Detectron2's becomes a ``ConfigError``, which says the mend.
+
+    That is to import the modules of --register which the run's settings keep.
+    """
+    try:
+        yield
+    except KeyError as error:
+        if "registry" not in str(error):
+            raise
+        absent = [name for name in cfg.MODEL.JIGSAW.REGISTER if name not in sys.modules]
+        modules = " ".join(f"--register {name}" for name in absent)
+        mend = f"its run had {modules}: give the same" if absent else ""
         raise ConfigError(
-            f"{key} {name!r} is not registered here: {mend or '--register the module that does it'}"
-        )
+            f"{error.args[0]} {mend or '--register the module that does it'}"
+        ) from None
 
 
 def library_of(builder: str) -> str:

@@ -49,7 +49,7 @@ def build_lazy_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
     Such configs are made for fine-tuning. Here batch norms become MODEL.RESNETS.NORM, ``freeze_at``
     is MODEL.BACKBONE.FREEZE_AT, a first layer of 3 channels takes those of the images, and the
-    features of MODEL.JIGSAW.IN_FEATURE(S) are the outputs, such as the res5 of a C4 detector.
+    features of MODEL.JIGSAW.IN_FEATURE(S) are outputs, such as the res5 of a C4 detector.
 
     Raises:
         ConfigError: no such config, no backbone in it, or one that cannot be built so.
@@ -69,7 +69,7 @@ def build_lazy_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     if "freeze_at" in node:
         node.freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
     if "out_features" in node:
-        node.out_features = in_features(cfg)  # others, and their norms, would learn nothing
+        node.out_features = list(dict.fromkeys([*node.out_features, *in_features(cfg)]))
     try:
         backbone = instantiate(node)
         if not isinstance(backbone, Backbone):

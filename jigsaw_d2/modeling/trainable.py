@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterable, Sequence
 
 import torch
-from detectron2.modeling import FPN
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -39,9 +38,9 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def set_aside_unused(model: JigsawPretrainer) -> None:
-    """Freeze what serves outputs finer than the classified ones alone, such as a norm for each.
+    """Freeze norms that serve outputs finer than the classified ones alone, as Swin has them.
 
-    Neither trained nor converted, it starts new in a detector. A pyramid has to use all it has.
+    Neither trained nor converted, they start new in a detector.
 
     Raises:
         ConfigError: other parts do nothing: they would stay random, and stop DDP. Names a few.
@@ -49,8 +48,7 @@ def set_aside_unused(model: JigsawPretrainer) -> None:
     size = (len(model.pixel_mean), model.template.height, model.template.width)
     with measuring(model.backbone) as backbone:
         images = torch.zeros(1, *size, device=model.device)
-        finer, rest = unused_parameters(backbone.requires_grad_(True), model.in_features, images)
-    rest = [*finer, *rest] if isinstance(backbone, FPN) else rest
+        norms, rest = unused_parameters(backbone.requires_grad_(True), model.in_features, images)
     if rest:
         raise ConfigError(
             f"{len(rest)} parameters of the backbone receive no gradient, for "
@@ -60,13 +58,13 @@ def set_aside_unused(model: JigsawPretrainer) -> None:
             "out_features of a LazyConfig or your own), or classify the others too "
             "(MODEL.JIGSAW.IN_FEATURES)"
         )
-    for name in finer:
+    for name in norms:
         backbone.get_parameter(name).requires_grad_(False)
-    if finer:
+    if norms:
         logger.warning(
-            "%d parameters serve outputs finer than the classified ones alone, and are not "
-            "trained; a detector starts them new: %s",
-            *(len(finer), ", ".join(finer)),
+            "%d parameters of norms serve outputs finer than the classified ones alone, and are "
+            "not trained; a detector starts them new: %s",
+            *(len(norms), ", ".join(norms)),
         )
 
 
@@ -80,20 +78,28 @@ def unused_parameters(
         images: float (N, C, H, W).
 
     Returns:
-        Those of outputs with more cells than every one of ``in_features`` alone, and the others.
+        Those of norms, modules of vectors alone, that only outputs with more cells than every one
+        of ``in_features`` use; and the others.
     """
     names, parameters = zip(*backbone.named_parameters())
     features = backbone(images)
+    maps = {
+        name: value
+        for name, value in features.items()
+        if name in in_features or (isinstance(value, Tensor) and value.ndim == 4)
+    }
 
     def used(outputs: Iterable[str]) -> set[str]:
-        sums = [features[output].float().sum() for output in outputs]
+        sums = [s for o in outputs if (s := maps[o].float().sum()).requires_grad]
         if not sums:
             return set()
         gradients = torch.autograd.grad(sum(sums), parameters, allow_unused=True, retain_graph=True)
         return {name for name, gradient in zip(names, gradients) if gradient is not None}
 
-    cells = {name: value.shape[2:].numel() for name, value in features.items()}
+    cells = {name: value.shape[2:].numel() for name, value in maps.items()}
     finer = [name for name in cells if cells[name] > max(cells[n] for n in in_features)]
-    unused = used(finer) - used(cells.keys() - set(finer))
     idle = set(names) - used(in_features)
-    return [n for n in names if n in unused], [n for n in names if n in idle - unused]
+    modules = {n.rpartition(".")[0] for n, p in zip(names, parameters) if p.ndim > 1}
+    of_norms = {n for n in idle if n.rpartition(".")[0] not in modules}
+    norms = of_norms & (used(finer) - used(cells.keys() - set(finer)))
+    return [n for n in names if n in norms], [n for n in names if n in idle - norms]

@@ -1,9 +1,10 @@
 """Arguments that several commands share."""
 
 import argparse
+import importlib
 from collections.abc import Sequence
 
-from jigsaw_d2.io import import_modules
+from jigsaw_d2.io import ConfigError
 
 
 def make_parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -24,7 +25,11 @@ def import_registered(modules: Sequence[str]) -> None:
     Raises:
         ConfigError: one cannot be imported.
     """
-    import_modules(modules, "--register")
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(f"--register: {module} cannot be imported: {error}") from error
 
 
 def add_launch(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +42,8 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
 
 def add_trust(parser: argparse._ActionsContainer) -> None:
     """--trust."""
-    text = "read weights and configs that could run code while they are read; for your own alone"
+    text = "read weights and configs that could run code while they are read, and import the "
+    text += "modules of --register that they keep; for your own alone"
     parser.add_argument("--trust", action="store_true", help=text)
 
 

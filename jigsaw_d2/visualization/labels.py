@@ -20,6 +20,7 @@ from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.template import REGIONS, JigsawTemplate
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling import losses
+from jigsaw_d2.modeling.backbones import unknown_explained
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
 from jigsaw_d2.visualization.figures import draw_box, save_figure
 from jigsaw_d2.visualization.inputs import default_device, normalise, rgb_stream
@@ -141,7 +142,8 @@ def load_pretrainer(
     for part in ("RESNETS", "FPN"):
         cfg.MODEL[part].NORM = resolve_norm(cfg, 1, part)
     cfg.MODEL.JIGSAW.NUM_CLASSES = len(state[found[0]]) - 1
-    model = build_model(cfg)
+    with unknown_explained(cfg):
+        model = build_model(cfg)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

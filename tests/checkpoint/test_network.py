@@ -131,8 +131,9 @@ class TestParity:
         set_aside_unused(model)
         fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
         assert fixed == ["backbone.norm_res4.weight", "backbone.norm_res4.bias"]
-        assert "are not trained; a detector starts them new: norm_res4.weight" in caplog.text
-        convert_checkpoint(save_checkpoint(tmp_path / "c.pth", cfg, model), tmp_path / "w.pkl")
+        assert "not trained; a detector starts them new: norm_res4.weight" in caplog.text
+        checkpoint = save_checkpoint(tmp_path / "c.pth", cfg, model, set_aside=fixed)
+        convert_checkpoint(checkpoint, tmp_path / "w.pkl")
         held, _ = read_backbone(tmp_path / "w.pkl")
         assert len(held) == 6 and not any("norm_res4" in name for name in held)
         assert load_backbone(Stairs(["res4", "res5"]), tmp_path / "w.pkl").new_outputs
@@ -156,6 +157,14 @@ class TestParity:
         lower = ("MODEL.JIGSAW.IN_FEATURE", "res4", *outputs)
         model = build_model(pretrain_config("MODEL.BACKBONE.NAME", "build_stairs", *lower))
         with pytest.raises(ConfigError, match="4 parameters.* no gradient.*: high.weight"):
+            set_aside_unused(model)
+
+    def test_nor_is_a_convolution_of_a_finer_output(self) -> None:
+        """Its detector would train it from random weights below norms that are frozen."""
+        outputs = ("MODEL.RESNETS.OUT_FEATURES", "['res4', 'res5']")
+        model = build_model(pretrain_config("MODEL.BACKBONE.NAME", "build_stairs", *outputs))
+        model.backbone.norm_res4 = nn.Conv2d(8, 8, 1)
+        with pytest.raises(ConfigError, match="2 parameters.* no gradient.*: norm_res4.weight"):
             set_aside_unused(model)
 
     def test_conversion_names_them_where_it_is_told_the_detector(
@@ -258,7 +267,7 @@ def test_a_backbone_that_nobody_registered(tmp_path: Path) -> None:
         "build_resnet_backbone", "build_far"
     )
     torch.save(data, checkpoint)
-    with pytest.raises(ConfigError, match="'build_far' is not registered here: --register the"):
+    with pytest.raises(ConfigError, match="'build_far' found in .* --register the module"):
         convert_checkpoint(checkpoint, tmp_path / "w.pkl")
     data["jigsaw"]["config"] = data["jigsaw"]["config"].replace("REGISTER: []", "REGISTER: [far]")
     torch.save(data, checkpoint)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from detectron2.config.defaults import _C
 from helpers_weights import C4, FPN, SMALL, THIN, make_coco
 
 from jigsaw_d2.engine.pretrain import load_config
@@ -85,20 +86,32 @@ def test_a_run_keeps_the_names_of_its_modules() -> None:
 
 
 def test_trust_imports_them_for_who_opens_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "registers_for_a_run.py").write_text("")
-    (tmp_path / "config.yaml").write_text("MODEL: {JIGSAW: {REGISTER: [registers_for_a_run]}}")
+    """Before the config's keys are known, to which they may add."""
+    (tmp_path / "registers_for_a_run.py").write_text(
+        "from detectron2.config.defaults import _C\n_C.MODEL.KEY_OF_A_RUN = 1"
+    )
+    (tmp_path / "config.yaml").write_text(
+        "MODEL: {JIGSAW: {REGISTER: [registers_for_a_run]}, KEY_OF_A_RUN: 2}"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     argv = ["--config-file", str(tmp_path / "config.yaml")]
     parse = pretrain_command.build_parser().parse_args
-    assert load_config(parse(argv)).MODEL.JIGSAW.REGISTER == ["registers_for_a_run"]
+    with pytest.raises(ConfigError, match=r"config.yaml: Non-existent config key: .*KEY_OF_A_RUN"):
+        load_config(parse(argv))
+    with pytest.raises(ConfigError, match=r"overrides .*: Non-existent key: MODEL.TYPO"):
+        load_config(parse(["MODEL.TYPO", "1"]))
     assert "registers_for_a_run" not in sys.modules
-    load_config(parse([*argv, "--trust"]))
-    assert "registers_for_a_run" in sys.modules
+    try:
+        cfg = load_config(parse([*argv, "--trust"]))
+        assert cfg.MODEL.KEY_OF_A_RUN == 2
+        assert cfg.MODEL.JIGSAW.REGISTER == ["registers_for_a_run"]
+    finally:
+        del _C.MODEL["KEY_OF_A_RUN"]
     (tmp_path / "config.yaml").write_text("MODEL: {JIGSAW: {REGISTER: [no_such_module]}}")
-    with pytest.raises(ConfigError, match="config.yaml.*REGISTER: no_such_module cannot be"):
-        load_config(parse([*argv, "--trust"]))
+    load_config(parse([*argv, "--trust"]))  # of which nothing may be needed
+    assert "REGISTER: no_such_module is not imported (ModuleNotFoundError" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["MODEL.BACKBONE.NAME", "MODEL.META_ARCHITECTURE"])
@@ -112,5 +125,5 @@ def test_a_name_that_nobody_registered_is_one_line(
     settings += ["MODEL.JIGSAW.REGISTER", "['its_module']", "OUTPUT_DIR", str(tmp_path / "out")]
     given = ["--config-file", C4, "--weights", "none"]
     assert run_command(finetune_command.main, [*given, *settings]) == 2
-    assert f"{key} 'build_nothing' is not registered here" in (said := capsys.readouterr().err)
-    assert "--register its_module" in said
+    assert "error: No object named 'build_nothing'" in (said := capsys.readouterr().err)
+    assert said.endswith("its run had --register its_module: give the same\n")

@@ -136,8 +136,8 @@ def setting_differences(comparison: Comparison) -> dict[str, dict[str, str]]:
     for run in comparison.runs:
         path = comparison.folder(run) / "detector" / "config.yaml"
         if run.status == DONE and run.arm.name not in settings:
-            text = path.read_text().replace(str(comparison.folder(run)), "RUN")
-            settings[run.arm.name] = flat(yaml.safe_load(text))
+            values, folder = flat(yaml.safe_load(path.read_text())), str(comparison.folder(run))
+            settings[run.arm.name] = {k: str(v).replace(folder, "RUN") for k, v in values.items()}
     keys = {key for tree in settings.values() for key in tree} - OWN_SETTINGS
     found = {k: {arm: str(tree.get(k)) for arm, tree in settings.items()} for k in sorted(keys)}
     return {key: values for key, values in found.items() if len(set(values.values())) > 1}
