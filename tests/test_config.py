@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from detectron2.config import get_cfg
 
-from jigsaw_d2.config import add_jigsaw_config, config_dir, find_config, get_jigsaw_cfg
+from jigsaw_d2.config import add_jigsaw_config, get_jigsaw_cfg
+from jigsaw_d2.config_files import config_dir, find_config
 
 
 def test_defaults_leave_detectron2_as_it_is():

@@ -14,7 +14,7 @@ PACKAGE = Path(jigsaw_d2.__file__).parent
 # From the ground up; a room may import from its own floor and from those below.
 FLOORS = [
     {"io"},
-    {"config", "cost"},
+    {"config", "config_files", "cost"},
     {"data"},
     {"modeling"},
     {"checkpoint"},

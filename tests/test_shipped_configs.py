@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from jigsaw_d2.config import config_dir, get_jigsaw_cfg
+from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.config_files import config_dir
 
 R50 = "jigsaw_R_50.yaml"
 PYRAMID = {

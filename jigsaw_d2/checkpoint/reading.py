@@ -33,7 +33,8 @@ from jigsaw_d2.checkpoint.metadata import (
 )
 from jigsaw_d2.checkpoint.network import build_pretrained, describe, strides_in_1x1
 from jigsaw_d2.checkpoint.weight_files import Arrays, read_weights, shapes_of, to_array
-from jigsaw_d2.config import AUTO_NORM, get_jigsaw_cfg, import_kept, refuse_program
+from jigsaw_d2.config import AUTO_NORM, get_jigsaw_cfg
+from jigsaw_d2.config_files import import_kept, refuse_program
 from jigsaw_d2.io import CheckpointError, ConfigError, WeightsError
 
 logger = logging.getLogger(__name__)

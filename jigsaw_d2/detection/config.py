@@ -21,13 +21,8 @@ from jigsaw_d2.checkpoint import detector
 from jigsaw_d2.checkpoint.convert import check_free
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
 from jigsaw_d2.checkpoint.reading import read_converted, read_tensors
-from jigsaw_d2.config import (
-    add_jigsaw_config,
-    find_config,
-    import_kept,
-    refuse_code,
-    refuse_program,
-)
+from jigsaw_d2.config import add_jigsaw_config
+from jigsaw_d2.config_files import find_config, import_kept, refuse_code, refuse_program
 from jigsaw_d2.data.arrays import channels_of
 from jigsaw_d2.detection.data import prepare_data
 from jigsaw_d2.detection.kinds import fit_kind

@@ -9,7 +9,8 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from jigsaw_d2.config import find_config, get_jigsaw_cfg, keep_registered
+from jigsaw_d2.config import get_jigsaw_cfg, keep_registered
+from jigsaw_d2.config_files import find_config
 from jigsaw_d2.data.sources import register_coco_files
 from jigsaw_d2.engine.hooks import FirstBatchHook
 from jigsaw_d2.engine.launch import explained, lock_output

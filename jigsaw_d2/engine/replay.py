@@ -10,7 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from jigsaw_d2.config import get_jigsaw_cfg, import_kept, refuse_program
+from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.config_files import import_kept, refuse_program
 from jigsaw_d2.engine.precision import Precision
 from jigsaw_d2.engine.state import set_random_state
 from jigsaw_d2.engine.train_step import StepRecord, TrainStep

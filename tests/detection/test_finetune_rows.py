@@ -11,7 +11,8 @@ from helpers_weights import SMALL, THIN, THIN_GN, convert, make_coco, rewrite
 
 from jigsaw_d2.checkpoint.metadata import Architecture
 from jigsaw_d2.checkpoint.reading import METADATA_KEY
-from jigsaw_d2.config import config_dir, get_jigsaw_cfg
+from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.config_files import config_dir
 from jigsaw_d2.detection.config import get_key, load_detection_config, setup_finetune
 from jigsaw_d2.detection.finetune import FinetuneTrainer
 from jigsaw_d2.io import ConfigError

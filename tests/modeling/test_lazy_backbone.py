@@ -14,7 +14,8 @@ from torch import nn
 from jigsaw_d2.checkpoint.convert import convert_checkpoint
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.reading import read_converted
-from jigsaw_d2.config import get_jigsaw_cfg, zoo_configs
+from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.config_files import zoo_configs
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.detection.lazy import load_lazy_config
 from jigsaw_d2.io import ConfigError
@@ -109,7 +110,7 @@ def test_the_whole_way(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     more = ["SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(tmp_path / "run")]
     monkeypatch.chdir("/")
     refused = r"refused.*own\.py is a program.*--trust"
-    monkeypatch.setattr("jigsaw_d2.config._PROGRAMS", set())  # as in a new process
+    monkeypatch.setattr("jigsaw_d2.config_files._PROGRAMS", set())  # as in a new process
     for load in (get_jigsaw_cfg, load_detection_config):
         with pytest.raises(ConfigError, match=refused):
             load(config)
