@@ -217,7 +217,8 @@ def apply_metadata(
         have = get_key(cfg, key)
         # A frozen norm has the tensors of one that trains, and is still another.
         exact = key == NORM and (is_scratch or (is_detector and key not in explicit))
-        if have == value or (fits(key, have, value) and not exact):
+        trains = key in explicit and key.endswith(".FREEZE_NORM")  # as RESNETS.NORM BN says it
+        if have == value or trains or (fits(key, have, value) and not exact):
             continue
         if (key in use or match_architecture) and key not in explicit:
             cfg.merge_from_list([key, value])

@@ -151,3 +151,16 @@ def test_a_machine_without_gpu_is_fitted() -> None:
     fit_machine(cfg)
     assert (cfg.MODEL.DEVICE, cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM) == ("cpu", "BN", "BN")
     assert cfg.SOLVER.AMP.ENABLED is False
+
+
+def test_norms_of_a_library_network_are_frozen_unless_the_user_says_otherwise() -> None:
+    node = {"MODEL.TORCHVISION.NAME": "mobilenet_v3_small", "MODEL.TORCHVISION.KWARGS": []}
+    said = replace(metadata(), network={"config": node, "batch_norm": True})
+    said = replace(
+        said, architecture=replace(said.architecture, backbone="build_torchvision_backbone")
+    )
+    name = ("MODEL.BACKBONE.NAME", "build_torchvision_fpn_backbone")
+    name += ("MODEL.TORCHVISION.NAME", "mobilenet_v3_small")
+    assert applied(said, *name).MODEL.TORCHVISION.FREEZE_NORM is True
+    trains = ("MODEL.TORCHVISION.FREEZE_NORM", "False")
+    assert applied(said, *name, *trains).MODEL.TORCHVISION.FREEZE_NORM is False
