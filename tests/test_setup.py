@@ -204,8 +204,8 @@ def test_wheel_holds_the_code_and_every_config(wheel):
 def test_installed_package_finds_its_configs(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     code = (
-        "import jigsaw_d2.config as c; print(c.config_dir());"
-        "c.get_jigsaw_cfg('configs/jigsaw_R_50.yaml')"
+        "import jigsaw_d2.config_files as c; print(c.config_dir());"
+        "import jigsaw_d2.config as c; c.get_jigsaw_cfg('configs/jigsaw_R_50.yaml')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
