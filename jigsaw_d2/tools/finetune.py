@@ -90,8 +90,9 @@ def run_lazy(args: argparse.Namespace) -> None:
 
 def run(cfg: Any, args: argparse.Namespace) -> None:
     """The work of one process, which knows nothing of another's registries."""
+    from jigsaw_d2.config_files import import_kept
     from jigsaw_d2.detection.finetune import finetune
 
-    trusted = cfg.MODEL.JIGSAW.REGISTER if args.trust else []
-    arguments.import_registered([*trusted, *args.register])
+    arguments.import_registered(args.register)
+    import_kept(cfg, args.config_file, args.trust)
     finetune(cfg, resume=args.resume, eval_only=args.eval_only, force=args.force)
