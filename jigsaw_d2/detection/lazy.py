@@ -173,17 +173,17 @@ def _at(cfg: DictConfig, path: str) -> DictConfig | None:
     return cfg
 
 
-def build_model(cfg: DictConfig, path: str) -> torch.nn.Module:
-    """The detector of a LazyConfig that was read from ``path``.
+def build(cfg: DictConfig, place: str, path: str) -> Any:
+    """What ``place``, such as "model", says in a LazyConfig that was read from ``path``.
 
     Raises:
         ConfigError: its program fails.
     """
     try:
-        return instantiate(cfg.model)
+        return instantiate(OmegaConf.select(cfg, place))
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{path}: its model cannot be built: {said}") from error
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{path}: its {place} cannot be built: {said}") from error
 
 
 def finetune(
@@ -208,14 +208,18 @@ def finetune(
         raise RunError(f"{output} holds a run: --resume continues it, another folder starts anew")
     setup_logger(str(output), comm.get_rank(), name="jigsaw_d2", abbrev_name="jigsaw")
     default_setup(cfg, SimpleNamespace(config_file="", eval_only=eval_only, resume=resume))
-    model = build_model(cfg, path).to(cfg.train.device)
+    model = build(cfg, "model", path).to(cfg.train.device)
+    checkpointer = DetectionCheckpointer(model, str(output))
+    resume = resume and checkpointer.has_checkpoint()
     if eval_only:
-        DetectionCheckpointer(model, str(output)).resume_or_load("", resume=True)
-        return evaluate(cfg, model)
+        if not checkpointer.has_checkpoint():
+            raise RunError(f"{output} holds no checkpoint to evaluate")
+        checkpointer.resume_or_load("", resume=True)
+        return evaluate(cfg, model, path)
     if not resume:
         load_backbone(model, weights, not force)
     cfg.optimizer.params.model = model
-    optimizer, loader = instantiate(cfg.optimizer), instantiate(cfg.dataloader.train)
+    optimizer, loader = build(cfg, "optimizer", path), build(cfg, "dataloader.train", path)
     model = create_ddp_model(model, **cfg.train.ddp)
     kind = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
     trainer = kind(model, loader, optimizer)
@@ -223,18 +227,24 @@ def finetune(
     is_main, period = comm.is_main_process(), cfg.train.log_period
     made = [
         hooks.IterationTimer(),
-        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        hooks.LRScheduler(scheduler=build(cfg, "lr_multiplier", path)),
         hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if is_main else None,
-        hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)),
+        hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model, path)),
     ]
     if is_main:
         made.append(hooks.PeriodicWriter(default_writers(str(output), cfg.train.max_iter), period))
     trainer.register_hooks(made)
     start = 0
-    if resume and checkpointer.has_checkpoint():
+    if resume:
         checkpointer.resume_or_load("", resume=True)
         start = trainer.iter + 1
-    trainer.train(start, cfg.train.max_iter)
+    try:
+        trainer.train(start, cfg.train.max_iter)
+    except FloatingPointError as error:
+        raise RunError(
+            f"the detector diverged: {' '.join(str(error).split())}; start again in another "
+            "train.output_dir with a lower optimizer.lr"
+        ) from error
     return dict(getattr(trainer, "_last_eval_results", None) or {})
 
 
@@ -242,6 +252,11 @@ def _fit_classes(cfg: DictConfig) -> None:
     """Set the number of classes to that of the training set of DATASETS.COCO_FILES."""
     names = cfg.dataloader.train.dataset.names
     name = names if isinstance(names, str) else names[0]
+    if name not in DatasetCatalog.list():
+        raise ConfigError(
+            f"dataloader.train.dataset.names: no set {name!r} is registered; DATASETS.COCO_FILES "
+            f"has {', '.join(entry[0] for entry in cfg.DATASETS.COCO_FILES)}"
+        )
     DatasetCatalog.get(name)  # Detectron2 learns the classes while it reads the json
     classes = MetadataCatalog.get(name).thing_classes
     for node in (cfg.model, _at(cfg, "model.roi_heads")):
@@ -249,9 +264,9 @@ def _fit_classes(cfg: DictConfig) -> None:
             node.num_classes = len(classes)
 
 
-def evaluate(cfg: DictConfig, model: torch.nn.Module) -> dict[str, Any]:
+def evaluate(cfg: DictConfig, model: torch.nn.Module, path: str) -> dict[str, Any]:
     """Metrics of the config's own evaluator on its test set."""
-    evaluator = instantiate(cfg.dataloader.evaluator)
-    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
+    loader = build(cfg, "dataloader.test", path)
+    results = inference_on_dataset(model, loader, build(cfg, "dataloader.evaluator", path))
     print_csv_format(results)
     return results

@@ -47,6 +47,15 @@ def add_trust(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--trust", action="store_true", help=text)
 
 
+def check_match_architecture(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """--match-architecture is refused where it would do nothing."""
+    if args.match_architecture and args.config_file.endswith(".py"):
+        parser.error(
+            "--match-architecture is for YAML configs; a LazyConfig's network is changed by "
+            "overrides such as model.backbone.bottom_up.stages.depth=18"
+        )
+
+
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """KEY VALUE pairs, as Detectron2's own commands take them."""
     text = "overrides of the config"

@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--write-config is for weights in the detectron2 format")
     if args.opts and not args.write_config:
         parser.error(f"unexpected {' '.join(args.opts)}: overrides are for --write-config")
+    arguments.check_match_architecture(parser, args)
     from jigsaw_d2.checkpoint.convert import convert_checkpoint
     from jigsaw_d2.detection import config
 
@@ -90,7 +91,7 @@ def write_config(
     if args.config_file.endswith(".py"):
         given = (args.config_file, weights, args.opts, insist)
         if try_it:
-            detector = lazy.build_model(lazy.load_lazy_config(*given), args.config_file)
+            detector = lazy.build(lazy.load_lazy_config(*given), "model", args.config_file)
             try_load(detector, weights)
         changes = lazy.write_plain_config(args.write_config, *given) + "\n"
     else:

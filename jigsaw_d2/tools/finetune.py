@@ -46,7 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Train, evaluate; print what the weights changed in the config, and name the results."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    arguments.check_match_architecture(parser, args)
     from jigsaw_d2.config import keep_registered
     from jigsaw_d2.detection import config
     from jigsaw_d2.engine.launch import launch_job

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.checkpoint.reading import read_converted
-from jigsaw_d2.detection.lazy import build_model, load_lazy_config, write_plain_config
-from jigsaw_d2.io import ConfigError, WeightsError
+from jigsaw_d2.detection.lazy import build, load_lazy_config, write_plain_config
+from jigsaw_d2.io import ConfigError, RunError, WeightsError
 from jigsaw_d2.tools import convert as convert_weights
 from jigsaw_d2.tools.finetune import main
 
@@ -122,19 +122,39 @@ def test_no_lazy_config(tmp_path: Path) -> None:
             load_lazy_config(str(tmp_path / name), "none")
     cfg = OmegaConf.create({"model": {"_target_": "torch.nn.Conv2d", "in_channels": 3}})
     with pytest.raises(ConfigError, match="own.py: its model cannot be built: .*out_channels"):
-        build_model(cfg, "own.py")
+        build(cfg, "model", "own.py")
 
 
 def test_train_and_evaluate(tmp_path: Path) -> None:
-    """By the command, on one's own set, whose classes the model takes."""
+    """By the command, on one's own set, whose classes the model takes; --resume starts it, too."""
     weights = convert(tmp_path, *RESNET_18)
     name, json_file, images = make_coco(tmp_path / "lazy_data")[0]
     own = [f'+DATASETS.COCO_FILES=[["{name}","{json_file}","{images}"]]']
     own += [f"dataloader.{split}.dataset.names={name}" for split in ("train", "test")]
-    output = [f"train.output_dir={tmp_path / 'out'}"]
-    arguments = ["--config-file", RETINANET, "--weights", str(weights)]
-    assert main([*arguments, *SMALL, *own, *output, "train.eval_period=1", TOP]) == 0
+    files = ["--config-file", RETINANET, "--weights", str(weights)]
+    overrides = [*SMALL, *own, f"train.output_dir={tmp_path / 'out'}", TOP]
+    gone = "dataloader.train.dataset.names=gone"
+    with pytest.raises(ConfigError, match=f"no set 'gone' is registered; .* has {name}"):
+        main([*files, *overrides, gone])
+    with pytest.raises(ConfigError, match=f"{RETINANET}: its dataloader.train .*'gone'"):
+        main([*files, *SMALL, TOP, gone, f"train.output_dir={tmp_path / 'gone'}"])
+    with pytest.raises(RunError, match="no checkpoint to evaluate"):
+        main([*files, "--eval-only", *overrides])
+    for steps in (1, 2):
+        more = (f"train.max_iter={steps}", f"train.eval_period={steps}")
+        assert main([*files, "--resume", *overrides, *more]) == 0
     log = (tmp_path / "out" / "log.txt").read_text()
-    assert "all 100 tensors of the backbone loaded" in log and "copypaste: AP,AP50" in log
-    state = torch.load(tmp_path / "out" / "model_final.pth", weights_only=False)["model"]
-    assert state["head.cls_score.weight"].shape[0] == 9 * 3
+    assert log.count("all 100 tensors of the backbone loaded") == 1
+    assert log.count("copypaste: AP,AP50") == 2
+    state = torch.load(tmp_path / "out" / "model_final.pth", weights_only=False)
+    assert state["iteration"] == 1 and state["model"]["head.cls_score.weight"].shape[0] == 9 * 3
+
+
+@pytest.mark.parametrize("command", [convert_weights.main, main])
+def test_a_flag_for_yaml_configs_alone(command: Callable, capsys: pytest.CaptureFixture) -> None:
+    files = ["--weights", "w.pkl"]
+    if command is convert_weights.main:
+        files = ["--input", "w.pth", "--output", "w.pkl", "--write-config", "out.py"]
+    with pytest.raises(SystemExit):
+        command([*files, "--config-file", MASK, "--match-architecture"])
+    assert "is for YAML configs" in capsys.readouterr().err
