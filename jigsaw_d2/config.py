@@ -7,6 +7,7 @@ the paper is silent, our decision with its reason beside the key (marked "ours")
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
@@ -290,6 +291,19 @@ def scale_to_batch(cfg: CfgNode) -> CfgNode:
     if frozen:
         cfg.freeze()
     return cfg
+
+
+def keywords(pairs: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Keyword arguments by name, of a KWARGS key.
+
+    Raises:
+        ConfigError: it is no list of pairs.
+    """
+    try:
+        return dict(pairs)
+    except (TypeError, ValueError):
+        text = f"KWARGS {pairs}: write [NAME, VALUE] pairs, such as [['img_size', 224]]"
+        raise ConfigError(text) from None
 
 
 def in_features(cfg: CfgNode) -> list[str]:

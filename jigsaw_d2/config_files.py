@@ -73,7 +73,9 @@ def refuse_code(path: str, trust: bool = False) -> None:
                 f"({f'the tag {tag[1]}' if tag else problem}); write the values out, or, if the "
                 "file is your own, --trust reads it"
             ) from None
-    bases = values.get("_BASE_", []) if isinstance(values, Mapping) else []
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: no config, which has KEY: VALUE lines")
+    bases = values.get("_BASE_", [])
     for base in [bases] if isinstance(bases, str) else bases:
         base = os.path.expanduser(base)
         remote = base.startswith(("http://", "https://"))  # found as fvcore finds them

@@ -21,7 +21,7 @@ from jigsaw_d2.data.build import build_jigsaw_train_loader, jigsaw_stream
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.detection.config import setup_finetune
 from jigsaw_d2.io import ConfigError
-from jigsaw_d2.tools import extract, run, visualize
+from jigsaw_d2.tools import check, extract, run, visualize
 from jigsaw_d2.tools.stages import Stage
 
 
@@ -97,6 +97,7 @@ def test_the_canvas_has_their_numbers(tmp_path: Path, monkeypatch: pytest.Monkey
     """Float32 of what is not uint8, every channel drawn; as much memory is asked for."""
     data, store = draw_set(tmp_path / "set"), tmp_path / "store"
     source = ["--json", str(data / "train.json"), "--images", str(data)]
+    assert check.main([*source, "--channels", "4"]) == 0
     extract.main([*source, "--output", str(store), "--channels", "4", "--workers", "0"])
     cfg = get_jigsaw_cfg("Base-JigsawPretrain.yaml", tiny_options(tmp_path, "INPUT.FORMAT", "RGBN"))
     images = jigsaw_stream(cfg, SampleStore(store))[range(2)]["image"]

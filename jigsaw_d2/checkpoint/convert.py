@@ -65,11 +65,11 @@ def convert_checkpoint(
         if metadata.origin != "imagenet" or origin in ("jigsaw", "scratch", "detector"):
             raise ConfigError(f"{path}: origin {origin!r}, but the file says {metadata.origin!r}")
         metadata = replace(metadata, origin=origin, dataset="")
-    if format == "torchvision" and metadata.levels:
+    if format in ("torchvision", "timm") and metadata.levels:
         count = len(arrays)
         arrays = {n: array for n, array in arrays.items() if not PYRAMID_NAME.match(n)}
         metadata = replace(metadata, levels=None)
-        logger.info("torchvision's network is no pyramid: left out %d tensors", count - len(arrays))
+        logger.info("%s's is no pyramid: left out %d tensors", format, count - len(arrays))
     metadata = metadata.sealed(arrays)
     values = metadata.to_dict()
     contents: Mapping[str, Any]

@@ -1,7 +1,7 @@
 """A whole detector's checkpoint, as Detectron2 writes it, as the start of another training."""
 
 import logging
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,17 +12,11 @@ from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata
 from jigsaw_d2.checkpoint.reading import read_tensors
 from jigsaw_d2.checkpoint.weight_files import Arrays
 from jigsaw_d2.io import CheckpointError, WeightsError
+from jigsaw_d2.modeling.backbones import library_of
 
 logger = logging.getLogger(__name__)
 
 ORIGIN = "detector"
-_HEADS = ("proposal_generator.", "roi_heads.", "head.")
-
-
-def is_detector(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are of a backbone with heads behind it."""
-    names = [*names]
-    return all(any(n.startswith(part) for n in names) for part in ("backbone.", _HEADS))
 
 
 def detector_metadata(path: str | Path, arrays: Arrays) -> WeightsMetadata:
@@ -41,6 +35,11 @@ def detector_metadata(path: str | Path, arrays: Arrays) -> WeightsMetadata:
         architecture = {**vars(Architecture.from_config(model)), "norm": model["RESNETS"]["NORM"]}
         pixels = (tuple(float(v) for v in model[f"PIXEL_{key}"]) for key in ("MEAN", "STD"))
         metadata = WeightsMetadata(ORIGIN, Architecture(**architecture), inputs["FORMAT"], *pixels)
+        if library := library_of(metadata.architecture.backbone):
+            node = model[library.upper()]
+            config = {f"MODEL.{library.upper()}.{key}": node[key] for key in ("NAME", "KWARGS")}
+            network = {"backbone": metadata.architecture.backbone, "config": config}
+            metadata = replace(metadata, network={**network, "batch_norm": node["FREEZE_NORM"]})
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise CheckpointError(
             f"{path}: a detector's checkpoint, of which config.yaml must tell how its input was "

@@ -6,7 +6,7 @@ the ImageNet files of torchvision and of MSRA (Caffe2).
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ PYRAMID_NAME = re.compile(r"(fpn_(lateral|output)\d|top_block)\.")
 # Among a converted file's tensors: one of no network, whose name Detectron2's own loading warns of,
 # so that it at least says what it does not check.
 NOTE = "these weights need "
+_HEADS = ("proposal_generator.", "roi_heads.", "head.")  # of a detector of Detectron2's
 
 
 def read_backbone(path: str | Path, trust: bool = False) -> tuple[Arrays, WeightsMetadata]:
@@ -121,6 +122,12 @@ def read_tensors(path: str | Path, trust: bool = False) -> tuple[Arrays, Weights
             metadata = _known_resnet(metadata, cfg, arrays, backbone)
         metadata = replace(metadata, network=describe(backbone, metadata, cfg))
     return arrays, metadata
+
+
+def is_detector(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are of a backbone with heads behind it."""
+    names = [*names]
+    return all(any(n.startswith(part) for n in names) for part in ("backbone.", _HEADS))
 
 
 def metadata_path(weights: str | Path) -> Path:
@@ -230,6 +237,8 @@ def _without_prefix(path: Path, tensors: Mapping[str, Any]) -> Mapping[str, Any]
     """
     known = "layer1.0.conv1.weight"
     prefixes = [name.removesuffix(known) for name in tensors if name.endswith("." + known)]
+    if is_detector(tensors):  # on a ResNet of timm's or torchvision's
+        prefixes = [p for p in prefixes if p not in ("backbone.net.", "backbone.bottom_up.net.")]
     if len(prefixes) > 1:
         raise CheckpointError(
             f"{path}: holds several ResNets ({', '.join(prefixes)}); leave the tensors of one in it"

@@ -50,7 +50,8 @@ def read_weights(path: str | Path, trust: bool = False) -> Any:
         if any(refusal in str(error) for refusal in _REFUSALS):
             raise CheckpointError(
                 f"{path}: refused, because reading it could run code from it ({reason}); expected "
-                "tensors or arrays and plain values only. If the file is your own, --trust reads it"
+                "tensors or arrays and plain values only. If the file is your own, "
+                "convert_weights.py --trust reads it"
             ) from None
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) cannot be read as weights ({reason}); is it "

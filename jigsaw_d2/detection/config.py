@@ -20,7 +20,7 @@ from detectron2.data import MetadataCatalog
 from jigsaw_d2.checkpoint import detector
 from jigsaw_d2.checkpoint.convert import check_free
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
-from jigsaw_d2.checkpoint.reading import read_converted, read_tensors
+from jigsaw_d2.checkpoint.reading import is_detector, read_converted, read_tensors
 from jigsaw_d2.config import add_jigsaw_config
 from jigsaw_d2.config_files import find_config, import_kept, refuse_code, refuse_program
 from jigsaw_d2.data.arrays import channels_of
@@ -37,6 +37,12 @@ ZOO_BASE = "_ZOO_BASE_"
 SCRATCH = "none"
 NORM = "MODEL.RESNETS.NORM"
 _NUM_CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
+_PRETRAINING_KEYS = (
+    *("SOLVER.REFERENCE_BATCH_SIZE", "SOLVER.ACCUMULATION_STEPS", "SOLVER.AMP.DTYPE"),
+    *("SOLVER.TF32", "SOLVER.DETERMINISTIC"),
+)
+# Ours, which a config for Detectron2's own script does without.
+_DONE_BEFORE = ("MODEL.JIGSAW.", "INPUT.JIGSAW.", "DATASETS.", "SOLVER.PEER_TIMEOUT")
 # Random weights: the paper's input.
 SCRATCH_METADATA = WeightsMetadata(
     "scratch", Architecture(), "RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -132,6 +138,12 @@ def setup_finetune(
     cfg = load_detection_config(config_file, overrides, trust)
     if "MODEL.WEIGHTS" in overrides[::2]:
         raise ConfigError("MODEL.WEIGHTS is set by --weights; leave it out of the overrides")
+    ours = _changes_of_ours(cfg)
+    if useless := [key for key in _PRETRAINING_KEYS if key in ours]:
+        raise ConfigError(
+            f"{', '.join(useless)}: of pre-training alone; Detectron2's trainer, which trains the "
+            "detector, does not know them: leave them out"
+        )
     metadata, explicit = read_metadata(weights), frozenset(overrides[::2])
     options = {"match_architecture": match_architecture, "force": force}
     apply_metadata(cfg, metadata, explicit=explicit, **options)
@@ -166,7 +178,7 @@ def read_metadata(weights: str | Path) -> WeightsMetadata:
     if str(weights) in ("", SCRATCH):
         return SCRATCH_METADATA
     arrays, metadata = read_tensors(weights)
-    if metadata is None and detector.is_detector(arrays):
+    if metadata is None and is_detector(arrays):
         return detector.detector_metadata(weights, arrays)
     # of anything else it says why not
     return metadata if metadata and metadata.digest else read_converted(weights)[1]
@@ -198,8 +210,8 @@ def apply_metadata(
     if cfg.MODEL.JIGSAW.BACKBONE_FROM:  # it says what the network is
         network = {}
     is_scratch = metadata.origin == "scratch"
-    is_detector = metadata.origin == detector.ORIGIN
-    if is_detector:
+    goes_on = metadata.origin == detector.ORIGIN
+    if goes_on:
         use[NORM] = metadata.architecture.norm
     if is_scratch:  # a norm that trains, nothing frozen; the user's input is as good as ours
         use = {k: v for k, v in use.items() if k not in explicit}
@@ -216,7 +228,7 @@ def apply_metadata(
     for key, value in (network | use).items():
         have = get_key(cfg, key)
         # A frozen norm has the tensors of one that trains, and is still another.
-        exact = key == NORM and (is_scratch or (is_detector and key not in explicit))
+        exact = key == NORM and (is_scratch or (goes_on and key not in explicit))
         trains = key in explicit and key.endswith(".FREEZE_NORM")  # as RESNETS.NORM BN says it
         if have == value or trains or (fits(key, have, value) and not exact):
             continue
@@ -253,8 +265,19 @@ def fit_machine(cfg: CfgNode) -> None:
 
 
 def write_plain_config(path: str | Path, cfg: CfgNode, force: bool = False) -> None:
-    """The same job as a config for Detectron2's own ``tools/train_net.py``, without our keys."""
+    """The same job as a config for Detectron2's own ``tools/train_net.py``, without our keys.
+
+    Raises:
+        ConfigError: ``path`` is in the way, or a key of ours without which it is another job.
+    """
     check_free(path, force)
+    ours = [key for key in _changes_of_ours(cfg) if not key.startswith(_DONE_BEFORE)]
+    ours += ["INPUT.FORMAT"] * bool(channels_of(cfg.INPUT.FORMAT))
+    if ours:
+        raise ConfigError(
+            f"{', '.join(ours)}: Detectron2's own script does not know such values; fine-tune with "
+            "finetune_net.py"
+        )
     changes = config_changes(get_cfg(), cfg)
     head = (
         "# For Detectron2's own tools/train_net.py --config-file THIS; written with the weights it "
@@ -262,6 +285,23 @@ def write_plain_config(path: str | Path, cfg: CfgNode, force: bool = False) -> N
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(path, head + changes_yaml(changes | {"VERSION": 2}))
+
+
+def _changes_of_ours(cfg: CfgNode) -> list[str]:
+    """The keys that Detectron2 lacks, where ``cfg`` has other values than ``add_jigsaw_config``."""
+    defaults = get_cfg()
+    plain = set(_flat(defaults))
+    add_jigsaw_config(defaults)
+    return [k for k, v in _flat(defaults).items() if k not in plain and get_key(cfg, k) != v]
+
+
+def _flat(node: CfgNode, place: str = "") -> dict[str, Any]:
+    """{"A.B": value} of every leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        inner = isinstance(value, CfgNode)
+        flat |= _flat(value, f"{place}{key}.") if inner else {f"{place}{key}": value}
+    return flat
 
 
 def config_changes(before: CfgNode, after: CfgNode) -> dict[str, Any]:

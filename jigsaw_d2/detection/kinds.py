@@ -87,7 +87,7 @@ def _check_stuff(cfg: CfgNode, name: str, is_json: bool) -> None:
 
 def _fit_keypoints(cfg: CfgNode, name: str, json_file: str) -> None:
     try:
-        content = json.loads(Path(json_file).read_text())
+        content = json.loads(Path(json_file).read_bytes())
         counts = {len(a.get("keypoints") or ()) // 3 for a in content["annotations"]}
         named = [c["keypoints"] for c in content["categories"] if c.get("keypoints")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -65,7 +65,7 @@ def load_lazy_config(
     if "DATASETS" in cfg:
         files = OmegaConf.to_container(cfg.DATASETS.COCO_FILES)
         register_coco_files(SimpleNamespace(DATASETS=SimpleNamespace(COCO_FILES=files)))
-        _fit_classes(cfg)
+        _fit_classes(cfg, explicit)
     return cfg
 
 
@@ -248,8 +248,12 @@ def finetune(
     return dict(getattr(trainer, "_last_eval_results", None) or {})
 
 
-def _fit_classes(cfg: DictConfig) -> None:
-    """Set the number of classes to that of the training set of DATASETS.COCO_FILES."""
+def _fit_classes(cfg: DictConfig, explicit: set[str]) -> None:
+    """Set the number of classes to that of the training set of DATASETS.COCO_FILES.
+
+    Raises:
+        ConfigError: there is no such set, or the user said another number.
+    """
     names = cfg.dataloader.train.dataset.names
     name = names if isinstance(names, str) else names[0]
     if name not in DatasetCatalog.list():
@@ -259,9 +263,14 @@ def _fit_classes(cfg: DictConfig) -> None:
         )
     DatasetCatalog.get(name)  # Detectron2 learns the classes while it reads the json
     classes = MetadataCatalog.get(name).thing_classes
-    for node in (cfg.model, _at(cfg, "model.roi_heads")):
-        if node is not None and "num_classes" in node:
-            node.num_classes = len(classes)
+    for place in ("model", "model.roi_heads"):
+        node, key = _at(cfg, place), f"{place}.num_classes"
+        if node is None or "num_classes" not in node:
+            continue
+        if key in explicit and node.num_classes != len(classes):
+            said = f"{key}: config {node.num_classes}, dataset {name} has {len(classes)}"
+            raise ConfigError(f"{said}: {', '.join(classes)}")
+        node.num_classes = len(classes)
 
 
 def evaluate(cfg: DictConfig, model: torch.nn.Module, path: str) -> dict[str, Any]:

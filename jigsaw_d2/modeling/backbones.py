@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import jigsaw_d2.modeling.lazy  # noqa: F401  (registers its builder)
+from jigsaw_d2.config import keywords
 from jigsaw_d2.io import ConfigError
 
 LIBRARIES = ("timm", "torchvision")
@@ -123,25 +124,25 @@ def build_from_timm(node: CfgNode, channels: int) -> LibraryBackbone:
     options: dict[str, Any] = {
         "features_only": True,
         "in_chans": channels,
-        **dict(node.KWARGS),
+        **keywords(node.KWARGS),
     }
     if node.WEIGHTS:
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": node.WEIGHTS}}
     try:
         net = timm.create_model(node.NAME, **options)
-        strides, depth = net.feature_info.reduction(), None
+        strides = net.feature_info.reduction()
         if node.OUT_FEATURES:
-            names = [feature_name(stride) for stride in strides]
-            depth = max(names.index(_known(name, names)) for name in node.OUT_FEATURES) + 1
-        if depth not in (None, len(strides)):  # what lies above would learn nothing
-            net = timm.create_model(node.NAME, out_indices=tuple(range(depth)), **options)
-            strides = strides[:depth]
+            last = {feature_name(stride): i for i, stride in enumerate(strides)}
+            depth = max(last[_known(name, list(last))] for name in node.OUT_FEATURES) + 1
+            if depth < len(strides):  # what lies above would learn nothing
+                options["out_indices"] = tuple(net.feature_info.out_indices[:depth])
+                net, strides = timm.create_model(node.NAME, **options), strides[:depth]
         widths = net.feature_info.channels()
     except ConfigError:
         raise
     except Exception as error:  # timm raises anything over a name or an argument
         raise ConfigError(
-            f"MODEL.TIMM.NAME {node.NAME!r} with KWARGS {dict(node.KWARGS)}: timm gives "
+            f"MODEL.TIMM.NAME {node.NAME!r} with KWARGS {keywords(node.KWARGS)}: timm gives "
             f"no features of it ({type(error).__name__}: {error}); timm.list_models() names them"
         ) from error
     last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
@@ -154,9 +155,9 @@ def build_from_torchvision(node: CfgNode, channels: int) -> LibraryBackbone:
     Raises:
         ConfigError: torchvision has no such network, or it is no chain, as a ViT is none.
     """
-    models = import_library("torchvision").models
+    models, options = import_library("torchvision").models, keywords(node.KWARGS)
     try:
-        model = models.get_model(node.NAME, weights=None, **dict(node.KWARGS))
+        model = models.get_model(node.NAME, weights=None, **options)
         if node.WEIGHTS:
             model.load_state_dict(torch.load(node.WEIGHTS, "cpu", weights_only=True))
         net = Chain(_parts(model))
@@ -170,7 +171,7 @@ def build_from_torchvision(node: CfgNode, channels: int) -> LibraryBackbone:
         names = {feature_name(_TRIAL_SIDE // side): i for side, i in finest.items()}
     except Exception as error:
         raise ConfigError(
-            f"MODEL.TORCHVISION.NAME {node.NAME!r} with KWARGS {dict(node.KWARGS)}: no "
+            f"MODEL.TORCHVISION.NAME {node.NAME!r} with KWARGS {options}: no "
             f"chain of modules from image to feature map ({type(error).__name__}: {error}); "
             "torchvision.models.list_models() names its networks, or take timm's"
         ) from error

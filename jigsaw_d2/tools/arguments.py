@@ -32,6 +32,14 @@ def import_registered(modules: Sequence[str]) -> None:
             raise ConfigError(f"--register: {module} cannot be imported: {error}") from error
 
 
+def add_arrays(parser: argparse._ActionsContainer) -> None:
+    """--channels and --reader, of images that are no pictures."""
+    text = "of images that are arrays (npy, tiff, png as they are), such as 4; 0: pictures"
+    parser.add_argument("--channels", type=int, help=text)
+    text = "reads an array of --channels instead"
+    parser.add_argument("--reader", metavar="MODULE:FUNCTION", help=text)
+
+
 def add_launch(parser: argparse.ArgumentParser) -> None:
     """Detectron2's launch arguments, by the same names."""
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs per machine")

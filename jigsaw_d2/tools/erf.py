@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.images:
         images = inputs.normalise(inputs.read_images(args.images, size, args.num_images), cfg)
     else:
-        images = inputs.random_images(args.num_images, size, args.seed)
+        channels = len(cfg.MODEL.PIXEL_MEAN)
+        images = inputs.random_images(args.num_images, size, args.seed, channels)
     with measuring(network), torch.no_grad():  # strides alone do not tell about padding
         h, w = network(images[:1].to(cfg.MODEL.DEVICE))[args.feature].shape[2:]
     rows, columns = sorted({0, h // 2, h - 1}), sorted({0, w // 2, w - 1})

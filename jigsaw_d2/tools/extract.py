@@ -47,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", required=True, help="folder of the store to write")
     add("--val-output", help="held-out store (default: OUTPUT-val)")
     arguments.add_register(parser)
-    add = parser.add_argument_group("samples").add_argument
+    samples = parser.add_argument_group("samples")
+    add = samples.add_argument
     add("--seed", type=int, help="same seed, same store")
     text = "a box's sides grow to at most this factor (Sec. 3.1); 1.0 = no context"
     add("--enlarge", dest="max_scale", type=float, metavar="FACTOR", help=text)
@@ -59,9 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "png is without loss; ppm, too, and need not be decoded, at ten times the bytes; auto "
     text += f"is ppm for samples of up to {UNCOMPRESSED_UP_TO >> 30} GiB, else jpeg"
     add("--encoding", choices=CHOICES, help=text)
-    text = "of arrays (npy, tiff, png as they are), such as 4, stored without loss; 0: pictures"
-    add("--channels", type=int, help=text)
-    add("--reader", metavar="MODULE:FUNCTION", help="reads an array of --channels instead")
+    arguments.add_arrays(samples)
     text = "a .cls beside each sample: 1 KiB more of each"
     add("--class-files", action="store_true", help=text)
     add("--shard-size", type=size, help="at most, e.g. 1G")

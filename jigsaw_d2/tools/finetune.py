@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from jigsaw_d2.tools import arguments
@@ -76,8 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     cfg.freeze()
     timeout = cfg.SOLVER.PEER_TIMEOUT
     launch_job(run, *machines, args=(cfg, args), timeout=timeout, device=cfg.MODEL.DEVICE)
-    if is_first:
-        sys.stdout.write(f"results: {cfg.OUTPUT_DIR}/results.json\n")
+    results = Path(cfg.OUTPUT_DIR, "results.json")
+    if is_first and results.is_file():
+        sys.stdout.write(f"results: {results}\n")
     return 0
 
 

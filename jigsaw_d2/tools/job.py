@@ -158,7 +158,7 @@ class Job:
             known = json.loads(path.read_text())
             check_same(known["settings"], settings, path)
             return Lengths(**known["lengths"])
-        images = len(json.loads(self.pipeline.data.train_json.read_text())["images"])
+        images = len(json.loads(self.pipeline.data.train_json.read_bytes())["images"])
         batches = (
             self.pipeline.pretrain_cfg(self.pretrain).SOLVER.IMS_PER_BATCH,
             self.pipeline.detector_cfg(self.detector).SOLVER.IMS_PER_BATCH,

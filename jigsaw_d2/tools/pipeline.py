@@ -270,12 +270,16 @@ def read_results(folder: Path) -> dict[str, float | None]:
 def read_curve(folder: Path, iterations: int) -> list[tuple[int, float]]:
     """(iterations done, AP in percent) of the evaluations of a fine-tuning, in order.
 
-    Without those of a detector that found nothing at all: Detectron2 gives them no number.
+    Without those of a detector that found nothing at all: Detectron2 gives them no number. The last
+    alone where the held-out set changed since (results.1.json is of what it was): its own number.
 
     Args:
         iterations: of the whole fine-tuning. Detectron2 writes the last evaluation under this very
             number, the earlier ones under that of the step before them.
     """
+    if any(folder.glob("results.*.json")):
+        last = read_results(folder)["AP"]
+        return [] if last is None else [(iterations, last)]
     points = {
         min(line["iteration"] + 1, iterations): line["bbox/AP"]
         for line in read_metrics(folder)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jigsaw_d2.io import ConfigError, write_text
-from jigsaw_d2.tools.arguments import add_register, add_trust, make_parser
+from jigsaw_d2.tools.arguments import add_arrays, add_register, add_trust, make_parser
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help shall not
     from jigsaw_d2.tools.job import Job
@@ -53,9 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config-file", help=text)
     text = "of the detector; default: finetune/faster_rcnn_R_50_FPN_1x.yaml, without a GPU "
     add("--detector-config", help=text + "finetune/faster_rcnn_R_18_FPN_small.yaml")
-    text = "of images that are arrays (npy, tiff, png as they are), such as 4; 0: pictures"
-    add("--channels", type=int, default=0, help=text)
-    add("--reader", metavar="MODULE:FUNCTION", help="reads an array of --channels instead")
+    add_arrays(parser)
     add("--with-scratch", action="store_true", help="the detector from scratch as well")
     add("--seed", type=int, default=0, help="of every stage")
     add("--num-gpus", type=int, help="default: all of this machine")
@@ -79,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     fitted = () if args.config_file else ("INPUT.JIGSAW.FIT_TO", "auto")  # a named one says itself
     arrays, extraction = (), ()
     if args.channels or args.reader:
-        arrays = ("INPUT.FORMAT", f"C{args.channels}", "INPUT.READER", args.reader or "")
+        arrays = ("INPUT.FORMAT", f"C{args.channels or 0}", "INPUT.READER", args.reader or "")
         extraction = ("--channels", str(args.channels))
         extraction += ("--reader", args.reader) if args.reader else ()
     overrides = ((*fitted, *arrays, *args.pretrain), (*arrays, *args.detector))

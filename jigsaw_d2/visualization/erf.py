@@ -190,4 +190,5 @@ def _choose_images(args: argparse.Namespace, cfg: CfgNode, template: JigsawTempl
         return inputs.rgb_stream(cfg, args.store, args.seed)[range(args.num_images)]["image"]
     if args.images:
         return inputs.read_images(args.images, size, args.num_images)
-    return inputs.random_images(args.num_images, size, args.seed)
+    channels = len(cfg.MODEL.PIXEL_MEAN)
+    return inputs.random_images(args.num_images, size, args.seed, channels)

@@ -80,7 +80,16 @@ def load_network(
 
 
 def normalise(images: Tensor, cfg: CfgNode) -> Tensor:
-    """RGB images uint8 (N, 3, H, W) -> what the config's network expects, float32."""
+    """RGB images uint8 (N, 3, H, W) -> what the config's network expects, float32.
+
+    Raises:
+        ConfigError: a network of other than 3 channels.
+    """
+    if len(cfg.MODEL.PIXEL_MEAN) != images.shape[1]:
+        raise ConfigError(
+            f"pictures have {images.shape[1]} channels, the network takes "
+            f"{len(cfg.MODEL.PIXEL_MEAN)}: measure it on noise, without --images"
+        )
     if cfg.INPUT.FORMAT == "BGR":
         images = images.flip(1)
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
@@ -98,10 +107,10 @@ def rgb_stream(cfg: CfgNode, stores: Sequence[str], seed: int = 0) -> JigsawBatc
     return jigsaw_stream(cfg, store)
 
 
-def random_images(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
-    """Standard normal float32 (count, 3, H, W): noise as if normalised already."""
+def random_images(count: int, size: tuple[int, int], seed: int = 0, channels: int = 3) -> Tensor:
+    """Standard normal float32 (count, channels, H, W): noise as if normalised already."""
     rng = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, *size, generator=rng)
+    return torch.randn(count, channels, *size, generator=rng)
 
 
 def read_images(paths: Sequence[str], size: tuple[int, int], limit: int) -> Tensor:

@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     from benchmark.runner import DONE, Comparison
     from jigsaw_d2.tools.stages import exit_on_sigterm
 
+    if args.jobs < 1:
+        raise ConfigError(f"--jobs is {args.jobs}: one run at a time is 1")
     import_registered(args.register)  # an objective of one's own, too
     plan = plan_from(args)
     output = Path(args.output).resolve()

@@ -46,10 +46,14 @@ def test_a_trial_runs_the_commands_on_real_batches_and_leaves_nothing(tmp_path, 
 def test_a_trial_needs_few_images(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmark.dry_run.TRIAL_IMAGES", 3)
     data = tiny_set(tmp_path / "set", train_images=6, val_images=2)
+    content = json.loads(data.train_json.read_text())
+    for entry in content["annotations"]:
+        entry["image_id"] = str(entry["image_id"])  # both are read as the same number
+    data.train_json.write_text(json.dumps(content), encoding="utf-8-sig")
     part = first_images(data, tmp_path)
     content = json.loads(part.train_json.read_text())
     assert [image["id"] for image in content["images"]] == [1, 2, 3]
-    assert {entry["image_id"] for entry in content["annotations"]} == {1, 2, 3}
+    assert {entry["image_id"] for entry in content["annotations"]} == {"1", "2", "3"}
     assert part.train_images == data.train_images
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers_weights import FPN, THIN, build_detector, randomise, small_detection_config
 
-from jigsaw_d2.checkpoint.detector import ORIGIN, is_detector, load_detector
+from jigsaw_d2.checkpoint.detector import ORIGIN, load_detector
+from jigsaw_d2.checkpoint.reading import is_detector
 from jigsaw_d2.detection.config import apply_metadata, read_metadata
 from jigsaw_d2.io import CheckpointError, ConfigError, WeightsError
 
@@ -86,3 +87,20 @@ def test_a_detector_whose_config_is_missing_or_none(content: str | None, tmp_pat
 def test_a_backbone_alone_is_no_detector() -> None:
     assert not is_detector(["backbone.stem.conv1.weight", "predictor.weight"])
     assert is_detector(["backbone.bottom_up.stem.conv1.weight", "head.cls_score.weight"])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_detector_on_torchvisions_resnet_is_one_too(frozen: bool, tmp_path: Path) -> None:
+    """Whose tensors end in the names of torchvision's ImageNet files."""
+    name = ("MODEL.BACKBONE.NAME", "build_torchvision_fpn_backbone")
+    name += ("MODEL.TORCHVISION.NAME", "resnet18")
+    model, path = trained(tmp_path, *name, "MODEL.TORCHVISION.FREEZE_NORM", str(frozen))
+    metadata = read_metadata(path)
+    assert metadata.origin == ORIGIN
+    cfg = small_detection_config(FPN, *TRAINED, *name)
+    apply_metadata(cfg, metadata)
+    assert cfg.MODEL.TORCHVISION.FREEZE_NORM is frozen
+    other = build_detector(cfg, seed=2)
+    load_detector(other, path)
+    state = other.state_dict()
+    assert all(torch.equal(value, state[n]) for n, value in model.state_dict().items())

@@ -42,6 +42,23 @@ def test_a_resnet_of_detectron2s_is_timms_too(tmp_path: Path) -> None:
     assert torch.equal(theirs.conv1.weight, torch.from_numpy(stem))
 
 
+@pytest.mark.parametrize("library", ["resnet", "timm"])
+def test_of_a_pyramid_timm_has_the_network_below(library: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
+    levels = "['res3', 'res4', 'res5']"
+    keys = ["MODEL.BACKBONE.NAME", f"build_{library}_fpn_backbone", "MODEL.TIMM.NAME", "resnet18"]
+    keys += ["MODEL.RESNETS.OUT_FEATURES", levels, "MODEL.FPN.IN_FEATURES", levels]
+    keys += ["MODEL.JIGSAW.IN_FEATURES", "['p3', 'p4', 'p5']"]
+    cfg = pretrain_config(*RESNET_18, *keys)
+    model = build_model(cfg)
+    checkpoint = save_checkpoint(tmp_path / "c.pth", cfg, model)
+    convert_checkpoint(checkpoint, tmp_path / "w.pth", format="timm")
+    theirs = timm.create_model("resnet18", checkpoint_path=str(tmp_path / "w.pth"))
+    ours = next(p for n, p in model.named_parameters() if n.endswith("conv1.weight"))
+    assert torch.equal(theirs.conv1.weight, ours)
+    read_tensors(tmp_path / "w.pth")
+
+
 def test_the_bare_module_and_what_is_not_timms(tmp_path: Path) -> None:
     name = ["MODEL.BACKBONE.NAME", "build_torchvision_backbone"]
     cfg = pretrain_config(*name, "MODEL.TORCHVISION.NAME", "mobilenet_v3_small")

@@ -95,6 +95,7 @@ def test_old_configs_are_upgraded_as_detectron2_does(tmp_path: Path) -> None:
     [
         ("odd.yaml", [], "odd.yaml: no detection config.*COLOUR"),
         ("bad.yaml", [], "bad.yaml: no detection config"),
+        ("empty.yaml", [], "empty.yaml: no config"),
         ("nothing.yaml", [], "no config 'nothing.yaml': not a file"),
         ("COCO-Detection/retinanet_R_50_FPN_1x.py", [], "a LazyConfig"),
         (FPN, ["NO.SUCH", "1"], "NO.SUCH"),
@@ -108,6 +109,7 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.yaml").write_text("COLOUR: red\nVERSION: 2\n")
     (tmp_path / "bad.yaml").write_text("A: [1\n")
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
     with pytest.raises(ConfigError, match=message):
         load_detection_config(name, overrides)
 

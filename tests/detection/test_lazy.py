@@ -133,6 +133,8 @@ def test_train_and_evaluate(tmp_path: Path) -> None:
     own += [f"dataloader.{split}.dataset.names={name}" for split in ("train", "test")]
     files = ["--config-file", RETINANET, "--weights", str(weights)]
     overrides = [*SMALL, *own, f"train.output_dir={tmp_path / 'out'}", TOP]
+    with pytest.raises(ConfigError, match="num_classes: config 5, dataset .* has 3: cell"):
+        main([*files, *overrides, "model.num_classes=5"])
     gone = "dataloader.train.dataset.names=gone"
     with pytest.raises(ConfigError, match=f"no set 'gone' is registered; .* has {name}"):
         main([*files, *overrides, gone])

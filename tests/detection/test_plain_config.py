@@ -70,6 +70,16 @@ def test_only_detectron2s_keys_and_only_what_differs(tmp_path: Path) -> None:
         write_plain_config(tmp_path / "plain.yaml", cfg)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [("SOLVER.OPTIMIZER", "AdamW"), ("SOLVER.LAYER_DECAY", "0.8"), ("INPUT.READER", "own:read")],
+)
+def test_what_would_train_otherwise_there_is_refused(overrides: tuple, tmp_path: Path) -> None:
+    cfg = setup_finetune(FPN, convert(tmp_path, *THIN), [*THIN, *overrides], here=False)
+    with pytest.raises(ConfigError, match=f"{overrides[0]}: Detectron2's own script"):
+        write_plain_config(tmp_path / "plain.yaml", cfg)
+
+
 def test_the_command_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     weights = convert(tmp_path, *RESNET_18, name="first.pkl")
     arguments = ["--input", str(weights), "--output", str(tmp_path / "w.pkl")]

@@ -142,6 +142,9 @@ def test_setup_joins_weights_data_and_machine(tmp_path: Path) -> None:
         setup_finetune(RETINANET, weights, [*SMALL, *THIN, *data, *classes])
     with pytest.raises(ConfigError, match="MODEL.WEIGHTS is set by --weights"):
         setup_finetune(RETINANET, weights, ["MODEL.WEIGHTS", "x.pkl"])
+    only = ["SOLVER.ACCUMULATION_STEPS", "2", "SOLVER.TF32", "True"]
+    with pytest.raises(ConfigError, match="ACCUMULATION_STEPS, SOLVER.TF32: of pre-training alone"):
+        setup_finetune(RETINANET, weights, only)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

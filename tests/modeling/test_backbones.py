@@ -119,3 +119,22 @@ def test_names() -> None:
     ]
     assert library_of("build_retinanet_timm_fpn_backbone") == "timm"
     assert library_of("build_resnet_backbone") == library_of("build_my_timmy_backbone") == ""
+
+
+def test_a_transformer_named_by_its_only_stride_is_whole() -> None:
+    """All of a ViT's features have stride 16: res4 is its last block."""
+    has("timm")
+    keys = ["MODEL.TIMM.KWARGS", [["img_size", 32]]]
+    whole, named = (
+        build_backbone(library_config("timm", "vit_tiny_patch16_224", *keys, *more))
+        for more in ([], ["MODEL.TIMM.OUT_FEATURES", ["res4"]])
+    )
+    assert [*whole.state_dict()] == [*named.state_dict()]
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_arguments_that_are_no_pairs(library: str) -> None:
+    has(library)
+    keys = [f"MODEL.{library.upper()}.KWARGS", ["img_size", 224]]
+    with pytest.raises(ConfigError, match="NAME, VALUE"):
+        build_backbone(library_config(library, "resnet18", *keys))

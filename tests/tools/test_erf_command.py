@@ -14,10 +14,10 @@ from jigsaw_d2.modeling.erf import erf_maps
 from jigsaw_d2.visualization.inputs import random_images
 
 
-def erf(folder, *arguments):
+def erf(folder, *arguments, opts=()):
     command = ["erf", "--config-file", FPN, "--device", "cpu", "--output", str(folder)]
     tiny = [*map(str, TINY_RESNET), "MODEL.FPN.OUT_CHANNELS", "8"]
-    return main([*command, *arguments, "--opts", *tiny])
+    return main([*command, *arguments, "--opts", *tiny, *opts])
 
 
 def test_pyramid_of_the_zoo_on_noise(tmp_path, capsys):
@@ -46,6 +46,10 @@ def test_real_images_and_one_cell(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "positive part" in printed and "averaged over 2 image(s)" in printed
     assert len(json.loads((tmp_path / "erf.json").read_text())["cells"]) == 1
+    four = ("MODEL.PIXEL_MEAN", "[1, 1, 1, 1]")
+    assert erf(tmp_path, *options, opts=four) == 0
+    assert erf(tmp_path, *options, "--images", str(tmp_path), opts=four) == 2
+    assert "4: measure it on noise" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

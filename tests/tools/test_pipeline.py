@@ -36,6 +36,9 @@ def test_curve_of_a_resumed_run_has_each_point_once(tmp_path):
     ]
     (tmp_path / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_curve(tmp_path, 40) == [(20, 2.0), (40, 3.0)]
+    (tmp_path / "results.1.json").write_text("{}")  # of a held-out set that changed since
+    (tmp_path / "results.json").write_text('{"bbox": {"AP": 5.0}}')
+    assert read_curve(tmp_path, 40) == [(40, 5.0)]
 
 
 def test_missing_results_are_an_error_and_missing_costs_are_zero(tmp_path):

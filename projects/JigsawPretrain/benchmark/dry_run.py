@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from benchmark.plan import Arm, Plan
 from jigsaw_d2.config import get_jigsaw_cfg, scale_to_batch
+from jigsaw_d2.data.sources import image_number
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.tools.job import Job
 from jigsaw_d2.tools.pipeline import DetectionSet
@@ -98,11 +99,12 @@ def measure(plan: Plan, data: DetectionSet) -> Trial | None:
 def first_images(data: DetectionSet, folder: Path) -> DetectionSet:
     """The first TRIAL_IMAGES annotated images of both splits, their annotations in ``folder``."""
     for name, path in (("train", data.train_json), ("val", data.val_json)):
-        content = json.loads(path.read_text())
-        used = {entry["image_id"] for entry in content["annotations"]}
-        images = [image for image in content["images"] if image["id"] in used][:TRIAL_IMAGES]
-        kept = {image["id"] for image in images}
-        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+        content = json.loads(path.read_bytes())
+        used = {image_number(entry["image_id"]) for entry in content["annotations"]}
+        images = [image for image in content["images"] if image_number(image["id"]) in used]
+        images = images[:TRIAL_IMAGES]
+        kept, boxes = {image_number(image["id"]) for image in images}, content["annotations"]
+        content["annotations"] = [box for box in boxes if image_number(box["image_id"]) in kept]
         (folder / f"{name}.json").write_text(json.dumps({**content, "images": images}))
     files = (folder / "train.json", data.train_images, folder / "val.json", data.val_images)
     return DetectionSet(data.name, *files)

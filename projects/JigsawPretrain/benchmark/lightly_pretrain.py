@@ -77,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
 
     output = Path(args.output)
-    names = [entry["file_name"] for entry in json.loads(Path(args.json).read_text())["images"]]
+    names = [entry["file_name"] for entry in json.loads(Path(args.json).read_bytes())["images"]]
     options = {"model": "torchvision/resnet18", "method": METHOD, "batch_size": BATCH_SIZE}
     options |= {"seed": args.seed, "accelerator": args.accelerator, "devices": 1}
     options |= OmegaConf.to_container(OmegaConf.from_dotlist(args.options))

@@ -159,7 +159,7 @@ def dataset_facts(data: DetectionSet) -> dict:
     """Name, counts and categories of a dataset."""
     facts: dict = {"name": data.name}
     for split, path in (("train", data.train_json), ("val", data.val_json)):
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_bytes())
         facts[split] = {key: len(document[key]) for key in ("images", "annotations")}
         facts["categories"] = [entry["name"] for entry in document["categories"]]
     return facts
