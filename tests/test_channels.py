@@ -20,6 +20,8 @@ from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data.build import build_jigsaw_train_loader, jigsaw_stream
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.detection.config import setup_finetune
+from jigsaw_d2.engine.run_config import resolve_config
+from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.tools import check, extract, run, visualize
 from jigsaw_d2.tools.stages import Stage
@@ -111,6 +113,20 @@ def test_the_canvas_has_their_numbers(tmp_path: Path, monkeypatch: pytest.Monkey
     assert images.dtype == torch.float32 and images.shape == (2, 4, 64, 64)
     assert images[:, 3].max() > 30000 and images[:, :3].max() < 4001
     assert all(images[:, c].max() > 1000 for c in range(4))
+
+
+def test_numbers_of_the_users_stay(tmp_path: Path) -> None:
+    """Though the trainer resolves the config once more."""
+    data, store = draw_set(tmp_path / "set"), tmp_path / "store"
+    source = ["--json", str(data / "train.json"), "--images", str(data)]
+    extract.main([*source, "--output", str(store), "--channels", "4", "--workers", "0"])
+    own = ("MODEL.PIXEL_MEAN", "[1.0, 2.0, 3.0, 4.0]")
+    tiny = tiny_options(tmp_path, *own, "MODEL.BACKBONE.NAME", "build_resnet_backbone", *THIN)
+    cfg = get_jigsaw_cfg("Base-JigsawPretrain.yaml", tiny)
+    cfg = resolve_config(cfg, SampleStore(store), 1, own[:1])
+    model = JigsawTrainer(cfg, explicit=own[:1]).cfg.MODEL
+    assert list(model.PIXEL_MEAN) == [1, 2, 3, 4]
+    assert list(model.PIXEL_STD) == SampleStore(store).header["pixel_std"]
 
 
 def read_twice(path: str) -> np.ndarray:

@@ -6,6 +6,7 @@ whose values are taken as they are.
 """
 
 import importlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,9 +66,10 @@ class ArrayReader:
             raise
         except FileNotFoundError:
             raise DataError("image_missing") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, cv2.error) as error:
             raise DataError("image_truncated") from error
         array = np.asarray(array)
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
         array = array[..., None] if array.ndim == 2 else array
         if array.dtype == np.float64:
             array = array.astype(np.float32)
@@ -103,6 +105,8 @@ def _find(name: str) -> Any:
 
 
 def _read(path: str) -> np.ndarray:
+    if not os.path.getsize(path):
+        raise DataError("image_empty")
     if path.endswith(".npy"):
         return np.load(path, mmap_mode="r", allow_pickle=False)
     with open(path, "rb") as file:
@@ -138,6 +142,12 @@ def measure(paths: Sequence[str], reader: ArrayReader) -> dict[str, Any]:
     if len(dtypes) != 1:
         raise DataError(f"images of {' and '.join(sorted(dtypes)) or 'no'} type: one is needed")
     mean = total / count
+    if not np.isfinite(mean).all():
+        odd = np.flatnonzero(~np.isfinite(mean)).tolist()
+        raise DataError(
+            f"channels {odd} hold NaN or infinity: write the images with a number in their place, "
+            "or read them by a --reader of yours that gives one"
+        )
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
     if not (std > 0).all():
         empty = np.flatnonzero(std == 0).tolist()

@@ -24,9 +24,17 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from jigsaw_d2.data.dataset_mapper import JigsawDatasetMapper
-from jigsaw_d2.data.fit import detector_scale, fit_scale, fit_template, paper_fit
+from jigsaw_d2.data.fit import (
+    Fit,
+    canvas_fill,
+    detector_scale,
+    fit_scale,
+    fit_template,
+    paper_fit,
+)
 from jigsaw_d2.data.sampler import JigsawSampler, repeat_factors
 from jigsaw_d2.data.store import SampleStore
+from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.io import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -178,10 +186,15 @@ def fit_input(
     if "INPUT.JIGSAW.SCALE_RANGE" in explicit:
         scale_range = tuple(options.SCALE_RANGE)
     sizes, groups = JigsawDatasetMapper(cfg, store).shown_sizes()
-    how = {"stride": stride, "size_aware": options.SIZE_AWARE}
-    fit = fit_template(sizes, groups, scale_range, max_side=int(max(sides) * scale), **how)
+    how = {"size_aware": options.SIZE_AWARE}
     options.SCALE_RANGE = list(scale_range)
-    if not {"INPUT.JIGSAW.TEMPLATE_SIZE", "INPUT.JIGSAW.TEMPLATE_SPLIT"} & {*explicit}:
+    if {"INPUT.JIGSAW.TEMPLATE_SIZE", "INPUT.JIGSAW.TEMPLATE_SPLIT"} & {*explicit}:
+        template = JigsawTemplate(*options.TEMPLATE_SIZE, *options.TEMPLATE_SPLIT)
+        filled = canvas_fill(sizes, groups, template, scale_range, **how)
+        fit = Fit(template, scale_range, filled)
+    else:
+        how |= {"stride": stride, "max_side": int(max(sides) * scale)}
+        fit = fit_template(sizes, groups, scale_range, **how)
         options.TEMPLATE_SIZE = [fit.template.height, fit.template.width]
         options.TEMPLATE_SPLIT = [fit.template.split_y, fit.template.split_x]
     options.FIT_TO = ""

@@ -155,6 +155,8 @@ def extract_samples(
         PeerLostError: a worker process died.
     """
     started, (number, parts) = time.monotonic(), options.part
+    if parts > 1 and Path(output, store_format.HEADER_NAME).exists():
+        raise DataError(f"{output} is a store itself: choose another folder for the parts of one")
     output = Path(output, *([f"part-{number}-of-{parts}"] if parts > 1 else []))
     check_free(output, options.overwrite)
     log = ExtractionLog(options.strict)
@@ -195,6 +197,9 @@ def extract_samples(
         ) as writer:
             cut_log, images, pixels = _cut_all(chunks, options, run, writer)
             index = writer.index()
+            if not len(index):
+                why = cut_log.summary() or f"{len(plans)} images: ask for fewer parts"
+                raise DataError(f"{output} would hold no sample; {why}")
             report = summarise(index, data.categories, options.template, options.scale_range)
             used = len(np.unique(index["image_id"]))
             sides = np.median(np.sort([plan.size for plan in plans]), axis=0).tolist()

@@ -64,8 +64,10 @@ class JigsawSampler:
             order = self._draw_pass(group, rng)
             if self._areas is not None and group == 0:
                 order = self._alternate(order, number * len(order))
-            # Draws move forward: the pass before last is never needed again.
-            self._passes.pop((group, number - 2), None)
+            # Draws move forward, a worker's by leaps: other passes than this one's neighbours are
+            # not needed again.
+            for key in [k for k in self._passes if k[0] == group and abs(k[1] - number) > 1]:
+                del self._passes[key]
             self._passes[group, number] = order
         return order
 

@@ -63,7 +63,8 @@ class SampleStore:
 
     def __init__(self, path: str | os.PathLike | Sequence[str | os.PathLike]) -> None:
         paths = [path] if isinstance(path, (str, os.PathLike)) else path
-        self.paths = [part for p in paths for part in find_parts(Path(p))]
+        folders = [find_parts(Path(p)) for p in paths]
+        self.paths = [part for parts in folders for part in parts]
         if not self.paths:
             raise DataError("no sample store named; give at least one folder")
         self.headers = [read_header(p) for p in self.paths]
@@ -72,6 +73,15 @@ class SampleStore:
                 raise DataError(f"{path} has other categories than {self.paths[0]}")
             if any(header.get(k) != self.headers[0].get(k) for k in ("channels", "dtype")):
                 raise DataError(f"{path} has other channels or numbers than {self.paths[0]}")
+        told = ("annotations_sha256", "seed", "options")
+        origins = {p: [h.get(k) for k in told] for p, h in zip(self.paths, self.headers)}
+        for first, *others in folders:
+            for path in others:
+                if origins[path] != origins[first]:
+                    raise DataError(
+                        f"{path} and {first} are no parts of one store: they were extracted from "
+                        "other sets or with other settings; extract them again, into a new folder"
+                    )
         self._identities = [_identity(p) for p in self.paths]
         self._open()
 

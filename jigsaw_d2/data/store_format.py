@@ -150,10 +150,13 @@ def read_header(path: Path) -> dict:
 def find_parts(path: Path) -> list[Path]:
     """The folders of one store: itself, or its parts where several machines wrote it.
 
-    Raises DataError where some of the parts are missing, or others are there.
+    Raises DataError where some of the parts are missing, or another store is there.
     """
     found = sorted(part.name for part in path.glob("part-*-of-*[0-9]"))
-    if (path / HEADER_NAME).exists() or not found:
+    whole = (path / HEADER_NAME).exists()
+    if whole and found:
+        raise DataError(f"{path} holds a whole store and {', '.join(found)}: move one of them away")
+    if not found:
         return [path]
     count = int(found[0].rsplit("-", 1)[1])
     wanted = [f"part-{n}-of-{count}" for n in range(1, count + 1)]

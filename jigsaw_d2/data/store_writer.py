@@ -135,14 +135,14 @@ class StoreWriter:
 
     def _take_over(self) -> None:
         """Keep the finished shards of an interrupted run of the same work; clear all else."""
-        kept = {PROGRESS_NAME, LOCK_NAME, self.folder.name}
+        kept = {LOCK_NAME, self.folder.name}
         with contextlib.suppress(OSError, ValueError, KeyError):
             progress = json.loads((self.partial / PROGRESS_NAME).read_bytes())
             if self.resume_key and progress["resume_key"] == self.resume_key:
                 names = [shard["name"] for shard in progress["shards"]]
                 self._records = [np.load(self.partial / f"{name}.npy") for name in names]
                 self.shards, self.mark = progress["shards"], progress["mark"]
-                kept.update(names, (f"{name}.npy" for name in names))
+                kept.update([PROGRESS_NAME], names, (f"{name}.npy" for name in names))
         for file in [*self.partial.iterdir(), *self.folder.iterdir()]:
             if file.name not in kept:
                 file.unlink()

@@ -30,7 +30,7 @@ from jigsaw_d2.modeling.losses import OBJECTIVES
 
 logger = logging.getLogger(__name__)
 
-# Images of one backward pass; the sums do not depend on it.
+# Images of one backward pass at most.
 BATCH_SIZES = {"cuda": 64, "cpu": 16}
 # Probes per period when MAX_DRIFT watches the weights: ten times the refresh cost, still under 1 %.
 PROBES_PER_PERIOD = 10
@@ -62,6 +62,7 @@ class ErfRefreshHook(HookBase):
         amp_dtype: torch.dtype | None = None,
         figures: bool = False,
         macs: int = 0,
+        batch_size: int = BATCH_SIZES["cpu"],
     ) -> None:
         """
         Args:
@@ -77,6 +78,7 @@ class ErfRefreshHook(HookBase):
                 that measurement is repeated in the network's own.
             figures: put the regions' maps into the event storage at each refresh.
             macs: multiply-accumulates of one image's forward pass, for the cost log.
+            batch_size: images of one backward pass; the sums do not depend on it.
 
         Raises:
             ConfigError: a period, first iteration, number of images, drift or ``grad`` that makes
@@ -99,6 +101,7 @@ class ErfRefreshHook(HookBase):
         self._max_drift = max_drift
         self._amp_dtype = amp_dtype
         self._figures = figures
+        self._batch_size = batch_size
         levels = self._model.levels
         if num_images < len(levels):
             raise ConfigError(
@@ -198,7 +201,7 @@ class ErfRefreshHook(HookBase):
                 name,
                 self._grad,
                 cells=self._cells[name],
-                batch_size=BATCH_SIZES[model.device.type],
+                batch_size=self._batch_size,
                 with_maps=self._figures and comm.is_main_process(),
                 amp_dtype=amp_dtype,
             )
@@ -284,6 +287,8 @@ def build_erf_refresh_hook(
         return None
     erf = cfg.MODEL.JIGSAW.ERF
     stream = jigsaw_stream(cfg, store)
+    passes = comm.get_world_size() * cfg.SOLVER.ACCUMULATION_STEPS
+    fits = max(1, cfg.SOLVER.IMS_PER_BATCH // passes)  # so does the training's
     return ErfRefreshHook(
         model,
         lambda positions: stream[positions]["image"],
@@ -295,4 +300,5 @@ def build_erf_refresh_hook(
         amp_dtype=Precision.from_config(cfg).dtype if erf.AMP else None,
         figures=erf.FIGURES,
         macs=macs,
+        batch_size=min(fits, BATCH_SIZES[unwrap(model).device.type]),
     )

@@ -67,8 +67,9 @@ class StopNotice:
         """The number of a signal that some rank got, the same on all; every rank calls it."""
         if comm.get_world_size() > 1 and iteration % AGREE_PERIOD:
             return 0
-        self.number = max(comm.all_gather(self.number))
-        return self.number
+        number = max(comm.all_gather(self.number))
+        self.number = number or self.number  # a signal may have come meanwhile
+        return number
 
     @contextlib.contextmanager
     def evaluating(self, device: torch.device) -> Iterator[None]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from jigsaw_d2.config import AMP_DTYPES
 from jigsaw_d2.io import ConfigError
+from jigsaw_d2.modeling.activation_checkpointing import checkpoint_activations
 from jigsaw_d2.modeling.backbones import unknown_explained
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,8 @@ def _time_candidates(cfg: CfgNode) -> dict[tuple[str, bool], float]:
             cfg.MODEL.JIGSAW.CHANNELS_LAST = channels_last
             with unknown_explained(cfg):
                 model = build_model(cfg).train()
+            if cfg.MODEL.JIGSAW.ACTIVATION_CHECKPOINTING:
+                checkpoint_activations(model.backbone)
             for dtype in _dtypes(cfg, device):
                 if seconds and time.perf_counter() - begun > _TRIAL_SECONDS[device.type]:
                     return seconds

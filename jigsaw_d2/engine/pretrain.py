@@ -16,7 +16,7 @@ from jigsaw_d2.engine.hooks import FirstBatchHook
 from jigsaw_d2.engine.launch import explained, lock_output
 from jigsaw_d2.engine.run_config import check_held_out, open_store, resolve_config
 from jigsaw_d2.engine.trainer import JigsawTrainer
-from jigsaw_d2.io import RunError
+from jigsaw_d2.io import ConfigError, RunError
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     given = load_config(args)
     with lock_output(given.OUTPUT_DIR, args.eval_only), explained(given.SOLVER.PEER_TIMEOUT):
         cfg = setup(args)
-        trainer = JigsawTrainer(cfg)
+        trainer = JigsawTrainer(cfg, explicit=args.opts[::2])
         if args.eval_only:
             evaluate_only(trainer, args.resume)
             return
@@ -87,6 +87,12 @@ def check_new(folder: Path) -> None:
 
 
 def evaluate_only(trainer: JigsawTrainer, resume: bool) -> None:
-    """Metrics of MODEL.WEIGHTS, or with --resume of OUTPUT_DIR's last checkpoint."""
+    """Metrics of MODEL.WEIGHTS, or with --resume of OUTPUT_DIR's last checkpoint.
+
+    Raises:
+        ConfigError: there is nothing to evaluate on.
+    """
+    if not trainer.cfg.DATASETS.TEST:
+        raise ConfigError("--eval-only: DATASETS.TEST names no held-out sample store")
     trainer.load_for_evaluation(resume)
     trainer.test(trainer.cfg, trainer.checkpointer.model)

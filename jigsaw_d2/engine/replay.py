@@ -13,6 +13,7 @@ from torch import nn
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.config_files import import_kept, refuse_program
 from jigsaw_d2.engine.precision import Precision
+from jigsaw_d2.engine.run_config import use_device
 from jigsaw_d2.engine.state import set_random_state
 from jigsaw_d2.engine.train_step import StepRecord, TrainStep
 from jigsaw_d2.io import CheckpointError, open_atomically
@@ -89,6 +90,7 @@ def replay_step(
     cfg.merge_from_other_cfg(kept)
     cfg.merge_from_list(overrides or [])
     refuse_program(cfg, path, overrides or [], trust)
+    use_device(cfg)
     if cfg.MODEL.RESNETS.NORM == "SyncBN":
         logger.warning("SyncBN is replayed as BN: the other ranks' images are not in the file")
         cfg.MODEL.RESNETS.NORM = "BN"
@@ -102,7 +104,8 @@ def replay_step(
         Precision.from_config(cfg),
         len(content["batches"]),
     )
-    step.grad_scaler.load_state_dict(content["grad_scaler"])
+    if content["grad_scaler"]:  # empty of a step that was not in float16
+        step.grad_scaler.load_state_dict(content["grad_scaler"])
     step.feed(content["batches"])
     bad_parameters = [n for n, p in model.named_parameters() if not p.isfinite().all()]
     bad_modules = _watch(model)

@@ -125,10 +125,10 @@ def open_store(cfg: CfgNode) -> SampleStore:
 
 
 def check_held_out(cfg: CfgNode, store: SampleStore) -> None:
-    """Refuse held-out stores whose class numbers mean other things than ``store``'s.
+    """Refuse held-out stores whose class numbers or pixels mean other things than ``store``'s.
 
     Raises:
-        ConfigError: with both lists of categories.
+        ConfigError: with both lists of categories, or kinds of pixels.
         DataError: one of DATASETS.TEST is no store.
     """
     held_out = SampleStore(list(cfg.DATASETS.TEST)) if cfg.DATASETS.TEST else store
@@ -138,6 +138,10 @@ def check_held_out(cfg: CfgNode, store: SampleStore) -> None:
             f"{held_out.categories}, DATASETS.TRAIN {store.categories}: extract both from sets "
             "with the same names in the same order of their ids"
         )
+    theirs, ours = (f"{s.channels} channels of {s.dtype}" for s in (held_out, store))
+    if theirs != ours:
+        tests = ", ".join(cfg.DATASETS.TEST)
+        raise ConfigError(f"DATASETS.TEST {tests} has {theirs}, DATASETS.TRAIN {ours}")
 
 
 def use_device(cfg: CfgNode, world_size: int = 1) -> None:

@@ -45,6 +45,11 @@ logger = logging.getLogger(__name__)
 
 # Iterations between two lines of metrics.json and of the log, as Detectron2 has it.
 WRITE_PERIOD = 20
+# Of SOLVER, what a checkpoint's state holds: another value would be said, and not be.
+_OF_THE_STATE = (
+    *("IMS_PER_BATCH", "OPTIMIZER", "BASE_LR", "BIAS_LR_FACTOR", "MOMENTUM", "NESTEROV"),
+    *("WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS", "LAYER_DECAY"),
+)
 
 
 class JigsawCheckpointer(DetectionCheckpointer):
@@ -150,7 +155,7 @@ def restore_state(trainer: DefaultTrainer, state: dict[str, Any]) -> dict[str, A
 
     Raises:
         CheckpointError: the store is not the one that the run was training on.
-        ConfigError: the batch has another size.
+        ConfigError: the batch has another size, or the optimiser other settings.
     """
     jigsaw = state["jigsaw"]
     if jigsaw["store"]["fingerprint"] != trainer.store.fingerprint:
@@ -159,13 +164,15 @@ def restore_state(trainer: DefaultTrainer, state: dict[str, Any]) -> dict[str, A
             "was written; give the old store back, or start a run in another OUTPUT_DIR with "
             "MODEL.WEIGHTS set to the checkpoint"
         )
-    then, now = _batch_size(jigsaw["config"]), trainer.cfg.SOLVER.IMS_PER_BATCH
-    if then != now:
+    then, now = yaml.safe_load(jigsaw["config"])["SOLVER"], trainer.cfg.SOLVER
+    changed = [key for key in _OF_THE_STATE if key in then and then[key] != now[key]]
+    if changed:
+        pairs = (f"SOLVER.{key} was {then[key]} and is {now[key]}" for key in changed)
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH was {then} when the checkpoint was written and is {now}: its "
-            f"iterations, rates and position in the images are those of {then}; set it back (on "
-            "fewer GPUs with a larger SOLVER.ACCUMULATION_STEPS), or start a run in another "
-            "OUTPUT_DIR with MODEL.WEIGHTS set to the checkpoint"
+            f"{'; '.join(pairs)}: the checkpoint's optimiser, rates and position in the images are "
+            "those of the former; set it back (of IMS_PER_BATCH on fewer GPUs with a larger "
+            "SOLVER.ACCUMULATION_STEPS), or start a run in another OUTPUT_DIR with MODEL.WEIGHTS "
+            "set to the checkpoint"
         )
     _restore_optimizer(trainer._trainer.optimizer, state["optimizer"])
     trainer.scheduler.load_state_dict(state["scheduler"])
@@ -200,16 +207,14 @@ def check_same_start(model: nn.Module, start_iter: int, output_dir: str) -> None
         )
 
 
-def _batch_size(config: str) -> int:
-    return yaml.safe_load(config)["SOLVER"]["IMS_PER_BATCH"]
-
-
 def _restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load its state, but go on in the form that suits this machine, whatever the saved one was."""
-    forms = [(group["fused"], group["foreach"]) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, (fused, foreach) in zip(optimizer.param_groups, forms):
-        group["fused"], group["foreach"] = fused, foreach
+    """Load its state, but go on in the form that suits this machine, whatever the saved one was.
+
+    PyTorch puts AdamW's count of steps where the form in the state wants it, so that is changed.
+    """
+    forms = [{key: group[key] for key in ("fused", "foreach")} for group in optimizer.param_groups]
+    groups = [group | form for group, form in zip(state["param_groups"], forms)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def describe_store(store: SampleStore) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +72,20 @@ class JigsawTrainer(DefaultTrainer):
         resumed: after a resume, what the hooks continue from; else empty.
     """
 
-    def __init__(self, cfg: CfgNode, store: SampleStore | None = None) -> None:
+    def __init__(
+        self, cfg: CfgNode, store: SampleStore | None = None, explicit: Sequence[str] = ()
+    ) -> None:
         """
         Args:
             cfg: resolved here if it is not yet, see ``run_config.resolve_config``.
             store: opened from DATASETS.TRAIN by default.
+            explicit: keys that the user has set.
         """
         # TrainerBase's: DefaultTrainer's own would build the loader before the iteration to start
         # from is known, and a scaler that CPUs do not have.
         super(DefaultTrainer, self).__init__()
         self.store = store or open_store(cfg)
-        self.cfg = cfg = resolve_config(cfg, self.store, comm.get_world_size())
+        self.cfg = cfg = resolve_config(cfg, self.store, comm.get_world_size(), explicit)
         configure_backends(cfg)
         model = self.build_model(cfg)
         check_trainable(model)

@@ -55,7 +55,14 @@ def test_files_are_read_as_they_are(suffix: str, shape: tuple, dtype: str, tmp_p
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     np.save(tmp_path / "long.npy", np.zeros((2, 2, 1), np.int64))
+    for suffix in ("npy", "tiff", "png"):
+        (tmp_path / f"empty.{suffix}").touch()
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "long.npy").read_bytes()[:9])
     for name, reason in (
+        ("empty.npy", "image_empty"),
+        ("empty.tiff", "image_empty"),
+        ("empty.png", "image_empty"),
+        ("cut.npy", "image_truncated"),
         ("gone.npy", "image_missing"),
         ("text.png", "image_not_an_image"),
         ("long.npy", "image_of_other_form"),
@@ -64,6 +71,12 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
             ArrayReader(1)(str(tmp_path / name))
     with pytest.raises(ConfigError, match="'nowhere:read' is no module:function"):
         ArrayReader(1, "nowhere:read")("x.npy")
+
+
+def test_numbers_of_another_machine_are_those_of_this(tmp_path: Path) -> None:
+    np.save(tmp_path / "big.npy", np.full((2, 2), 7, ">f4"))
+    array = ArrayReader(1)(str(tmp_path / "big.npy"))
+    assert array.dtype == np.float32 and array.dtype.isnative and (array == 7).all()
 
 
 def test_measured_by_hand(tmp_path: Path) -> None:
@@ -79,6 +92,9 @@ def test_measured_by_hand(tmp_path: Path) -> None:
         measure(paths, ArrayReader(2))
     with pytest.raises(DataError, match=r"channels \[0, 1\] have one value"):
         measure(paths[:1] and [str(_constant(tmp_path))], ArrayReader(2))
+    np.save(paths[0], np.array([[[0, np.nan], [2, 1]]], np.float32))
+    with pytest.raises(DataError, match=r"channels \[1\] hold NaN"):
+        measure(paths[:1], ArrayReader(2))
 
 
 def _constant(folder: Path) -> Path:

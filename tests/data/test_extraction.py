@@ -1,6 +1,7 @@
 """From a detection set to a store: determinism, restart, parts, bad input."""
 
 import dataclasses
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,26 @@ def test_parts_together_are_the_whole(tiny_coco, store, tmp_path, monkeypatch) -
     for i in range(len(store)):
         assert parts[i] == store[i] and parts.key(i) == store.key(i)
     assert np.array_equal(parts.gt_boxes, store.gt_boxes)
+    with pytest.raises(
+        DataError, match="no parts of one store"
+    ):  # the last one anew, and otherwise
+        again = ExtractionOptions(workers=0, part=(3, 3), negative_ratio=0.5, overwrite=True)
+        extract_samples(source(tiny_coco), tmp_path / "s", again)
+        SampleStore(tmp_path / "s")
+
+
+def test_a_store_and_its_parts_do_not_mix(tiny_coco, tmp_path) -> None:
+    whole = extract(tiny_coco, tmp_path / "s").paths[0]
+    options = ExtractionOptions(workers=0, part=(1, 60), overwrite=True)
+    with pytest.raises(DataError, match="is a store itself"):
+        extract_samples(source(tiny_coco), whole, options)
+    shutil.copytree(whole, whole / "part-1-of-2")
+    with pytest.raises(DataError, match="holds a whole store and part-1-of-2"):
+        SampleStore(whole)
+    with pytest.raises(DataError, match="would hold no sample; .* fewer parts"):
+        for number in range(1, 61):
+            few = ExtractionOptions(workers=0, part=(number, 60))
+            extract_samples(source(tiny_coco), tmp_path / "many", few)
 
 
 def test_no_context_and_no_negatives(tiny_coco: Path, tmp_path: Path) -> None:

@@ -60,6 +60,14 @@ def test_a_number_alone_gives_the_samples(options):
     assert not (draws(make_sampler(seed=1, **options), 200) == walked).all()
 
 
+def test_leaps_over_passes_leave_nothing_behind():
+    """A worker's batches are many passes apart where a store is small."""
+    sampler = make_sampler()
+    for position in range(0, 3000, 100):
+        sampler.quadruple(position)
+    assert len(sampler._passes) <= 9
+
+
 def test_orders_are_equally_likely():
     # first draw of the W group over 4000 seeds: 4 samples, binomial(4000, 1/4), deviation 27
     first = [make_sampler(seed).quadruple(0)[3] for seed in range(4000)]

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from helpers_run import PYRAMID, read_losses, start, tiny_options, torchrun_variables, train
 from torch.multiprocessing import ProcessRaisedException
 
+from jigsaw_d2.engine.interrupt import StopNotice
 from jigsaw_d2.engine.launch import as_peer_lost, explained, launch_job
 from jigsaw_d2.io import ConfigError, DataError, PeerLostError, RunError
 
@@ -142,6 +143,13 @@ def test_a_notice_to_the_process_that_started_the_others_reaches_them(tmp_path):
     job.send_signal(signal.SIGTERM)
     said = job.communicate(timeout=60)[1]
     assert job.returncode == 143 and "Traceback" not in said
+
+
+def test_a_signal_that_comes_while_the_ranks_ask_each_other_is_kept(monkeypatch):
+    notice, there = StopNotice(), "jigsaw_d2.engine.interrupt.comm"
+    monkeypatch.setattr(f"{there}.get_world_size", lambda: 2)
+    monkeypatch.setattr(f"{there}.all_gather", lambda own: notice._note(15, None) or [own, own])
+    assert notice.agreed(0) == 0 and notice.agreed(4) == 15
 
 
 def test_a_rank_that_fails_does_not_wait_for_the_others(tmp_path):

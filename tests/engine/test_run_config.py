@@ -135,6 +135,9 @@ def test_a_held_out_store_of_other_categories_is_refused(tmp_path):
     header = json.loads((other / "header.json").read_text())
     cfg.DATASETS.TEST = (str(other),)
     check_held_out(cfg, store)
+    (other / "header.json").write_text(json.dumps({**header, "dtype": "uint16"}))
+    with pytest.raises(ConfigError, match="3 channels of uint16, DATASETS.TRAIN 3 channels of"):
+        check_held_out(cfg, store)
     header["categories"] = header["categories"][::-1]
     (other / "header.json").write_text(json.dumps(header))
     with pytest.raises(ConfigError, match="same names in the same order"):

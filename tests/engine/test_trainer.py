@@ -102,7 +102,7 @@ def test_a_whole_run_leaves_what_detectron2_users_expect(tmp_path):
     assert stages["erf_refresh"]["images"] == 4 * 2 and stages["evaluation"]["images"] == 2 * 8
 
 
-def test_evaluation_alone_repeats_what_training_said(tmp_path, caplog):
+def test_evaluation_alone_repeats_what_training_said(tmp_path):
     store = str(tmp_path / "store")
     options = tiny_options(tmp_path, "SOLVER.MAX_ITER", 4, "DATASETS.TEST", (store,))
     main(["--config-file", "Base-JigsawPretrain.yaml", *options])
@@ -120,6 +120,12 @@ def test_evaluation_alone_repeats_what_training_said(tmp_path, caplog):
     argv = ["--eval-only", "--resume", "--config-file", "Base-JigsawPretrain.yaml", *options]
     assert main([*argv, "SOLVER.BASE_LR", "7.0"]) == 0
     assert (run / "config.yaml").read_bytes() == config  # an evaluation changes no run
+    with pytest.raises(ConfigError, match="--eval-only: DATASETS.TEST names no"):
+        main([*argv, "DATASETS.TEST", "()"])
+    argv = ["--resume", "--config-file", "Base-JigsawPretrain.yaml", *options]
+    for key, value in (("BASE_LR", "7.0"), ("OPTIMIZER", "AdamW"), ("WEIGHT_DECAY_BIAS", "0.5")):
+        with pytest.raises(ConfigError, match=f"SOLVER.{key} was"):  # its state is of the former
+            main([*argv, f"SOLVER.{key}", value])
 
 
 def test_nothing_to_evaluate_is_said(tmp_path):
