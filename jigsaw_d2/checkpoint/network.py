@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling.backbone.resnet import DeformBottleneckBlock
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -67,6 +68,14 @@ def strides_in_1x1(module: nn.Module) -> bool | None:
         if name.endswith("res3.0") and hasattr(block, "conv3"):
             return block.conv1.stride == (2, 2)
     return None
+
+
+def deformable_kind(module: nn.Module) -> dict[str, Any]:
+    """Keys of ``Architecture`` on how a ResNet in ``module`` deforms, which no shapes tell."""
+    blocks = [m for m in module.modules() if isinstance(m, DeformBottleneckBlock)]
+    modulated = any(block.deform_modulated for block in blocks)
+    groups = max((block.conv2.deformable_groups for block in blocks), default=1)
+    return {"deform_modulated": modulated, "deform_num_groups": groups}
 
 
 def find_prefix(names: Iterable[str], known: Collection[str] = ()) -> str:

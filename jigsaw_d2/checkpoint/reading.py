@@ -31,7 +31,12 @@ from jigsaw_d2.checkpoint.metadata import (
     norm_family,
     read_architecture,
 )
-from jigsaw_d2.checkpoint.network import build_pretrained, describe, strides_in_1x1
+from jigsaw_d2.checkpoint.network import (
+    build_pretrained,
+    deformable_kind,
+    describe,
+    strides_in_1x1,
+)
 from jigsaw_d2.checkpoint.weight_files import Arrays, read_weights, shapes_of, to_array
 from jigsaw_d2.config import AUTO_NORM, get_jigsaw_cfg
 from jigsaw_d2.config_files import import_kept, refuse_program
@@ -264,8 +269,8 @@ def _known_resnet(
     try:
         found = read_architecture(shapes_of(arrays))
         if cfg.MODEL.JIGSAW.BACKBONE_FROM:
-            stride = bool(strides_in_1x1(backbone))
-            architecture = replace(architecture, **found, stride_in_1x1=stride)
+            seen = {"stride_in_1x1": bool(strides_in_1x1(backbone)), **deformable_kind(backbone)}
+            architecture = replace(architecture, **found, **seen)
         elif architecture.norm == AUTO_NORM:
             architecture = replace(architecture, norm=found["norm"])
         check_architecture(architecture, shapes_of(arrays))

@@ -27,10 +27,15 @@ REGNET = "COCO-InstanceSegmentation/mask_rcnn_regnetx_4gf_dds_fpn_1x.py"
 # A detector of the zoo with a smaller backbone, as a user would write it.
 OWN = f"""
 from detectron2 import model_zoo
+from detectron2.modeling.backbone.resnet import DeformBottleneckBlock
 cfg = model_zoo.get_config({MASK!r})
 model, dataloader, train = cfg.model, cfg.dataloader, cfg.train
 model.backbone.bottom_up.stages.depth = 18
 del model.backbone.bottom_up.stages["stride_in_1x1"]
+"""
+DEFORMS = """
+model.backbone.bottom_up.stages.deform_modulated = True
+model.backbone.bottom_up.stages.deform_num_groups = 2
 """
 
 
@@ -149,3 +154,17 @@ def test_the_stride_is_the_networks(tmp_path: Path) -> None:
     assert metadata.required_config()["MODEL.RESNETS.STRIDE_IN_1X1"] is True
     said = metadata.network
     assert (said["backbone"], said["backbone_from"]) == ("build_lazy_backbone", MASK)
+
+
+def test_how_it_deforms_is_the_networks(tmp_path: Path) -> None:
+    """27 channels of offsets and masks of each of two groups: the shapes alone say three groups."""
+    program = OWN.replace("stages.depth = 18", "stages.block_class = DeformBottleneckBlock")
+    program = program.replace('del model.backbone.bottom_up.stages["stride_in_1x1"]', DEFORMS)
+    (tmp_path / "deforms.py").write_text(program)
+    cfg = lazy_config(str(tmp_path / "deforms.py"), "MODEL.RESNETS.NORM", "BN")
+    model = nn.ModuleDict({"backbone": build_backbone(cfg)})
+    checkpoint = save_checkpoint(tmp_path / "c.pth", cfg, model)
+    convert_checkpoint(checkpoint, tmp_path / "w.pkl", trust=True)
+    said = read_converted(tmp_path / "w.pkl")[1].architecture
+    assert (said.deform_modulated, said.deform_num_groups) == (True, 2)
+    assert said.deform_on_per_stage == (True,) * 4
