@@ -5,7 +5,7 @@ the paper is silent, our decision with its reason beside the key (marked "ours")
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +291,15 @@ def scale_to_batch(cfg: CfgNode) -> CfgNode:
     if frozen:
         cfg.freeze()
     return cfg
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("A.B", value) of every leaf of a config, or of plain dicts within each other."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def keywords(pairs: Sequence[Sequence[Any]]) -> dict[str, Any]:

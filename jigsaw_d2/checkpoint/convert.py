@@ -69,7 +69,7 @@ def convert_checkpoint(
         count = len(arrays)
         arrays = {n: array for n, array in arrays.items() if not PYRAMID_NAME.match(n)}
         metadata = replace(metadata, levels=None)
-        logger.info("%s's is no pyramid: left out %d tensors", format, count - len(arrays))
+        logger.info("%s's network is no pyramid: left out %d tensors", format, count - len(arrays))
     metadata = metadata.sealed(arrays)
     values = metadata.to_dict()
     contents: Mapping[str, Any]

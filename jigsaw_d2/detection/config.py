@@ -21,7 +21,7 @@ from jigsaw_d2.checkpoint import detector
 from jigsaw_d2.checkpoint.convert import check_free
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
 from jigsaw_d2.checkpoint.reading import is_detector, read_converted, read_tensors
-from jigsaw_d2.config import add_jigsaw_config
+from jigsaw_d2.config import add_jigsaw_config, flatten
 from jigsaw_d2.config_files import find_config, import_kept, refuse_code, refuse_program
 from jigsaw_d2.data.arrays import channels_of
 from jigsaw_d2.detection.data import prepare_data
@@ -290,18 +290,9 @@ def write_plain_config(path: str | Path, cfg: CfgNode, force: bool = False) -> N
 def _changes_of_ours(cfg: CfgNode) -> list[str]:
     """The keys that Detectron2 lacks, where ``cfg`` has other values than ``add_jigsaw_config``."""
     defaults = get_cfg()
-    plain = set(_flat(defaults))
+    plain = dict(flatten(defaults))
     add_jigsaw_config(defaults)
-    return [k for k, v in _flat(defaults).items() if k not in plain and get_key(cfg, k) != v]
-
-
-def _flat(node: CfgNode, place: str = "") -> dict[str, Any]:
-    """{"A.B": value} of every leaf."""
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        inner = isinstance(value, CfgNode)
-        flat |= _flat(value, f"{place}{key}.") if inner else {f"{place}{key}": value}
-    return flat
+    return [k for k, v in flatten(defaults) if k not in plain and get_key(cfg, k) != v]
 
 
 def config_changes(before: CfgNode, after: CfgNode) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from detectron2.utils import comm
 
 from jigsaw_d2.config import (
     check_trainable_config,
+    flatten,
     get_jigsaw_cfg,
     in_features,
     resolve_norm,
@@ -179,7 +180,7 @@ def warn_of_changes(cfg: CfgNode, saved: str) -> list[str]:
     """
     # Keys that are newer than the checkpoint had, in effect, their defaults.
     texts = (cfg.dump(), get_jigsaw_cfg().dump(), saved)
-    now, defaults, then = (dict(_flat(yaml.safe_load(text))) for text in texts)
+    now, defaults, then = (dict(flatten(yaml.safe_load(text))) for text in texts)
     then = defaults | then
     lines = [
         f"{key}: {then.get(key)} -> {now.get(key)}"
@@ -189,14 +190,6 @@ def warn_of_changes(cfg: CfgNode, saved: str) -> list[str]:
     if lines:
         logger.warning("resuming with other settings than before: %s", "; ".join(lines))
     return lines
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _decide(cfg: CfgNode) -> list[Any]:
@@ -227,7 +220,7 @@ def _earlier_config(folder: Path) -> dict[str, Any]:
     if not marker.is_file():
         return {}
     checkpoint = read_checkpoint(folder / marker.read_text().strip())
-    return dict(_flat(yaml.safe_load(checkpoint["jigsaw"]["config"])))
+    return dict(flatten(yaml.safe_load(checkpoint["jigsaw"]["config"])))
 
 
 def _check_batch(cfg: CfgNode, world_size: int) -> None:
