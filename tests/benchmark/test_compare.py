@@ -291,6 +291,11 @@ def test_impossible_plans_are_refused(change, what):
         dataclasses.replace(PLAN, **change).checked()
 
 
+def test_no_run_at_a_time_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--jobs is 0"):
+        compare.main(["--output", str(tmp_path), "--jobs", "0"])
+
+
 def test_plans_name_what_there_is():
     assert set(OBJECTIVES) <= set(losses.OBJECTIVES) and FIT_METHODS == config.FIT_METHODS
     for name, plan in PRESETS.items():

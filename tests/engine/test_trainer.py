@@ -246,16 +246,19 @@ def test_ranks_that_start_apart_are_told_so(monkeypatch):
             check_same_start(model, 5, "out")
 
 
-def test_a_checkpoint_goes_on_in_the_optimizers_form_of_this_machine(tmp_path):
-    JigsawTrainer(tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 3)).train()
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_checkpoint_goes_on_in_the_optimizers_form_of_this_machine(name, tmp_path):
+    options = ("SOLVER.OPTIMIZER", name, "SOLVER.BASE_LR", 0.001, "SOLVER.MAX_ITER")
+    JigsawTrainer(tiny_cfg(tmp_path, *options, 3)).train()
     path = tmp_path / "run" / "model_final.pth"
     content = torch.load(path, weights_only=True)
     for group in content["optimizer"]["param_groups"]:
         group["fused"] = True  # as a GPU's
     torch.save(content, path)
-    trainer = JigsawTrainer(tiny_cfg(tmp_path, "SOLVER.MAX_ITER", 4))
+    trainer = JigsawTrainer(tiny_cfg(tmp_path, *options, 4))
     trainer.resume_or_load()
     assert not any(group["fused"] for group in trainer._trainer.optimizer.param_groups)
+    trainer.train()
 
 
 def test_gradient_clipping_by_config(tmp_path):
