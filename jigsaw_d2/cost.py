@@ -135,7 +135,7 @@ def format_cost_logs(output_dirs: Sequence[str | Path]) -> str:
     for folder in output_dirs:
         logs.append(read_cost_log(folder)["stages"])
         if not logs[-1]:
-            hint = "name the folder of a run, or the one that a store lies in"
+            hint = "name the folder of a run, or a store"
             raise CheckpointError(f"{folder} holds no {COST_LOG_NAME}; {hint}")
     booked = {stage: [log[stage] for log in logs if stage in log] for stage in STAGES}
     booked["all"] = sum(booked.values(), [])

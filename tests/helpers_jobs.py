@@ -27,13 +27,17 @@ def flag(argv: list[str], name: str) -> str:
 
 
 class FakeRunner:
-    """Pre-training costs 60 s, a detection step 2 s; AP is what ``score(weights, seed)`` says.
+    """Pre-training costs 60 s; AP is what ``score(weights, seed)`` says.
 
-    On N GPUs the ledger holds N times as many seconds.
+    A detection step costs 2 s, from random weights ``scratch_step``. On N GPUs the ledger holds N
+    times as many seconds.
     """
 
-    def __init__(self, score=lambda weights, seed: 10.0, fail=lambda argv: False):
+    def __init__(
+        self, score=lambda weights, seed: 10.0, fail=lambda argv: False, scratch_step: float = 2.0
+    ):
         self.calls, self._score, self._fail = [], score, fail
+        self._scratch_step = scratch_step
 
     def __call__(self, stage, argv):
         if stage.program[0] != "python":  # a test's own, which computes nothing either
@@ -60,7 +64,8 @@ class FakeRunner:
         stage.output.write_text(Path(flag(argv, "--input")).read_text())
 
     def _finetune(self, stage, folder, argv):
-        steps, seconds = stage.iterations, 2.0 * int(flag(argv, "--num-gpus"))
+        step = self._scratch_step if flag(argv, "--weights") == "none" else 2.0
+        steps, seconds = stage.iterations, step * int(flag(argv, "--num-gpus"))
         score = self._score(flag(argv, "--weights"), int(flag(argv, "SEED")))
         cost = {"images": 8 * steps, "flops": 10 * steps, "seconds": seconds * steps}
         record_stage(folder, "finetuning", **cost)
@@ -70,7 +75,7 @@ class FakeRunner:
         (folder / "results.json").write_text(json.dumps({"bbox": metrics}))
         (folder / "model_final.pth").write_text(" ".join(argv))
         last = {"iteration": steps - 1, "bbox/AP": score}
-        _write_metrics(folder, {"iteration": 0, "total_loss": 1.0, "time": 2.0}, last)
+        _write_metrics(folder, {"iteration": 0, "total_loss": 1.0, "time": step}, last)
 
 
 def _write_metrics(folder: Path, *lines: dict) -> None:

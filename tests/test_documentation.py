@@ -119,9 +119,9 @@ def _commands_in(text):
     for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            for script, name in SCRIPTS.items():
-                if script in words:
-                    yield name, words[words.index(script) + 1 :]
+            for index, word in enumerate(words):
+                if name := SCRIPTS.get(word.removeprefix("projects/JigsawPretrain/")):
+                    yield name, words[index + 1 :]
             if "jigsaw_d2" in words:
                 start = words.index("jigsaw_d2")
                 yield words[start + 1], words[start + 2 :]

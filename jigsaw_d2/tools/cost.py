@@ -14,7 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="folder with a cost.json: the one that a store lies in, an OUTPUT_DIR; several are "
+        help="folder with a cost.json: a store, an OUTPUT_DIR; several are "
         "added up, as the stages of one result",
     )
     add_register(parser)

@@ -94,24 +94,23 @@ class Job:
         tuned = self._do(self._finetuning("detector", "fine-tune from jigsaw", converted.output))
         self.metrics["Jigsaw pre-training"] = read_results(tuned.folder)
         if self.with_scratch or self.equal_cost:
-            tuned = self._do(self._finetuning("scratch", "fine-tune from scratch"))
-            self.metrics["scratch, equal steps"] = read_results(tuned.folder)
+            scratch = self._do(self._finetuning("scratch", "fine-tune from scratch"))
+            self.metrics["scratch, equal steps"] = read_results(scratch.folder)
         if self.equal_cost:
             cfg = self.pipeline.detector_cfg(self.detector)
-            steps = cfg.SOLVER.MAX_ITER + self.steps_for_pretraining(tuned)
-            longer = length_overrides(cfg, steps)
-            tuned = self._do(
+            longer = length_overrides(cfg, self._steps_of_equal_time(tuned, scratch))
+            scratch = self._do(
                 self._finetuning("scratch_longer", "fine-tune from scratch, longer", None, *longer)
             )
-            self.metrics["scratch, equal time"] = read_results(tuned.folder)
+            self.metrics["scratch, equal time"] = read_results(scratch.folder)
 
-    def steps_for_pretraining(self, scratch: Stage) -> int:
-        """Steps of the detector from scratch that take as long as all before fine-tuning did."""
-        paid = stage_cost(self.store, "extraction")["seconds"]
-        for name in ("pretraining", "erf_refresh"):
-            paid += stage_cost(self.output / "pretrain", name)["seconds"]
+    def _steps_of_equal_time(self, jigsaw: Stage, scratch: Stage) -> int:
+        """Steps from scratch that take as long as extraction, pre-training and fine-tuning did."""
+        paid = [(self.store, "extraction"), (jigsaw.folder, "finetuning")]
+        paid += [(self.output / "pretrain", name) for name in ("pretraining", "erf_refresh")]
+        seconds = sum(stage_cost(folder, stage)["seconds"] for folder, stage in paid)
         return round(
-            paid * scratch.iterations / stage_cost(scratch.folder, "finetuning")["seconds"]
+            seconds * scratch.iterations / stage_cost(scratch.folder, "finetuning")["seconds"]
         )
 
     def extract(self) -> None:

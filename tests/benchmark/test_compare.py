@@ -85,13 +85,13 @@ def finished(tmp_path_factory):
     return compare_with(FakeRunner(score), tiny_set(folder / "set"), folder)
 
 
-def test_scratch_gets_the_iterations_that_pre_training_cost(finished):
+def test_scratch_costs_what_jigsaw_costs_in_all(finished):
     # 10 s extraction + 45 s pre-training + 5 s ERF = 60 s; a detection step is 2 s: 30 more steps.
     lengths = {run.arm.name: run.iterations["detection"] for run in finished.runs}
     assert lengths == {"jigsaw erf_adaptive": 20, "scratch": 50, "scratch again": 50}
     for run in finished.runs:  # equal total cost
         assert run.cost_before_detection("seconds") + run.costs["finetuning"]["seconds"] == 100.0
-    finetunings = [argv for argv in finished.runner.calls if argv[0] == "finetune"]
+    finetunings = [argv for argv in finished.runner.calls if "detector" in argv[-1]]
     steps = {flag(argv, "SOLVER.MAX_ITER"): flag(argv, "SOLVER.STEPS") for argv in finetunings}
     # The schedule keeps its shape: the config has steps (640, 750) of 800.
     assert steps == {"20": "(16, 19)", "50": "(40, 47)"}
@@ -102,6 +102,15 @@ def test_scratch_gets_the_iterations_that_pre_training_cost(finished):
         "scratch": [(100.0, 10.0)],
         "scratch again": [(100.0, 10.0)],
     }
+
+
+@pytest.mark.parametrize("step, iterations", [(2.5, 40), (1.0, 100), (5.0, 20), (200.0, 1)])
+def test_scratch_is_priced_at_its_own_steps(step, iterations, data, tmp_path):
+    """60 s and 20 steps of 2 s are 100 s, whatever the Jigsaw detector's steps cost."""
+    plan = dataclasses.replace(PLAN, seeds=(0,), arms=(SCRATCH, jigsaw_arm()))
+    comparison = compare_with(FakeRunner(scratch_step=step), data, tmp_path, plan)
+    lengths = {run.arm.name: run.iterations["detection"] for run in comparison.runs}
+    assert lengths == {"jigsaw erf_adaptive": 20, "scratch": iterations}
 
 
 def test_equal_detection_cost_and_settings_but_for_weights_and_seed(data, tmp_path):
@@ -155,9 +164,8 @@ def test_pairs_cost_the_same_however_much_the_machine_sways(data, tmp_path):
     for name in ("scratch", "scratch again"):
         assert [lengths[name, index] for index in range(3)] == [50, 55, 60]
     # The third seed changed none of the runs of the first two.
-    assert [flag(argv, "SEED") for argv in runner.calls if argv[0] == "finetune"] == [
-        "2", "2", "1002",
-    ]  # fmt: skip
+    detectors = [argv for argv in runner.calls if "detector" in argv[-1]]
+    assert [flag(argv, "SEED") for argv in detectors] == ["2", "2", "1002"]
 
 
 def test_a_failed_run_stays_in_the_report_and_its_pair_waits(data, tmp_path):
@@ -180,7 +188,8 @@ def test_a_failed_run_stays_in_the_report_and_its_pair_waits(data, tmp_path):
     runner = FakeRunner(score)
     comparison = compare_with(runner, data, tmp_path)
     assert {run.status for run in comparison.runs} == {DONE}
-    assert [argv[0] for argv in runner.calls] == ["pretrain", "convert"] + 3 * ["finetune"]
+    calls = [argv[0] for argv in runner.calls]
+    assert calls == ["pretrain", "convert"] + 5 * ["finetune"]  # two of them trials
 
 
 def test_without_a_jigsaw_run_nothing_is_called_equal(data, tmp_path):
@@ -315,7 +324,7 @@ def test_the_command_line_changes_the_preset():
     )
     assert (plan.cost, plan.evaluations) == (PRESETS["small"].cost, PRESETS["small"].evaluations)
     assert [arm.name for arm in plan.arms] == [
-        *(f"tau {value}" for value in (0.5, 0.6, 0.7, 0.8, 1.0)),
+        *(f"tau {value}" for value in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)),
         *("scratch", "scratch again"),
     ]
     # A cluster's GPUs are used where this machine has none.

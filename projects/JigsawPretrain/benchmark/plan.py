@@ -190,7 +190,7 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
             replace(_ERF, pretrain=(*_ERF.pretrain, *_PYRAMID)),
         ),
     ),
-    "tau": _variants("tau", "MODEL.JIGSAW.TAU", (0.5, 0.6, 0.7, 0.8, 1.0), _ERF),  # Fig. 7a
+    "tau": _variants("tau", "MODEL.JIGSAW.TAU", (0.5, 0.6, 0.7, 0.8, 0.9, 1.0), _ERF),  # Fig. 7a
     "iterations": tuple(  # Fig. 7b: 16k, 32k, 64k, 128k
         replace(_ERF, name=f"length x{factor:g}", length=factor) for factor in (0.25, 0.5, 1, 2)
     ),

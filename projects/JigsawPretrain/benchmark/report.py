@@ -233,8 +233,8 @@ def budget_text(report: dict) -> str:
     if all(run["status"] != DONE for run in jigsaw):
         return "none yet: no Jigsaw run has finished, so nothing here is at equal total cost"
     return (
-        "equal total cost, as in Table 5: a run from scratch trains longer by what the Jigsaw run "
-        f"of its seed cost before detection{also}, {units}"
+        "equal total cost, as in Table 5: a run from scratch trains for as much as the Jigsaw run "
+        f"of its seed cost in all{also}, {units}"
     )
 
 

@@ -5,7 +5,6 @@ OUTPUT/runs/<arm>/<seed>/{trial,pretrain,weights,detector}
 """
 
 import json
-import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -144,8 +143,9 @@ class Comparison:
         if run.arm.kind == "direct":  # goes on as it was, with nothing frozen
             overrides += ["MODEL.BACKBONE.FREEZE_AT", "0"]
         cfg = pipeline.detector_cfg(overrides)
-        extra = self.extra_iterations(run.index) if run.arm.kind == "scratch" else 0
-        iterations = (self.plan.detection_iterations or cfg.SOLVER.MAX_ITER) + extra
+        iterations = self.plan.detection_iterations or cfg.SOLVER.MAX_ITER
+        if run.arm.kind == "scratch" and self.plan.budget == "total":
+            iterations = self._iterations_of_equal_cost(run, overrides) or iterations
         run.iterations["detection"] = iterations
         if iterations != cfg.SOLVER.MAX_ITER:
             overrides += length_overrides(cfg, iterations)
@@ -189,20 +189,16 @@ class Comparison:
 
     def _direct(self, run: Run) -> Path:
         """A detector trained on small images, in as many iterations as the Jigsaw run's cost is."""
-        pipeline, unit = self.plan.pipeline(self.data, run.seed), self.plan.cost
-        budget, folder = self.budget(run.index, unit), self.folder(run)
+        pipeline = self.plan.pipeline(self.data, run.seed)
+        budget = self.budget(run.index, self.plan.cost)
         small = [*self.plan.detector]
         small += small_images_overrides(pipeline.detector_cfg(small))
-        title = "trial of direct pre-training"
-        trial = pipeline.finetuning(None, folder / "trial", [*small, *trial_overrides()], title)
-        self._do(run, trial)
-        step = step_seconds(trial.folder) * pipeline.num_gpus
-        if unit == "flops":
-            step = stage_cost(trial.folder, "finetuning")["flops"] / trial.iterations
+        step = self._step_cost(run, small)
         run.iterations["pretraining"] = iterations = max(1, round(budget / step))
         small += length_overrides(pipeline.detector_cfg(small), iterations)
         small += ["TEST.EVAL_PERIOD", "0"]
-        stage = pipeline.finetuning(None, folder / "pretrain", small, "pre-train directly")
+        where = self.folder(run) / "pretrain"
+        stage = pipeline.finetuning(None, where, small, "pre-train directly")
         self._do(run, stage)
         run.costs["pretraining"] = stage_cost(stage.folder, "finetuning")
         return stage.folder / "model_final.pth"
@@ -241,20 +237,31 @@ class Comparison:
         run.commands.append(stage.command)
         run.costs |= {name: stage_cost(stage.folder, name) for name in costs}
 
-    def extra_iterations(self, index: int) -> int:
-        """Detection iterations that arms from scratch get for what pre-training cost.
+    def _iterations_of_equal_cost(self, run: Run, overrides: list[str]) -> int:
+        """Detection iterations from scratch for what the Jigsaw run cost in all; 0 = there is none.
 
-        That of the dearest Jigsaw run with the same seed index, so that each pair has equal cost
-        and further seeds do not change runs that are done.
+        Of the dearest Jigsaw run with the same seed index, so that each pair has equal cost and
+        further seeds do not change runs that are done. At the price of scratch's own iterations,
+        which is not that of the Jigsaw run's: there norm and stages may be frozen.
 
         Raises:
             NotYet: as ``budget``.
         """
-        if self.plan.budget != "total":
+        unit, paid = self.plan.cost, self._jigsaw_runs(run.index)
+        if not paid:
             return 0
-        unit, paid = self.plan.cost, self._jigsaw_runs(index)
-        extra = (r.cost_before_detection(unit) / r.cost_of_an_iteration(unit) for r in paid)
-        return math.ceil(max(extra, default=0))
+        total = max(r.cost_before_detection(unit) + r.costs["finetuning"][unit] for r in paid)
+        return max(1, round(total / self._step_cost(run, overrides)))
+
+    def _step_cost(self, run: Run, overrides: list[str]) -> float:
+        """Cost of one detection iteration from random weights, by a trial of a few."""
+        pipeline = self.plan.pipeline(self.data, run.seed)
+        where, settings = self.folder(run) / "trial", [*overrides, *trial_overrides()]
+        trial = pipeline.finetuning(None, where, settings, "trial of the detector from scratch")
+        self._do(run, trial)
+        if self.plan.cost == "flops":
+            return stage_cost(trial.folder, "finetuning")["flops"] / trial.iterations
+        return step_seconds(trial.folder) * pipeline.num_gpus
 
     def budget(self, index: int, unit: str) -> float:
         """Seconds or FLOPs before detection of the dearest Jigsaw run with the same seed index.
