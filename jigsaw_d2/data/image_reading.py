@@ -55,9 +55,19 @@ def _open(path: str) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        # Pillow decodes the whole of a PNG to see what stands behind its pixels.
+        is_plain = image.format == "PNG" and not _texts_behind_pixels(image.filename)
+        exif = Image.Image.getexif(image) if is_plain else image.getexif()
+        return int(exif.get(ExifTags.Base.Orientation, 1))
     except Exception:  # EXIF is free-form: Detectron2's reader ignores what it cannot parse, too
         return 1
+
+
+def _texts_behind_pixels(path: str) -> bool:
+    """Whether EXIF or text follows a PNG's last pixels, or those happen to look like it."""
+    with open(path, "rb") as file:
+        behind = file.read().rpartition(b"IDAT")[2]
+    return any(kind in behind for kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
 
 
 def _describe(image: Image.Image) -> tuple[int, tuple[str, ...]]:
@@ -65,7 +75,7 @@ def _describe(image: Image.Image) -> tuple[int, tuple[str, ...]]:
     if image.mode in DEEP_MODES:
         raise DataError("image_16_bit")
     _check_memory(image)
-    is_deep = ";16" in str(image.tile)  # before a PNG's EXIF is asked for, which decodes it
+    is_deep = ";16" in str(image.tile)  # before a PNG's EXIF is asked for, which can decode it
     if is_deep:
         _load(image)
         if max(high for _, high in image.convert("RGB").getextrema()) < DARKEST:

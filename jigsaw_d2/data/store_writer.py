@@ -20,10 +20,11 @@ DEFAULT_SHARD_SIZE = 256 << 20
 END_OF_ARCHIVE = bytes(2 * store_format.BLOCK)
 PROGRESS_NAME = "progress.json"
 LOCK_NAME = "lock"
+OLD_NAME = "old"  # what is replaced, until the new store has its name
 
 
 def check_free(path: str | os.PathLike, overwrite: bool) -> None:
-    """Raises DataError where a store may not be written: something is there already.
+    """Raises DataError where a store may not be written: something else is there already.
 
     An empty folder, or an empty disk that is mounted there, may become one.
     """
@@ -31,6 +32,10 @@ def check_free(path: str | os.PathLike, overwrite: bool) -> None:
     is_free = path.is_dir() and all(file.name.startswith(nothing) for file in path.iterdir())
     if path.exists() and not is_free and not overwrite:
         raise DataError(f"{path} exists; --overwrite replaces it, or choose another folder")
+    header = store_format.HEADER_NAME
+    ours = (header, f"part-*/{header}", store_format.PARTIAL_NAME)
+    if path.exists() and not is_free and not any(any(path.glob(name)) for name in ours):
+        raise DataError(f"{path} is no sample store, which alone is replaced: name another folder")
 
 
 class Sample(NamedTuple):
@@ -135,7 +140,7 @@ class StoreWriter:
 
     def _take_over(self) -> None:
         """Keep the finished shards of an interrupted run of the same work; clear all else."""
-        kept = {LOCK_NAME, self.folder.name}
+        kept = {LOCK_NAME, OLD_NAME, self.folder.name}
         with contextlib.suppress(OSError, ValueError, KeyError):
             progress = json.loads((self.partial / PROGRESS_NAME).read_bytes())
             if self.resume_key and progress["resume_key"] == self.resume_key:
@@ -232,7 +237,7 @@ class StoreWriter:
 
     def _replace(self) -> None:
         """Rename the finished folder; an old store steps aside first and goes last."""
-        old = self.partial.with_suffix(".old")
+        old = self.partial / OLD_NAME
         shutil.rmtree(old, ignore_errors=True)
         if self._is_mount:
             old.mkdir()
@@ -244,7 +249,6 @@ class StoreWriter:
             if self.path.exists():
                 os.replace(self.path, old)
             os.replace(self.folder, self.path)
-        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def __enter__(self) -> "StoreWriter":

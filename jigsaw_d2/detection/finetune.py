@@ -267,7 +267,7 @@ def _finetune(cfg: CfgNode, resume: bool, eval_only: bool, force: bool) -> dict[
             "set it to False, or choose a Faster or Mask R-CNN"
         )
     setup_logger(str(output), comm.get_rank(), name="jigsaw_d2", abbrev_name="jigsaw")
-    cfg = _settle_seed(cfg, resume)
+    cfg = _settle_seed(cfg, resume or eval_only)
     default_setup(cfg, SimpleNamespace(config_file="", eval_only=eval_only, resume=resume))
     if comm.is_main_process():
         write_text(output / METADATA_NAMES[0], metadata.to_yaml())
@@ -294,7 +294,7 @@ def _finetune(cfg: CfgNode, resume: bool, eval_only: bool, force: bool) -> dict[
 
 
 def _settle_seed(cfg: CfgNode, resume: bool) -> CfgNode:
-    """A SEED below 0 becomes that of the run to resume, or a new one; the same on every rank."""
+    """A SEED below 0 becomes that of the run in OUTPUT_DIR, or a new one; the same on every rank."""
     if cfg.SEED >= 0:
         return cfg
     seed, path = comm.shared_random_seed(), Path(cfg.OUTPUT_DIR) / "config.yaml"

@@ -79,7 +79,8 @@ def resolve_config(
     if cfg.INPUT.JIGSAW.FIT_TO:
         with torch.device("meta"):
             shapes = build_backbone(cfg).output_shape()
-        stride = max(shapes[name].stride for name in in_features(cfg))
+        # A feature that is not there is refused, with the others named, where the network is built.
+        stride = max((shapes[n].stride for n in in_features(cfg) if n in shapes), default=32)
         fit_input(cfg, store, stride, explicit)
     if cfg.SEED < 0 or not is_settled(cfg):
         decided = comm.all_gather(_decide(cfg) if comm.is_main_process() else [])[0]

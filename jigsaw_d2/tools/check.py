@@ -5,8 +5,8 @@ The same reading serves extraction, fine-tuning and evaluation; nothing is writt
 
 import argparse
 
-from jigsaw_d2.data.arrays import ArrayReader
 from jigsaw_d2.data.cleaning import check_objects, check_same_classes, clean_set, describe
+from jigsaw_d2.data.extraction import ExtractionOptions
 from jigsaw_d2.data.report import ExtractionLog
 from jigsaw_d2.tools import arguments
 from jigsaw_d2.tools.extract import add_sources, sources
@@ -34,12 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Print what is used, skipped and noticed of each set; refuse what no stage could use."""
     args = build_parser().parse_args(argv)
-    reader = ArrayReader(args.channels, args.reader or "") if args.channels else None
+    options = ExtractionOptions(channels=args.channels or 0, reader=args.reader or "")
     classes = {}
     for held_out, source in enumerate(sources(args)):
         if source is None:
             continue
-        clean = clean_set(source, ExtractionLog(args.strict), reader)
+        clean = clean_set(source, ExtractionLog(args.strict), options.array_reader)
         clean.to_coco()  # notes what is missing for the evaluation
         name = getattr(source, "json_file", source.name)
         used = "is read as it is" if clean.is_as_it_was else "is cleaned as said above"

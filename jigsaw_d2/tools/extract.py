@@ -121,8 +121,8 @@ def make_source(
     """
     if dataset and (json_file or images):
         raise ConfigError("give either --json and --images or --dataset, not both")
-    if json_file and not images:
-        raise ConfigError("--json also needs --images, the folder of its images")
+    if bool(json_file) != bool(images):
+        raise ConfigError("--json also needs --images, the folder of its images, and the reverse")
     if dataset:
         return RegisteredSource(dataset)
     return CocoSource(json_file, images) if json_file else None

@@ -9,6 +9,7 @@ import pytest
 from detectron2.data.detection_utils import read_image
 from helpers_store import draw_image
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from jigsaw_d2.data import image_reading
 from jigsaw_d2.data.image_reading import probe_image, read_pixels
@@ -25,6 +26,27 @@ def save(path: Path, image: Image.Image = PICTURE, **options: object) -> str:
 def as_rgb(pixels: np.ndarray) -> np.ndarray:
     """What ``read_pixels`` gives, BGR or grey, as Detectron2's reader gives it."""
     return np.dstack([pixels] * 3) if pixels.ndim == 2 else pixels[..., ::-1]
+
+
+def test_a_png_is_not_decoded_for_its_size_and_its_exif_is_found_behind_the_pixels(
+    tmp_path, monkeypatch
+) -> None:
+    plain = save(tmp_path / "plain.png")
+    rotated = save(
+        tmp_path / "rotated.png",
+        exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03" b"\0\0\0\x01\0\x06\0\0\0\0\0\0",
+    )
+    content = Path(rotated).read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    behind = tmp_path / "behind.png"
+    behind.write_bytes(content[:start] + content[end:-12] + content[start:end] + content[-12:])
+    loaded = []
+    load = PngImageFile.load
+    monkeypatch.setattr(PngImageFile, "load", lambda i: (loaded.append(i.filename), load(i))[1])
+    assert probe_image(plain) == ((40, 64), ())
+    assert probe_image(rotated) == probe_image(str(behind)) == ((64, 40), ("image_rotated",))
+    assert set(loaded) == {str(behind)}
 
 
 @pytest.mark.parametrize("orientation", range(0, 10))

@@ -3,6 +3,7 @@
 import io
 import json
 import multiprocessing
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -87,9 +88,20 @@ def test_existing_store_stays_unless_told_otherwise(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="exists; --overwrite"):
         write(tmp_path / "store", 5)
     assert content(tmp_path / "store") == before
+    kept = tmp_path / "store.old"  # a user's, not ours
+    shutil.copytree(tmp_path / "store", kept)
     write(tmp_path / "store", 5, overwrite=True)
     assert len(SampleStore(tmp_path / "store")) == 5
-    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+    assert content(kept) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["store", "store.old"]
+
+
+def test_only_a_store_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"a photo")
+    with pytest.raises(DataError, match="is no sample store"):
+        write(tmp_path / "photos", 3, overwrite=True)
+    assert content(tmp_path / "photos") == {"a.jpg": b"a photo"}
 
 
 def test_unfinished_is_never_taken_for_whole(tmp_path: Path) -> None:

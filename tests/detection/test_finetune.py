@@ -305,6 +305,7 @@ def test_told_to_stop_a_detector_goes_on_as_if_it_had_not_been(
     assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     names = {"step": "model_0000001.pth", "evaluation": "model_before_evaluation.pth"}
     assert (out / "last_checkpoint").read_text() == names.get(at, "model_final.pth")
+    finetune(setup_finetune(FPN, weights, given), eval_only=True)  # which leaves the seed alone
     finetune(setup_finetune(FPN, weights, given), resume=True)
     resumed = final("out")
     seed = re.search(r"^SEED: (\d+)$", (out / "config.yaml").read_text(), re.MULTILINE)[1]

@@ -12,6 +12,7 @@ from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.engine.run_config import check_held_out, open_store, resolve_config, warn_of_changes
+from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.io import ConfigError
 
 
@@ -142,3 +143,9 @@ def test_a_held_out_store_of_other_categories_is_refused(tmp_path):
     (other / "header.json").write_text(json.dumps(header))
     with pytest.raises(ConfigError, match="same names in the same order"):
         check_held_out(cfg, store)
+
+
+def test_a_feature_that_is_absent_is_named_where_the_template_is_fitted_too(tmp_path):
+    wanted = ["INPUT.JIGSAW.FIT_TO", "auto", "MODEL.JIGSAW.IN_FEATURE", "p5"]
+    with pytest.raises(ConfigError, match="p5"):
+        JigsawTrainer(tiny_cfg(tmp_path, *wanted))

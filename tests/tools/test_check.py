@@ -28,6 +28,11 @@ def test_a_good_set_is_said_to_be_good_and_left_alone(tmp_path, capsys) -> None:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_a_reader_of_arrays_needs_their_channels(tmp_path, capsys) -> None:
+    assert check(make_coco(tmp_path / "set", images=1), "--reader", "module:function") == 2
+    assert "channels" in capsys.readouterr().err
+
+
 def test_faults_are_counted_or_with_strict_end_it(tmp_path, capsys) -> None:
     make_bad_coco(tmp_path)
     assert check(tmp_path, name="bad") == 0

@@ -57,6 +57,7 @@ def test_registered_dataset_by_its_name(tiny_coco, tmp_path, monkeypatch) -> Non
     [
         ([], "name the data"),
         (["--json", "a.json"], "--json also needs --images"),
+        (["--dataset", "a", "--val-images", "b"], "needs --images, the folder of its images, and"),
         (["--json", "a.json", "--images", "b", "--dataset", "c"], "not both"),
         (["--dataset", "no_such_dataset"], "no dataset 'no_such_dataset' is registered"),
         (["--json", "none.json", "--images", "b"], "none.json cannot be read"),
