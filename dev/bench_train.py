@@ -27,7 +27,7 @@ from tabulate import tabulate
 from torch import nn
 
 from jigsaw_d2.config import get_jigsaw_cfg
-from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_macs, device_name
+from jigsaw_d2.cost import TRAIN_FORWARDS, device_name
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.engine.precision import Precision
 from jigsaw_d2.engine.trainer import JigsawTrainer
@@ -197,7 +197,7 @@ def print_speed(args: argparse.Namespace, cfg: CfgNode, folder: str) -> None:
     found = measure_speed(built, args.rounds, args.iters)
     cfg = built["a"][1].cfg
     device = torch.device(cfg.MODEL.DEVICE)
-    macs = backbone_macs(cfg, *cfg.INPUT.JIGSAW.TEMPLATE_SIZE)
+    macs = built["a"][1]._macs
     dtype = Precision.from_config(cfg).dtype or torch.float32
     ceiling = matrix_ceiling(device, dtype, 16384 if device.type == "cuda" else 2048)
     rows = [["row", "images/s", "least", "most", "TFLOP/s", "of ceiling", "ratio"]]

@@ -17,9 +17,6 @@ from jigsaw_d2.io import ConfigError
 
 logger = logging.getLogger(__name__)
 
-FIT_METHODS = ("pad_crop", "warp", "resize")
-SAMPLINGS = ("uniform", "class_balanced")
-AMP_DTYPES = ("float16", "bfloat16", "auto")
 AUTO_NORM = "auto"
 # SOLVER.LR_SCHEDULER_NAME of the paper's schedule. Detectron2's own "WarmupCosineLR" is another
 # curve: its cosine starts at iteration 0 and the warm-up ends on it, below BASE_LR.

@@ -20,7 +20,6 @@ from jigsaw_d2.io import CheckpointError, ConfigError, write_text
 
 if TYPE_CHECKING:
     import torch
-    from detectron2.config import CfgNode
     from torch import nn
 
 COST_LOG_NAME = "cost.json"
@@ -161,28 +160,16 @@ def _row(name: str, entries: list[dict[str, Any]]) -> list[Any]:
     return [name, images, pixels / 1e6, flops / 1e15, seconds / 3600, "; ".join(devices)]
 
 
-def backbone_macs(
-    backbone: "CfgNode | nn.Module", height: int, width: int, channels: int = 3
-) -> int:
+def backbone_macs(backbone: "nn.Module", height: int, width: int, channels: int = 3) -> int:
     """Multiply-accumulates of the convolutions and matrix products of one image's forward pass.
 
     Args:
-        backbone: a backbone, which stays as it is, or a config that builds one.
-        height, width: of the image, in pixels.
-        channels: of the image; a config knows its own.
+        backbone: stays as it is.
+        height, width, channels: of the image; pixels.
     """
     import torch
-    from detectron2.config import CfgNode
-    from detectron2.modeling import build_backbone
     from fvcore.nn import FlopCountAnalysis
 
-    if isinstance(backbone, CfgNode):
-        cfg = backbone.clone()
-        cfg.defrost()
-        cfg.MODEL.DEVICE, channels = "cpu", len(cfg.MODEL.PIXEL_MEAN)
-        cfg.MODEL.RESNETS.NORM = "BN"  # exists everywhere, and does not change the count
-        cfg.MODEL.FPN.NORM = cfg.MODEL.FPN.NORM and "BN"
-        backbone = build_backbone(cfg)
     backbone = copy.deepcopy(backbone).eval()
     parameter = next(backbone.parameters())
     image = torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
@@ -201,13 +188,6 @@ def _deform_conv_macs(inputs: list, outputs: list) -> int:
     out_channels, in_channels, *kernel = get_shape(inputs[1])
     batch, _, *cells = get_shape(outputs[0])
     return batch * math.prod(cells) * out_channels * in_channels * math.prod(kernel)
-
-
-def backbone_flops(
-    backbone: "CfgNode | nn.Module", height: int, width: int, channels: int = 3
-) -> int:
-    """FLOPs of one image's forward pass: two per multiply-accumulate of ``backbone_macs``."""
-    return 2 * backbone_macs(backbone, height, width, channels)
 
 
 def device_name(device: "str | torch.device") -> str:

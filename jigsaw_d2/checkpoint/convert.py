@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jigsaw_d2.checkpoint.formats import to_module, to_timm, to_torchvision
+from jigsaw_d2.checkpoint.formats import to_timm, to_torchvision
 from jigsaw_d2.checkpoint.metadata import WeightsMetadata
 from jigsaw_d2.checkpoint.reading import (
     METADATA_KEY,
@@ -75,8 +75,8 @@ def convert_checkpoint(
     contents: Mapping[str, Any]
     if format == "timm" and not metadata.architecture.is_resnet:
         contents = to_timm(arrays, metadata)
-    elif format == "state_dict":
-        contents = to_module(arrays)
+    elif format == "state_dict":  # without norms that ``set_aside_unused`` has set aside
+        contents = {name: torch.from_numpy(array) for name, array in arrays.items()}
     elif format in ("torchvision", "timm"):  # timm's ResNets have torchvision's names
         contents = to_torchvision(arrays, metadata.architecture)
         # load_state_dict looks here for module names alone; so the metadata is no stray key
@@ -84,7 +84,8 @@ def convert_checkpoint(
     else:
         as_stored = torch.from_numpy if output.suffix == ".pth" else np.asarray
         model = {name: as_stored(array) for name, array in arrays.items()}
-        model[metadata_note(metadata)] = as_stored(np.zeros(0, np.float32))
+        note = ", ".join(f"{key} {value}" for key, value in metadata.required_config().items())
+        model[NOTE + note] = as_stored(np.zeros(0, np.float32))
         contents = {"model": model, "__author__": "jigsaw_d2", "matching_heuristics": True}
         contents[METADATA_KEY] = values
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -98,12 +99,6 @@ def convert_checkpoint(
     if metadata.levels:
         logger.info("trained by the features %s", ", ".join(metadata.levels["trained"]))
     return metadata
-
-
-def metadata_note(metadata: WeightsMetadata) -> str:
-    """The name under which a converted file says what it requires; see ``NOTE``."""
-    values = (f"{key} {value}" for key, value in metadata.required_config().items())
-    return NOTE + ", ".join(values)
 
 
 def check_free(path: str | Path, force: bool) -> None:

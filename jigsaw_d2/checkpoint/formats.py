@@ -139,14 +139,6 @@ def to_torchvision(arrays: Mapping[str, np.ndarray], architecture: Architecture)
     return state
 
 
-def to_module(arrays: Mapping[str, np.ndarray]) -> OrderedDict:
-    """A state dict, tensors of any shapes, of the backbone's module by its own names.
-
-    Without norms of outputs that the pre-training did not use, which strict loading would miss.
-    """
-    return OrderedDict((name, torch.from_numpy(np.array(a))) for name, a in arrays.items())
-
-
 def to_timm(arrays: Mapping[str, np.ndarray], metadata: WeightsMetadata) -> OrderedDict:
     """A state dict, tensors of any shapes, for ``timm.create_model(name, checkpoint_path=...)``.
 

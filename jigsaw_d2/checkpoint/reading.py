@@ -73,9 +73,9 @@ def read_backbone(path: str | Path, trust: bool = False) -> tuple[Arrays, Weight
     return arrays, metadata
 
 
-def read_converted(path: str | Path, trust: bool = False) -> tuple[Arrays, WeightsMetadata]:
+def read_converted(path: str | Path) -> tuple[Arrays, WeightsMetadata]:
     """``read_backbone`` for a converted file alone, whose digest vouches for both."""
-    arrays, metadata = read_tensors(path, trust)
+    arrays, metadata = read_tensors(path)
     if metadata is None or not metadata.digest:
         raise CheckpointError(
             f"{path}: weights without metadata; make such with convert_weights.py --input {path} "

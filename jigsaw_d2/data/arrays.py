@@ -157,12 +157,12 @@ def measure(paths: Sequence[str], reader: ArrayReader) -> dict[str, Any]:
     return sizes | {"pixel_mean": rounded[0], "pixel_std": rounded[1]}
 
 
-def show(image: np.ndarray, channels: Sequence[int] = (0, 1, 2)) -> np.ndarray:
-    """Three ``channels`` of an array (h, w, C) as uint8 RGB (h, w, 3), stretched if not uint8.
+def show(image: np.ndarray) -> np.ndarray:
+    """The first three channels of (h, w, C) as uint8 RGB (h, w, 3), stretched if not uint8.
 
     The last of fewer channels is repeated: grey of one.
     """
-    image = image[..., [min(c, image.shape[2] - 1) for c in channels]]
+    image = image[..., [min(c, image.shape[2] - 1) for c in range(3)]]
     if image.dtype == np.uint8:
         return image
     low, high = np.percentile(image, (1, 99))

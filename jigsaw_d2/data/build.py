@@ -96,18 +96,15 @@ class JigsawLoader(DataLoader):
 
     Attributes:
         position_step: from the number of one image of a batch to that of the next.
-        replaced: how often a damaged sample was replaced so far.
     """
 
     def __init__(self, batches: JigsawBatches, positions: Iterable[range], **options: Any) -> None:
         super().__init__(batches, sampler=positions, batch_size=None, **options)
         self.position_step = getattr(positions, "world_size", 1)
-        self.replaced = 0
         self._named: set[int] = set()
 
     def __iter__(self) -> Iterator[dict]:
         for batch in super().__iter__():
-            self.replaced += len(batch["damaged"])
             for sample, reason in batch["damaged"]:
                 if sample not in self._named:
                     self._named.add(sample)
@@ -239,14 +236,13 @@ def build_jigsaw_train_loader(
 
 
 def build_jigsaw_eval_loader(
-    cfg: CfgNode, store_paths: Sequence[str] | SampleStore, *, rank: int = 0, world_size: int = 1
+    cfg: CfgNode, stores: str | Sequence[str], *, rank: int = 0, world_size: int = 1
 ) -> JigsawLoader:
     """``INPUT.JIGSAW.EVAL_IMAGES`` held-out images, the same in every run, shared by the ranks.
 
     Samples are shown at their own size, unflipped; which four meet, and the crops, are fixed by
     ``INPUT.JIGSAW.EVAL_SEED``. Batches are of the size of training.
     """
-    store = store_paths if isinstance(store_paths, SampleStore) else SampleStore(store_paths)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.INPUT.JIGSAW.SCALE_RANGE, cfg.INPUT.JIGSAW.FLIP_PROB = [1.0, 1.0], 0.0
@@ -255,7 +251,7 @@ def build_jigsaw_eval_loader(
     ends = [cfg.INPUT.JIGSAW.EVAL_IMAGES * r // world_size for r in (rank, rank + 1)]
     size = max(1, cfg.SOLVER.IMS_PER_BATCH // (world_size * cfg.SOLVER.ACCUMULATION_STEPS))
     positions = [range(n, min(n + size, ends[1])) for n in range(*ends, size)]
-    mapper = JigsawDatasetMapper(cfg, store, seed=cfg.INPUT.JIGSAW.EVAL_SEED)
+    mapper = JigsawDatasetMapper(cfg, SampleStore(stores), seed=cfg.INPUT.JIGSAW.EVAL_SEED)
     return _build_loader(cfg, mapper, positions)
 
 

@@ -119,18 +119,14 @@ def canvas_fill(
 
 
 def template_fill(
-    sizes: np.ndarray,
-    groups: np.ndarray,
-    template: JigsawTemplate,
-    scale_range: Sequence[float],
-    size_aware: bool = False,
+    sizes: np.ndarray, groups: np.ndarray, template: JigsawTemplate, scale_range: Sequence[float]
 ) -> dict:
     """{region: {"used", "padded", "cropped"}}; ``sizes`` (n, 2) as of ``expected_pixels``.
 
     "used" and "padded" are shares of the region's pixels; "cropped" is the mean share of a sample's
     pixels that find no place. None for a region whose group is empty.
     """
-    found = expected_pixels(sizes, groups, template, scale_range, size_aware)
+    found = expected_pixels(sizes, groups, template, scale_range)
     fill: dict[str, dict | None] = dict.fromkeys(REGIONS)
     for name, size, (shown, _, _, kept) in zip(REGIONS, template.region_sizes, found.tolist()):
         if not np.isnan(shown):

@@ -18,7 +18,6 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 
 from jigsaw_d2.checkpoint import detector
-from jigsaw_d2.checkpoint.convert import check_free
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
 from jigsaw_d2.checkpoint.reading import is_detector, read_converted, read_tensors
 from jigsaw_d2.config import add_jigsaw_config, flatten
@@ -264,13 +263,12 @@ def fit_machine(cfg: CfgNode) -> None:
         cfg.SOLVER.AMP.ENABLED = False
 
 
-def write_plain_config(path: str | Path, cfg: CfgNode, force: bool = False) -> None:
+def write_plain_config(path: str | Path, cfg: CfgNode) -> None:
     """The same job as a config for Detectron2's own ``tools/train_net.py``, without our keys.
 
     Raises:
-        ConfigError: ``path`` is in the way, or a key of ours without which it is another job.
+        ConfigError: a key of ours without which it is another job.
     """
-    check_free(path, force)
     ours = [key for key in _changes_of_ours(cfg) if not key.startswith(_DONE_BEFORE)]
     ours += ["INPUT.FORMAT"] * bool(channels_of(cfg.INPUT.FORMAT))
     if ours:
@@ -296,20 +294,18 @@ def _changes_of_ours(cfg: CfgNode) -> list[str]:
 
 
 def config_changes(before: CfgNode, after: CfgNode) -> dict[str, Any]:
-    """Nested plain dict of the values in ``after`` that differ from those of ``before``'s keys."""
-    changes: dict[str, Any] = {}
-    for key, old in before.items():
-        if isinstance(old, CfgNode):
-            inner = config_changes(old, after[key])
-            changes |= {key: inner} if inner else {}
-        elif old != after[key]:
-            changes[key] = json.loads(json.dumps(after[key]))  # YAML knows lists, no tuples
-    return changes
+    """{"A.B": value}: the plain values of ``before``'s keys that are others in ``after``."""
+    now = dict(flatten(after))  # YAML knows lists, no tuples
+    return {k: json.loads(json.dumps(now[k])) for k, old in flatten(before) if old != now[k]}
 
 
 def changes_yaml(changes: Mapping[str, Any]) -> str:
-    """As a block that can be pasted into a config."""
-    return yaml.safe_dump(changes, sort_keys=True, default_flow_style=None) if changes else "{}\n"
+    """{"A.B": value} as a block that can be pasted into a config."""
+    nested: dict[str, Any] = {}
+    for key, value in changes.items():
+        *nodes, last = key.split(".")
+        functools.reduce(lambda node, part: node.setdefault(part, {}), nodes, nested)[last] = value
+    return yaml.safe_dump(nested, sort_keys=True, default_flow_style=None)
 
 
 def get_key(cfg: CfgNode, key: str) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -40,7 +41,7 @@ from jigsaw_d2.engine.hooks import CheckpointHook
 from jigsaw_d2.engine.interrupt import StopNotice
 from jigsaw_d2.engine.launch import explained, lock_output
 from jigsaw_d2.engine.optimizer import build_optimizer
-from jigsaw_d2.engine.state import JigsawCheckpointer, gather_random_states, set_random_state
+from jigsaw_d2.engine.state import JigsawCheckpointer, get_random_state, set_random_state
 from jigsaw_d2.io import RunError, write_text
 from jigsaw_d2.modeling.backbones import unknown_explained
 
@@ -73,12 +74,9 @@ class FastCOCOEvaluator(COCOEvaluator):
     def evaluate(self, img_ids: list[int] | None = None) -> dict[str, Any]:
         """Detectron2's metrics; the log says how long they took."""
         start = time.perf_counter()
-        before = {n: getattr(coco_evaluation, n) for n in ("COCOeval", "COCOeval_opt")}
-        vars(coco_evaluation).update(dict.fromkeys(before, _coco_eval))  # no caller can choose it
-        try:
+        ours = {"COCOeval": _coco_eval, "COCOeval_opt": _coco_eval}  # no caller can choose it
+        with mock.patch.multiple(coco_evaluation, **ours):
             results = super().evaluate(img_ids)
-        finally:
-            vars(coco_evaluation).update(before)
         seconds = time.perf_counter() - start
         logger.info("COCO's metrics by %s took %.2f s", COCOeval.__module__.split(".")[0], seconds)
         return results
@@ -162,7 +160,7 @@ class FinetuneTrainer(DefaultTrainer):
 
     def save_checkpoint(self, name: str) -> None:
         """Write ``name``.pth, with the random states of every rank, which all must call it."""
-        states = gather_random_states(self._device)
+        states = comm.all_gather(get_random_state(self._device))
         if comm.is_main_process():
             state = {"trainer": self.state_dict(), "iteration": self.iter}
             self.checkpointer.save(name, **state, random_states=states)
@@ -294,7 +292,7 @@ def _finetune(cfg: CfgNode, resume: bool, eval_only: bool, force: bool) -> dict[
 
 
 def _settle_seed(cfg: CfgNode, resume: bool) -> CfgNode:
-    """A SEED below 0 becomes that of the run in OUTPUT_DIR, or a new one; the same on every rank."""
+    """A SEED below 0 becomes that of the run that is there, or a new one; alike on all ranks."""
     if cfg.SEED >= 0:
         return cfg
     seed, path = comm.shared_random_seed(), Path(cfg.OUTPUT_DIR) / "config.yaml"

@@ -152,7 +152,7 @@ def apply_metadata(
     conflicts = []
     for key, value in wanted.items():
         node, _, last = key.rpartition(".")
-        holder = _at(cfg, node)
+        holder = OmegaConf.select(cfg, node)
         if holder is None or last not in holder:  # FCOS does not say its input_format
             continue
         have = holder.get(last)
@@ -163,14 +163,6 @@ def apply_metadata(
             holder[last] = value
     if conflicts and not force:
         raise ConfigError(f"config and weights contradict each other: {'; '.join(conflicts)}")
-
-
-def _at(cfg: DictConfig, path: str) -> DictConfig | None:
-    for part in path.split("."):
-        if not isinstance(cfg, DictConfig) or part not in cfg:
-            return None
-        cfg = cfg[part]
-    return cfg
 
 
 def build(cfg: DictConfig, place: str, path: str) -> Any:
@@ -264,7 +256,7 @@ def _fit_classes(cfg: DictConfig, explicit: set[str]) -> None:
     DatasetCatalog.get(name)  # Detectron2 learns the classes while it reads the json
     classes = MetadataCatalog.get(name).thing_classes
     for place in ("model", "model.roi_heads"):
-        node, key = _at(cfg, place), f"{place}.num_classes"
+        node, key = OmegaConf.select(cfg, place), f"{place}.num_classes"
         if node is None or "num_classes" not in node:
             continue
         if key in explicit and node.num_classes != len(classes):

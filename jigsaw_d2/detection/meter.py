@@ -9,7 +9,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch import nn
 
-from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_flops, device_name, record_stage
+from jigsaw_d2.cost import TRAIN_FORWARDS, backbone_macs, device_name, record_stage
 from jigsaw_d2.engine.optimizer import backbone_of
 
 
@@ -28,7 +28,8 @@ class ComputeMeter:
     def flops_per_pixel(self) -> float:
         """Of the backbone with FPN, backward pass included; proposals and RoI heads are not."""
         forwards = TRAIN_FORWARDS if self._stage == "finetuning" else 1
-        return forwards * backbone_flops(self._backbone, 128, 128, self._channels) / 128**2
+        macs = backbone_macs(self._backbone, 128, 128, self._channels)
+        return 2 * forwards * macs / 128**2
 
     def __enter__(self) -> "ComputeMeter":
         self._handle = self._backbone.register_forward_pre_hook(self._note)

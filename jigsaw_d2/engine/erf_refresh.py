@@ -139,11 +139,10 @@ class ErfRefreshHook(HookBase):
             if since_first % max(self._period // PROBES_PER_PERIOD, 1) == 0:
                 self.refresh(iteration, least_drift=self._max_drift)
 
-    def refresh(self, iteration: int, least_drift: float | None = None) -> float:
+    def refresh(self, iteration: int, least_drift: float | None = None) -> None:
         """Measure and, unless the weights changed by no more than ``least_drift``, install them.
 
-        Returns:
-            The drift: mean absolute change of the weights against those in force.
+        The drift is the mean absolute change of the weights against those in force.
         """
         start = time.perf_counter()
         average_statistics(self._model)  # one network is measured, by parts
@@ -162,7 +161,6 @@ class ErfRefreshHook(HookBase):
         self._record(seconds)
         if comm.is_main_process():
             self._report(iteration, found, drift, seconds, first, installed)
-        return drift
 
     def _measure_level(self, name: str, iteration: int) -> ErfMeasurement:
         """As ``_measure``, once more where that overflows; of every cell, the same on all ranks."""
@@ -210,7 +208,7 @@ class ErfRefreshHook(HookBase):
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(total)
         filled = fill_between(total / len(images), self._cells[name])
-        return ErfMeasurement(filled, maps, len(images))
+        return ErfMeasurement(filled, maps)
 
     def _report(
         self,
@@ -254,12 +252,9 @@ class ErfRefreshHook(HookBase):
             storage.put_image("erf/regions", figure_pixels(figure))
 
     def _record(self, seconds: float) -> None:
-        """The measurement's cost, to the trainer's cost log if it keeps one."""
-        cost_log = getattr(self.trainer, "cost_log", None)
-        if cost_log is None:
-            return
+        """The measurement's cost, to the trainer's cost log."""
         height, width = self._model.template.height, self._model.template.width
-        cost_log.record(
+        self.trainer.cost_log.record(
             "erf_refresh",
             images=self._num_images,
             pixels=self._num_images * height * width,

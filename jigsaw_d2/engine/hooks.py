@@ -1,6 +1,7 @@
 """What happens around the steps of a pre-training: speed, cost log, checkpoints, figures."""
 
 import logging
+import math
 import resource
 import signal
 import sys
@@ -13,7 +14,7 @@ from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from jigsaw_d2.cost import TRAIN_FORWARDS, CostLog
+from jigsaw_d2.cost import TRAIN_FORWARDS
 from jigsaw_d2.engine.interrupt import StopNotice
 from jigsaw_d2.engine.state import WRITE_PERIOD, set_random_state
 
@@ -30,39 +31,16 @@ class MeterHook(HookBase):
     which come after, are no part of the speed.
     """
 
-    def __init__(
-        self,
-        cost_log: CostLog,
-        *,
-        images: int,
-        pixels: int,
-        macs: int,
-        pyramid_macs: int = 0,
-        device: torch.device,
-        world_size: int = 1,
-        checkpoint_period: int = 0,
-    ) -> None:
+    def __init__(self, macs: int, pyramid_macs: int = 0) -> None:
         """
         Args:
-            cost_log: of the run.
-            images: per step, over all ranks.
-            pixels: per image.
             macs: multiply-accumulates of one image's forward pass.
             pyramid_macs: those of them that a feature pyramid adds to its bottom-up network.
-            device: whose memory is looked at.
-            world_size: number of devices that work on a step.
-            checkpoint_period: of the run; what a checkpoint holds is in the cost log before it.
         """
-        self._cost_log = cost_log
-        self._images = images
-        self._pixels = pixels
         self._macs = macs
         self._facts = {"macs_per_image": macs}
         if pyramid_macs:
             self._facts["pyramid_macs_per_image"] = pyramid_macs
-        self._device = device
-        self._world_size = world_size
-        self._checkpoint_period = checkpoint_period
         self._steps = 0
         self._seconds = self._run_seconds = self._start = 0.0
 
@@ -71,21 +49,21 @@ class MeterHook(HookBase):
 
     def after_step(self) -> None:
         """Scalars of the step just done; the cost log every WRITE_PERIOD steps and checkpoint."""
-        storage = self.trainer.storage
+        storage, solver = self.trainer.storage, self.trainer.cfg.SOLVER
         elapsed = time.perf_counter() - self._start
         self._steps += 1
         self._seconds += elapsed
         self._run_seconds += elapsed
         waited = storage.latest().get("data_time", (0.0, 0))[0]
-        storage.put_scalar("images_per_s", self._images / max(elapsed, 1e-9))
+        storage.put_scalar("images_per_s", solver.IMS_PER_BATCH / max(elapsed, 1e-9))
         storage.put_scalar("data_wait_share", min(waited / max(elapsed, 1e-9), 1.0))
-        erf = self._cost_log.seconds.get("erf_refresh", 0.0) / self._world_size
+        erf = self.trainer.cost_log.seconds.get("erf_refresh", 0.0) / comm.get_world_size()
         storage.put_scalar("erf_share", erf / (erf + self._run_seconds), smoothing_hint=False)
         done = self.trainer.iter + 1
         if done % WRITE_PERIOD == 0:
-            storage.put_scalar("memory_mb", memory_mb(self._device), smoothing_hint=False)
+            storage.put_scalar("memory_mb", memory_mb(self.trainer.device), False)
             self._flush()
-        elif self._checkpoint_period > 0 and done % self._checkpoint_period == 0:
+        elif solver.CHECKPOINT_PERIOD > 0 and done % solver.CHECKPOINT_PERIOD == 0:
             self._flush()
 
     def after_train(self) -> None:
@@ -93,13 +71,13 @@ class MeterHook(HookBase):
 
     def _flush(self) -> None:
         if self._steps:
-            images = self._steps * self._images
-            self._cost_log.record(
+            images = self._steps * self.trainer.cfg.SOLVER.IMS_PER_BATCH
+            self.trainer.cost_log.record(
                 "pretraining",
                 images=images,
-                pixels=images * self._pixels,
+                pixels=images * math.prod(self.trainer.cfg.INPUT.JIGSAW.TEMPLATE_SIZE),
                 flops=2 * self._macs * TRAIN_FORWARDS * images,
-                seconds=self._seconds * self._world_size,
+                seconds=self._seconds * comm.get_world_size(),
                 **self._facts,
             )
         self._steps, self._seconds = 0, 0.0
@@ -130,14 +108,9 @@ class MeterPrinter(EventWriter):
             f"  data wait: {value['data_wait_share']:.1%}  erf: {value['erf_share']:.1%}"
             f"  memory: {value.get('memory_mb', memory_mb(self._device)):.0f}M"
         )
-        tops = [
-            f"{100 * value[f'region/R{r}_top1']:.1f}" for r in range(1, 5) if self._has(value, r)
-        ]
+        names = [f"region/R{r}_top1" for r in range(1, 5)]
+        tops = [f"{100 * value[name]:.1f}" for name in names if name in value]
         logger.info("%s%s", line, f"  top-1 of R1..R4: {' '.join(tops)} %" if tops else "")
-
-    @staticmethod
-    def _has(value: dict[str, float], region: int) -> bool:
-        return f"region/R{region}_top1" in value
 
 
 class CheckpointHook(HookBase):
@@ -205,12 +178,14 @@ class FirstBatchHook(HookBase):
         """Draw it, after the first step alone."""
         if self.trainer.iter > 0:
             return
-        from jigsaw_d2.visualization.jigsaw import save_batch_figure  # brings matplotlib in
+        from jigsaw_d2.visualization.figures import figure_pixels, save_figure  # with matplotlib
+        from jigsaw_d2.visualization.jigsaw import batch_figure
 
         step = self.trainer._trainer
         path = Path(self.trainer.cfg.OUTPUT_DIR) / "figures" / "first_batch.png"
-        pixels = save_batch_figure(step.record.batches[0], step.data_loader, path)
-        self.trainer.storage.put_image("first_batch", pixels)
+        figure = batch_figure(step.batches[0], step.data_loader)
+        save_figure(figure, path)
+        self.trainer.storage.put_image("first_batch", figure_pixels(figure))
         logger.info("the first batch is drawn in %s", path)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from detectron2.engine import launch
@@ -76,7 +77,8 @@ def launch_job(
     limit = timedelta(seconds=timeout)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if not on_gpu:
-            stack.enter_context(_hidden_gpus())
+            # The processes see no GPU: Detectron2 would join them by NCCL if they did.
+            stack.enter_context(mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""))
         try:
             with passed_on():
                 launch(
@@ -97,20 +99,6 @@ def launch_job(
             # One that lost a peer may be the first to say so; the peer's own words say why.
             lost, text = min(said)
             raise (PeerLostError if lost else RunError)(text) from error
-
-
-@contextlib.contextmanager
-def _hidden_gpus() -> Iterator[None]:
-    """Processes started meanwhile see no GPU: Detectron2 would join them by NCCL if they did."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def _run_and_leave(folder: str, timeout: float, main_func: Callable[..., Any], *args: Any) -> None:
@@ -214,19 +202,11 @@ def explained(timeout: float) -> Iterator[None]:
                 f"out of GPU memory ({text.splitlines()[0]}): lower SOLVER.IMS_PER_BATCH or the "
                 "size of the images"
             ) from error
-        lost = as_peer_lost(error, timeout)
-        if lost is None:
+        alone = comm.get_world_size() == 1
+        if isinstance(error, JigsawError) or alone or not _PEER_GONE.search(text):
             raise
-        raise lost from error
-
-
-def as_peer_lost(error: RuntimeError, timeout: float) -> PeerLostError | None:
-    """The readable error for one that a lost peer caused in this process, or None for any other."""
-    text = str(error)
-    if isinstance(error, JigsawError) or comm.get_world_size() == 1 or not _PEER_GONE.search(text):
-        return None
-    return PeerLostError(
-        f"rank {comm.get_rank()} lost a peer: another process died, or said nothing for "
-        f"SOLVER.PEER_TIMEOUT = {timeout:g} s ({text.splitlines()[0]}); see the other ranks' logs, "
-        "then start again with --resume"
-    )
+        raise PeerLostError(
+            f"rank {comm.get_rank()} lost a peer: another process died, or said nothing for "
+            f"SOLVER.PEER_TIMEOUT = {timeout:g} s ({text.splitlines()[0]}); see the other ranks' "
+            "logs, then start again with --resume"
+        ) from error

@@ -1,6 +1,5 @@
 """Number formats of a training step, and which of them this machine runs fastest."""
 
-import contextlib
 import logging
 import os
 import time
@@ -12,7 +11,6 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
-from jigsaw_d2.config import AMP_DTYPES
 from jigsaw_d2.io import ConfigError
 from jigsaw_d2.modeling.activation_checkpointing import checkpoint_activations
 from jigsaw_d2.modeling.backbones import unknown_explained
@@ -48,15 +46,13 @@ class Precision:
             return cls(device_type)
         if amp.DTYPE not in _DTYPES:
             raise ConfigError(
-                f"SOLVER.AMP.DTYPE is {amp.DTYPE!r}; choose one of {', '.join(AMP_DTYPES)}"
+                f"SOLVER.AMP.DTYPE is {amp.DTYPE!r}; choose one of {', '.join(_DTYPES)}, auto"
             )
         return cls(device_type, _DTYPES[amp.DTYPE])
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> torch.autocast:
         """Context of the forward pass and the loss."""
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device_type, dtype=self.dtype)
+        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Scales the loss where gradients would underflow (float16); otherwise does nothing."""
@@ -112,7 +108,8 @@ def _time_candidates(cfg: CfgNode) -> dict[tuple[str, bool], float]:
     configure_backends(cfg)
     with torch.random.fork_rng(cuda):
         batch = _noise_batch(cfg, device)
-        for channels_last in _formats(cfg):
+        given = cfg.MODEL.JIGSAW.CHANNELS_LAST
+        for channels_last in [True, False] if given is None else [given]:
             cfg.MODEL.JIGSAW.CHANNELS_LAST = channels_last
             with unknown_explained(cfg):
                 model = build_model(cfg).train()
@@ -127,11 +124,6 @@ def _time_candidates(cfg: CfgNode) -> dict[tuple[str, bool], float]:
     if cuda:
         torch.cuda.empty_cache()
     return seconds
-
-
-def _formats(cfg: CfgNode) -> list[bool]:
-    given = cfg.MODEL.JIGSAW.CHANNELS_LAST
-    return [True, False] if given is None else [given]
 
 
 def _dtypes(cfg: CfgNode, device: torch.device) -> list[str]:

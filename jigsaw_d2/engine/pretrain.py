@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 def run(args: argparse.Namespace) -> None:
     """The work of one process."""
-    given = load_config(args)
-    with lock_output(given.OUTPUT_DIR, args.eval_only), explained(given.SOLVER.PEER_TIMEOUT):
-        cfg = setup(args)
+    cfg = load_config(args)
+    with lock_output(cfg.OUTPUT_DIR, args.eval_only), explained(cfg.SOLVER.PEER_TIMEOUT):
+        cfg = setup(cfg, args)
         trainer = JigsawTrainer(cfg, explicit=args.opts[::2])
         if args.eval_only:
             evaluate_only(trainer, args.resume)
@@ -46,13 +46,12 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
+def setup(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     """Resolved config, logger, seed; config.yaml is saved in OUTPUT_DIR, not by --eval-only.
 
     Raises:
         RunError: OUTPUT_DIR holds a run and this is a new one.
     """
-    cfg = load_config(args)
     folder = Path(cfg.OUTPUT_DIR)
     if not (args.resume or args.eval_only) and comm.is_main_process():
         check_new(folder)

@@ -15,7 +15,7 @@ from jigsaw_d2.config_files import import_kept, refuse_program
 from jigsaw_d2.engine.precision import Precision
 from jigsaw_d2.engine.run_config import use_device
 from jigsaw_d2.engine.state import set_random_state
-from jigsaw_d2.engine.train_step import StepRecord, TrainStep
+from jigsaw_d2.engine.train_step import TrainStep
 from jigsaw_d2.io import CheckpointError, open_atomically
 from jigsaw_d2.modeling.backbones import unknown_explained
 from jigsaw_d2.modeling.meta_arch import JigsawPretrainer
@@ -46,7 +46,6 @@ def save_step(
     The parameters are those before the step. (Running statistics of batch norm have seen it; a
     training step does not read them.)
     """
-    record: StepRecord = step.record
     content = {
         "jigsaw_replay": 1,
         "config": cfg.dump(),
@@ -55,18 +54,11 @@ def save_step(
         "model": model.state_dict(),
         "optimizer": step.optimizer.state_dict(),
         "grad_scaler": step.grad_scaler.state_dict(),
-        "batches": record.batches,
-        "random_state": record.random_state,
+        "batches": step.batches,
+        "random_state": step.random_state,
     }
     with open_atomically(path) as stream:
         torch.save(content, stream)
-
-
-def sample_ids(batches: list[dict[str, Any]]) -> list[list[int]]:
-    """Ids of the four samples of each image, in the order of the batches."""
-    return [
-        ids for batch in batches if "sample_ids" in batch for ids in batch["sample_ids"].tolist()
-    ]
 
 
 def replay_step(

@@ -36,7 +36,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from jigsaw_d2 import __version__
-from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.store_format import hash_image_ids
 from jigsaw_d2.io import CheckpointError, ConfigError, RunError, open_atomically, write_text
 from jigsaw_d2.modeling.erf import unwrap
@@ -132,9 +131,14 @@ def collect_state(trainer: DefaultTrainer) -> dict[str, Any]:
         "scheduler": trainer.scheduler.state_dict(),
         "jigsaw": {
             "config": cfg.dump(),
-            "store": describe_store(trainer.store),
+            "store": {
+                "categories": list(trainer.store.categories),
+                "fingerprint": trainer.store.fingerprint,
+                "dataset": str(trainer.store.header.get("source", "")),
+                "image_ids_hash": hash_image_ids(trainer.store.image_ids),
+            },
             "sampler": {"seed": cfg.SEED, "position": images_seen},
-            "rng": gather_random_states(trainer.device),
+            "rng": comm.all_gather(get_random_state(trainer.device)),
             "events": smoothed_events(trainer.storage),
             "images_seen": images_seen,
             "code_version": __version__,
@@ -217,16 +221,6 @@ def _restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict({**state, "param_groups": groups})
 
 
-def describe_store(store: SampleStore) -> dict[str, Any]:
-    """What a checkpoint remembers of its data."""
-    return {
-        "categories": list(store.categories),
-        "fingerprint": store.fingerprint,
-        "dataset": str(store.header.get("source", "")),
-        "image_ids_hash": hash_image_ids(store.image_ids),
-    }
-
-
 def smoothed_events(storage: EventStorage) -> dict[str, list[list[float]]]:
     """The last (value, iteration) pairs of each scalar that writers smooth."""
     names = [name for name, smooth in storage.smoothing_hints().items() if smooth]
@@ -262,11 +256,6 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def gather_random_states(device: torch.device) -> list[dict[str, Any]]:
-    """States of all ranks, in order, on every rank; all of them must call it."""
-    return comm.all_gather(get_random_state(device))
 
 
 @torch.no_grad()

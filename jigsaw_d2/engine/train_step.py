@@ -5,7 +5,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -120,19 +119,14 @@ class DeviceBatches:
         return batch, {**batch, **inputs}
 
 
-@dataclass
-class StepRecord:
-    """What it takes to do the step again: its batches, and the random state before it."""
-
-    batches: list[Batch] = field(default_factory=list)
-    random_state: dict[str, Any] = field(default_factory=dict)
-
-
 class TrainStep:
     """Runs steps of SOLVER.ACCUMULATION_STEPS backward passes each.
 
     The gradient is the mean over all images of the step, as of one large batch: each pass's loss, a
     mean over its images, is divided by the number of passes. (Batch norm sees the passes apart.)
+
+    Attributes:
+        batches, random_state: what it takes to do the last step again.
     """
 
     def __init__(
@@ -157,7 +151,8 @@ class TrainStep:
         self.grad_scaler = precision.grad_scaler()
         self.data_loader: Iterable[Batch] = ()
         self._batches = DeviceBatches(iter(()), self.device)
-        self.record = StepRecord()
+        self.batches: list[Batch] = []
+        self.random_state: dict[str, Any] = {}
 
     def feed(self, data_loader: Iterable[Batch]) -> None:
         """Take batches from here on.
@@ -180,7 +175,7 @@ class TrainStep:
             Scalars averaged over ranks: "total_loss", the losses by name where there are several,
             and "data_time", the seconds for which the device waited for data.
         """
-        self.record = StepRecord(random_state=get_random_state(self.device))
+        self.batches, self.random_state = [], get_random_state(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         report = self._accumulate()
         scalars, own = report.wait()
@@ -193,11 +188,12 @@ class TrainStep:
     def _accumulate(self) -> LossReport:
         """All backward passes of the step; its scalars, summed up over the passes."""
         sums: dict[str, Tensor | float] = {"data_time": 0.0}
+        ddp = isinstance(self.model, DistributedDataParallel)
         for n in range(self.accumulation_steps):
             last = n == self.accumulation_steps - 1
             batch, moved = self._batches.take()
-            self.record.batches.append(batch)
-            with contextlib.nullcontext() if last else self._without_sync():
+            self.batches.append(batch)
+            with contextlib.nullcontext() if last or not ddp else self.model.no_sync():
                 losses = self._forward(moved)
                 loss = sum(losses.values())
                 terms = {"total_loss": loss, **(losses if len(losses) > 1 else {})}
@@ -215,9 +211,3 @@ class TrainStep:
         with self.precision.autocast():
             losses = self.model(batch)
         return {name: value / self.accumulation_steps for name, value in losses.items()}
-
-    def _without_sync(self) -> contextlib.AbstractContextManager:
-        """Passes before the last keep their gradients to themselves."""
-        if isinstance(self.model, DistributedDataParallel):
-            return self.model.no_sync()
-        return contextlib.nullcontext()

@@ -23,8 +23,6 @@ from detectron2.utils.events import (
     TensorboardXWriter,
 )
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from jigsaw_d2.checkpoint.loading import load_backbone
 from jigsaw_d2.cost import CostLog, backbone_macs, device_name
@@ -42,7 +40,7 @@ from jigsaw_d2.engine.interrupt import StopNotice
 from jigsaw_d2.engine.lr_schedule import build_lr_scheduler
 from jigsaw_d2.engine.optimizer import build_optimizer
 from jigsaw_d2.engine.precision import Precision, configure_backends
-from jigsaw_d2.engine.replay import sample_ids, save_step
+from jigsaw_d2.engine.replay import save_step
 from jigsaw_d2.engine.run_config import open_store, resolve_config, warn_of_changes
 from jigsaw_d2.engine.state import (
     JigsawCheckpointer,
@@ -123,15 +121,8 @@ class JigsawTrainer(DefaultTrainer):
         with unknown_explained(cfg):
             return super().build_model(cfg)
 
-    @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        """See ``optimizer``."""
-        return build_optimizer(cfg, model)
-
-    @classmethod
-    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
-        """See ``lr_schedule``."""
-        return build_lr_scheduler(cfg, optimizer)
+    build_optimizer = staticmethod(build_optimizer)
+    build_lr_scheduler = staticmethod(build_lr_scheduler)
 
     @classmethod
     def build_train_loader(
@@ -146,10 +137,8 @@ class JigsawTrainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str | list[str]) -> Iterable[Batch]:
         """This rank's share of INPUT.JIGSAW.EVAL_IMAGES images from the store(s)."""
-        paths = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
-        return build_jigsaw_eval_loader(
-            cfg, paths, rank=comm.get_rank(), world_size=comm.get_world_size()
-        )
+        rank, size = comm.get_rank(), comm.get_world_size()
+        return build_jigsaw_eval_loader(cfg, dataset_name, rank=rank, world_size=size)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str | list[str]) -> DatasetEvaluator:
@@ -174,21 +163,10 @@ class JigsawTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         """In the order of the work around a step."""
-        cfg = self.cfg
-        height, width = cfg.INPUT.JIGSAW.TEMPLATE_SIZE
-        model = self.checkpointer.model
+        cfg, model = self.cfg, self.checkpointer.model
         made = [
             hooks.IterationTimer(),
-            MeterHook(
-                self.cost_log,
-                images=cfg.SOLVER.IMS_PER_BATCH,
-                pixels=height * width,
-                macs=self._macs,
-                pyramid_macs=self._pyramid_macs,
-                device=self.device,
-                world_size=comm.get_world_size(),
-                checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
-            ),
+            MeterHook(self._macs, self._pyramid_macs),
             hooks.LRScheduler(),
             build_erf_refresh_hook(cfg, model, self.store, self._macs),
             CheckpointHook(cfg.SOLVER.CHECKPOINT_PERIOD, self._notice, cfg.TEST.EVAL_PERIOD),
@@ -246,7 +224,7 @@ class JigsawTrainer(DefaultTrainer):
             kept = f"Repeat the step with train_net.py --replay {path}"
         except OSError as error:
             kept = f"The step could not be kept ({error})"
-        ids = sample_ids(self._trainer.record.batches)
+        ids = [row for batch in self._trainer.batches for row in batch["sample_ids"].tolist()]
         return (
             f"the loss is {loss}; nothing was updated. {kept}; "
             f"sample ids R1..R4 of its images: {ids[:8]}{' ... (all in the file)' * (len(ids) > 8)}"
@@ -255,34 +233,23 @@ class JigsawTrainer(DefaultTrainer):
     def save_checkpoint(self, name: str) -> None:
         """Write ``name``.pth; every rank must call it."""
         average_statistics(self.checkpointer.model)
-        state = self.state_dict()
+        state = collect_state(self)
         if comm.is_main_process():
             self.checkpointer.save(name, **state)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All but the model, see ``run_state``. Collective: gathers every rank's random state."""
-        return collect_state(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after the iteration of a checkpoint's state.
-
-        Raises:
-            CheckpointError: the store is not the one that the run was training on.
-        """
-        self.resumed = restore_state(self, state_dict)
-        self.start_iter = self.iter + 1
 
     def resume_or_load(self, resume: bool = True) -> None:
         """From OUTPUT_DIR's last checkpoint, or from MODEL.WEIGHTS, or from nothing.
 
         Raises:
+            CheckpointError, ConfigError: see ``restore_state``.
             RunError: not all ranks start from the same.
         """
         if resume and self.checkpointer.has_checkpoint():
             path = self.checkpointer.get_checkpoint_file()
             state = self.checkpointer.load_state(path)
             warn_of_changes(self.cfg, state["jigsaw"]["config"])
-            self.load_state_dict(state)
+            self.resumed = restore_state(self, state)
+            self.start_iter = self.iter + 1
             logger.info("resuming at iteration %d", self.start_iter)
         elif self.cfg.MODEL.WEIGHTS:
             model, form = self.checkpointer.model, self.cfg.INPUT.FORMAT

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
 
 from jigsaw_d2.data.template import JigsawTemplate
@@ -16,6 +17,7 @@ from jigsaw_d2.modeling.losses import NUM_REGIONS
 
 # Times the gradient in float16, which without it rounds what is below 6e-8 to nothing.
 FLOAT16_SCALE = 1024.0
+BATCH_SIZE = 16  # images of one pass; bounds the memory
 GRADS = {"abs": torch.abs, "relu": torch.relu}
 
 # Luo et al. 2016, cited by the paper, leave the reduction open; this is ours.
@@ -29,7 +31,7 @@ GRAD_WORDS = {"abs": "absolute value", "relu": "positive part"}
 
 @dataclass(frozen=True)
 class ErfMeasurement:
-    """Mean over ``num_images`` images of what was measured.
+    """Mean over images of what was measured.
 
     region_sums: float64 (h, w, S), the part of each cell's ERF inside each region; zero in cells
         that were not measured.
@@ -39,7 +41,6 @@ class ErfMeasurement:
 
     region_sums: Tensor
     region_maps: Tensor | None
-    num_images: int
 
 
 def erf_region_sums(
@@ -68,7 +69,7 @@ def measure_erf(
     *,
     cells: Sequence[tuple[int, int]] | None = None,
     with_maps: bool = False,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     amp_dtype: torch.dtype | None = None,
 ) -> ErfMeasurement:
     """Region sums of every cell's ERF and, if asked, the map of each region's cells.
@@ -113,7 +114,7 @@ def measure_erf(
     region_sums = torch.zeros(shape[0] * shape[1], NUM_REGIONS, dtype=torch.float64, device=device)
     region_sums[list(sums)] = torch.stack(list(sums.values()))
     region_sums = region_sums.view(*shape, NUM_REGIONS)
-    return ErfMeasurement(region_sums / count, maps / count if with_maps else None, count)
+    return ErfMeasurement(region_sums / count, maps / count if with_maps else None)
 
 
 def erf_maps(
@@ -122,9 +123,6 @@ def erf_maps(
     cells: Sequence[tuple[int, int]],
     feature: str = "res5",
     grad: str = "abs",
-    *,
-    batch_size: int = 16,
-    amp_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Whole ERF of chosen cells, no template needed.
 
@@ -140,8 +138,8 @@ def erf_maps(
     with measuring(backbone) as network:
         device = _device_of(network, images)
         maps = torch.zeros(len(cells), *images.shape[2:], device=device)
-        for chunk in images.split(batch_size):
-            _, found = _cell_maps(network, chunk.to(device), feature, grad, amp_dtype, cells)
+        for chunk in images.split(BATCH_SIZE):
+            _, found = _cell_maps(network, chunk.to(device), feature, grad, None, cells)
             for index, (_, erf) in enumerate(found):
                 maps[index] += erf.sum(dim=0)
     return check_finite(maps / len(images))
@@ -350,20 +348,13 @@ def format_summary(region_sums: Tensor, weights: Tensor, cell_regions: Tensor) -
     """
     shares = region_shares(region_sums, cell_regions)
     outside = outside_shares(region_sums, cell_regions)
-    lines = [
-        "cells of   ERF share in R1    R2    R3    R4   outside   label weight w1    w2    w3    w4"
-    ]
+    rows = []
     for r in range(NUM_REGIONS):
-        labels = weights[:, cell_regions == r].double().mean(dim=1)
-        lines.append(
-            f"R{r + 1} ({int((cell_regions == r).sum()):3d})"
-            + " " * 10
-            + "".join(f"{share:6.3f}" for share in shares[r].tolist())
-            + f"{outside[r].item():10.3f}"
-            + " " * 12
-            + "".join(f"{weight:6.3f}" for weight in labels.tolist())
-        )
-    return "\n".join(lines)
+        cells = cell_regions == r
+        labels = weights[:, cells].double().mean(dim=1).tolist()
+        rows.append([f"R{r + 1} ({cells.sum()})", *shares[r].tolist(), outside[r].item(), *labels])
+    head = ["cells of", *(f"ERF in R{r}" for r in range(1, 5)), "outside", "w1", "w2", "w3", "w4"]
+    return tabulate(rows, head, tablefmt="plain", floatfmt=".3f")
 
 
 def check_finite(values: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ wider, whatever precision the logits come in and whatever autocast is on.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +34,7 @@ class Canvas(NamedTuple):
     used: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Objective:
+class Objective(NamedTuple):
     """A row of ``OBJECTIVES``.
 
     region_losses: (logits, gt_classes, canvas) -> float (N, S), each region's contribution.
@@ -45,7 +43,7 @@ class Objective:
     """
 
     region_losses: Callable[[Tensor, Tensor, Canvas], Tensor]
-    reduce: Callable[[Tensor, Canvas], Tensor]
+    reduce: Callable[[Tensor, Canvas], Tensor] = lambda region_losses, canvas: region_losses.mean()
     needs_erf: bool = False
 
 
@@ -163,14 +161,12 @@ OBJECTIVES = {
         lambda logits, gt_classes, canvas: erf_adaptive_region_losses(
             logits, gt_classes, canvas.erf_weights, canvas.cell_regions, canvas.used
         ),
-        lambda region_losses, canvas: region_losses.mean(),
         needs_erf=True,
     ),
     "block_wise": Objective(
         lambda logits, gt_classes, canvas: block_wise_region_losses(
             logits, gt_classes, canvas.cell_regions, canvas.used
         ),
-        lambda region_losses, canvas: region_losses.mean(),
     ),
     "global": Objective(
         lambda logits, gt_classes, canvas: global_region_losses(logits, gt_classes, canvas.used),
@@ -184,7 +180,7 @@ def region_means(values: Tensor, cell_regions: Tensor, used: Tensor | None = Non
 
     Args:
         values: float (..., h, w).
-        cell_regions: int64 (h, w); every region needs at least one cell, else its mean is nan.
+        cell_regions: int64 (h, w).
         used: bool that broadcasts to ``values``, the cells that count; None = all. The mean over
             none of a region's cells is 0.
 
@@ -196,10 +192,9 @@ def region_means(values: Tensor, cell_regions: Tensor, used: Tensor | None = Non
     cells = values.flatten(-2)
     members = [(cell_regions.flatten() == r).to(values.dtype) for r in range(NUM_REGIONS)]
     if used is not None:
-        counted = [m * used.flatten(-2) for m in members]
-        members = [m / m.sum(dim=-1, keepdim=True).clamp_min(1) for m in counted]
-        return torch.stack([(cells * m).sum(dim=-1) for m in members], dim=-1)
-    return torch.stack([(cells * (m / m.sum())).sum(dim=-1) for m in members], dim=-1)
+        members = [m * used.flatten(-2) for m in members]
+    members = [m / m.sum(dim=-1, keepdim=True).clamp_min(1) for m in members]
+    return torch.stack([(cells * m).sum(dim=-1) for m in members], dim=-1)
 
 
 def region_ranks(region_logits: Tensor, gt_classes: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 import argparse
 import sys
-from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jigsaw_d2.tools import arguments
 
@@ -68,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     out = sys.stdout
     out.write(f"# {args.output}: metadata, also in {args.output}.yaml\n{metadata.to_yaml()}")
-    required = nested(metadata.required_config())
-    out.write(f"# a detector that uses these weights needs\n{config.changes_yaml(required)}")
+    required = config.changes_yaml(metadata.required_config())
+    out.write(f"# a detector that uses these weights needs\n{required}")
     if args.write_config:
         write_config(args, args.output, try_it=True)
     return 0
@@ -107,7 +106,7 @@ def write_config(
             cpu.MODEL.DEVICE = "cpu"
             offsets = cfg.MODEL.JIGSAW.NEW_OFFSETS
             try_load(FinetuneTrainer.build_model(cpu), weights, new_offsets=offsets)
-        config.write_plain_config(args.write_config, cfg, force=args.force)
+        config.write_plain_config(args.write_config, cfg)
         before = config.load_detection_config(args.config_file, args.opts, args.trust)
         changes = config.changes_yaml(config.config_changes(before, cfg))
     sys.stdout.write(f"# {args.write_config}: {args.config_file} changed in\n{changes}")
@@ -124,12 +123,3 @@ def try_load(detector: "nn.Module", weights: str, **options: bool) -> None:
     found = load_backbone(detector, weights, **options)
     new = ", ".join([*found.new_outputs, *found.new_offsets, *found.new_modules]) or "nothing"
     sys.stdout.write(f"# fills {len(found.filled)} tensors of that detector; new in it: {new}\n")
-
-
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """{"A.B": 1} -> {"A": {"B": 1}}."""
-    result: dict[str, Any] = {}
-    for key, value in flat.items():
-        *nodes, last = key.split(".")
-        reduce(lambda node, part: node.setdefault(part, {}), nodes, result)[last] = value
-    return result

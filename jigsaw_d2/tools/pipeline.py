@@ -6,7 +6,7 @@ samples/train, samples/val -> pretrain -> weights -> detector
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -213,17 +213,8 @@ class Pipeline:
 
 def config_settings(cfg: CfgNode) -> dict[str, Any]:
     """{dotted key: value} of what a config changes in the defaults and a result depends on."""
-    changes = flat(config_changes(get_jigsaw_cfg(), cfg))
+    changes = config_changes(get_jigsaw_cfg(), cfg)
     return {key: value for key, value in changes.items() if key not in NOT_IN_RESULT}
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"A": {"B": 1}} -> {"A.B": 1}."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = isinstance(value, Mapping)
-        found |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return found
 
 
 def file_digest(path: Path) -> str:

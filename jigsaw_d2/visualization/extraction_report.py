@@ -87,15 +87,11 @@ def _draw_sizes(axes: Axes, report: dict) -> None:
             axes.plot(values[1], y, "o", color=GROUP_COLORS[group])
             labels.append(f"{group} {side}")
             y += 1
-    for size in sorted({s for s in _region_sides(report)}):
+    (height, width), (y0, x0) = report["template"]["size"], report["template"]["split"]
+    for size in {y0, x0, height - y0, width - x0}:
         axes.axvline(size, color="#999999", linestyle=":")
     axes.set_yticks(range(y), labels)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("pixels; dotted: sides of the regions")
     axes.set_title("sample sizes: 5 %, median, 95 %")
-
-
-def _region_sides(report: dict) -> list[int]:
-    (height, width), (y, x) = report["template"]["size"], report["template"]["split"]
-    return [y, x, height - y, width - x]

@@ -14,7 +14,7 @@ from jigsaw_d2.data.arrays import show
 from jigsaw_d2.data.build import JigsawLoader, build_jigsaw_train_loader
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.template import REGIONS, JigsawTemplate
-from jigsaw_d2.visualization.figures import draw_box, figure_pixels, save_figure
+from jigsaw_d2.visualization.figures import draw_box, save_figure
 
 REGION_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231")
 PADDING_COLOUR = np.array([70, 70, 90], np.uint8)
@@ -68,15 +68,6 @@ def batch_figure(batch: Mapping[str, Any], loader: JigsawLoader, count: int = 8)
     text = f"{np.mean(shares):.0%} of the pixels show a sample; padding is striped"
     figure.suptitle(text, fontsize=10)
     return figure
-
-
-def save_batch_figure(
-    batch: Mapping[str, Any], loader: JigsawLoader, path: str | Path
-) -> np.ndarray:
-    """Write ``batch_figure``; returns its pixels, uint8 (3, height, width) RGB."""
-    figure = batch_figure(batch, loader)
-    save_figure(figure, path)
-    return figure_pixels(figure)
 
 
 def run(args: argparse.Namespace) -> list[Path]:

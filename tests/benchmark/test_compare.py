@@ -34,8 +34,9 @@ from benchmark.report import (
     write_report,
 )
 from benchmark.runner import DONE, FAILED, PENDING, Comparison
-from jigsaw_d2 import config
+from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.cost import record_stage
+from jigsaw_d2.data.assembly import METHODS
 from jigsaw_d2.data.template import JigsawTemplate
 from jigsaw_d2.detection.config import load_detection_config
 from jigsaw_d2.io import ConfigError
@@ -306,10 +307,10 @@ def test_no_run_at_a_time_is_refused(tmp_path):
 
 
 def test_plans_name_what_there_is():
-    assert set(OBJECTIVES) <= set(losses.OBJECTIVES) and FIT_METHODS == config.FIT_METHODS
+    assert set(OBJECTIVES) <= set(losses.OBJECTIVES) and FIT_METHODS == METHODS
     for name, plan in PRESETS.items():
         assert plan.checked().preset == name
-        config.get_jigsaw_cfg(plan.pretrain_config, list(plan.pretrain))
+        get_jigsaw_cfg(plan.pretrain_config, list(plan.pretrain))
         load_detection_config(plan.detector_config, plan.detector)
 
 

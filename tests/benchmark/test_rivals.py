@@ -87,7 +87,7 @@ class DirectForReal(FakeRunner):
 def test_direct_trains_on_from_all_its_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "step_seconds", lambda folder: 30.0)  # 60 s are 2 iterations
     monkeypatch.setattr("detectron2.engine.defaults.collect_env_info", str)  # asks compilers
-    monkeypatch.setattr("jigsaw_d2.detection.meter.backbone_flops", lambda *size: 1)
+    monkeypatch.setattr("jigsaw_d2.detection.meter.backbone_macs", lambda *size: 1)
     monkeypatch.setattr("jigsaw_d2.tools.job.TRIAL_STEPS", {"cpu": 1, "cuda": 1})
     tiny = ("MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.RPN.POST_NMS_TOPK_TEST", "8")
     tiny += ("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", "64")

@@ -4,7 +4,6 @@ import cv2
 import numpy as np
 import pytest
 
-from jigsaw_d2 import config
 from jigsaw_d2.data.assembly import (
     METHODS,
     Augmentation,
@@ -147,7 +146,3 @@ def test_assemble_puts_each_sample_into_its_region():
 def test_unknown_method_is_named():
     with pytest.raises(ValueError, match="'squeeze'.*pad_crop, warp, resize"):
         fit_to_region(picture(5, 5), REGION, "squeeze", np.random.default_rng(0))
-
-
-def test_methods_are_those_of_the_config():
-    assert METHODS == config.FIT_METHODS

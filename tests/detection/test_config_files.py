@@ -121,7 +121,8 @@ def test_changes_between_two_configs() -> None:
     after.MODEL.PIXEL_STD = [1, 2, 3]
     after.MODEL.NEW = "key"  # unknown before: no change of it
     changes = config_changes(before, after)
-    assert changes == {"MODEL": {"RESNETS": {"STRIDE_IN_1X1": False}, "PIXEL_STD": [1, 2, 3]}}
-    assert yaml.safe_load(changes_yaml(changes)) == changes
+    assert changes == {"MODEL.RESNETS.STRIDE_IN_1X1": False, "MODEL.PIXEL_STD": [1, 2, 3]}
+    nested = {"MODEL": {"RESNETS": {"STRIDE_IN_1X1": False}, "PIXEL_STD": [1, 2, 3]}}
+    assert yaml.safe_load(changes_yaml(changes)) == nested
     assert changes_yaml(config_changes(before, before)) == "{}\n"
     assert get_key(after, "MODEL.RESNETS.STRIDE_IN_1X1") is False

@@ -28,7 +28,7 @@ from helpers_weights import (
     small_detection_config,
 )
 
-from jigsaw_d2.cost import backbone_flops, read_cost_log
+from jigsaw_d2.cost import backbone_macs, read_cost_log
 from jigsaw_d2.detection import finetune as finetune_module
 from jigsaw_d2.detection.config import setup_finetune
 from jigsaw_d2.detection.finetune import ComputeMeter, FastCOCOEvaluator, FinetuneTrainer, finetune
@@ -92,7 +92,7 @@ def test_compute_is_counted_with_the_padding_and_only_while_open(tmp_path: Path)
     meter.book()  # nothing since: books nothing
     entry = read_cost_log(tmp_path)["stages"]["evaluation"]
     assert (entry["images"], entry["pixels"]) == (2, 2 * 64 * 64) and entry["seconds"] > 0
-    flops = backbone_flops(detector.backbone, 64, 64)
+    flops = 2 * backbone_macs(detector.backbone, 64, 64)
     assert entry["flops"] == pytest.approx(2 * flops, rel=1e-3)
     training = ComputeMeter(detector, str(tmp_path), "finetuning")
     assert training.flops_per_pixel * 64 * 64 == pytest.approx(3 * flops, rel=1e-3)

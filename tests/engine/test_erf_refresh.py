@@ -263,7 +263,7 @@ def measure_in_process(rank, world_size, folder, num_images):
     set_statistics(model, 2.0 * rank)  # each has seen its own images; their mean is measured
     wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     hook = ErfRefreshHook(wrapped, load_images, num_images=num_images)
-    hook.trainer = SimpleNamespace(start_iter=0)
+    hook.trainer = SimpleNamespace(start_iter=0, cost_log=CostLog())
     with EventStorage() as hook.trainer.storage:
         hook.before_train()
     loss = wrapped({"image": load_images(range(1)), "gt_classes": torch.tensor([[0, 1, 2, 3]])})

@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
+from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.cost import CostLog, read_cost_log
 from jigsaw_d2.engine.hooks import (
     CheckpointHook,
@@ -25,9 +26,14 @@ class Clock:
         monkeypatch.setattr("jigsaw_d2.engine.hooks.time.perf_counter", lambda: self.now)
 
 
-def steps(hook: MeterHook, storage: EventStorage, clock: Clock, number: int) -> None:
-    """``number`` steps of 2 s, half a second of it waiting."""
-    trainer = SimpleNamespace(storage=storage, iter=0)
+def steps(
+    hook: MeterHook, storage: EventStorage, clock: Clock, number: int, cost_log: CostLog, **solver
+) -> None:
+    """``number`` steps of 2 s, half a second of it waiting, of 16 images of 10 x 10 pixels."""
+    cfg = get_jigsaw_cfg()
+    cfg.INPUT.JIGSAW.TEMPLATE_SIZE, cfg.SOLVER.IMS_PER_BATCH = [10, 10], 16
+    cfg.SOLVER.update(solver)
+    trainer = SimpleNamespace(storage=storage, iter=0, cfg=cfg, device=CPU, cost_log=cost_log)
     hook.trainer = trainer
     for iteration in range(number):
         trainer.iter = storage.iter = iteration
@@ -42,8 +48,8 @@ def test_meter_by_hand(tmp_path, monkeypatch):
     clock, storage = Clock(monkeypatch), EventStorage(0)
     cost_log = CostLog(tmp_path, "CPU")
     cost_log.record("erf_refresh", seconds=8.0)  # 4 s of two devices, before the first step
-    hook = MeterHook(cost_log, images=16, pixels=100, macs=1000, device=CPU, world_size=2)
-    steps(hook, storage, clock, 20)
+    monkeypatch.setattr("jigsaw_d2.engine.hooks.comm.get_world_size", lambda: 2)
+    steps(MeterHook(macs=1000), storage, clock, 20, cost_log)
     latest = {name: value for name, (value, _) in storage.latest().items()}
     assert latest["images_per_s"] == 8.0  # 16 images in 2 s
     assert latest["data_wait_share"] == 0.25
@@ -58,11 +64,11 @@ def test_meter_by_hand(tmp_path, monkeypatch):
 
 def test_what_a_checkpoint_holds_is_in_the_cost_log_before_it(tmp_path, monkeypatch):
     clock, storage = Clock(monkeypatch), EventStorage(0)
-    hook = MeterHook(CostLog(tmp_path), images=1, pixels=1, macs=1, device=CPU, checkpoint_period=3)
-    steps(hook, storage, clock, 5)
-    assert read_cost_log(tmp_path)["stages"]["pretraining"]["images"] == 3
+    hook = MeterHook(macs=1)
+    steps(hook, storage, clock, 5, CostLog(tmp_path), CHECKPOINT_PERIOD=3)
+    assert read_cost_log(tmp_path)["stages"]["pretraining"]["images"] == 3 * 16
     hook.after_train()
-    assert read_cost_log(tmp_path)["stages"]["pretraining"]["images"] == 5
+    assert read_cost_log(tmp_path)["stages"]["pretraining"]["images"] == 5 * 16
 
 
 def test_printer_tells_regions_once_a_step(tmp_path, caplog):

@@ -15,7 +15,7 @@ from helpers_run import PYRAMID, read_losses, start, tiny_options, torchrun_vari
 from torch.multiprocessing import ProcessRaisedException
 
 from jigsaw_d2.engine.interrupt import StopNotice
-from jigsaw_d2.engine.launch import as_peer_lost, explained, launch_job
+from jigsaw_d2.engine.launch import explained, launch_job
 from jigsaw_d2.io import ConfigError, DataError, PeerLostError, RunError
 
 CONFIG = ["--config-file", "Base-JigsawPretrain.yaml"]
@@ -295,7 +295,8 @@ def test_one_process_is_called_directly(monkeypatch):
 
 
 def test_other_errors_are_left_alone():
-    assert as_peer_lost(RuntimeError("Connection closed by peer"), 600) is None  # no peers here
+    with pytest.raises(RuntimeError, match="^Connection closed by peer$"), explained(600):
+        raise RuntimeError("Connection closed by peer")  # no peers here
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import shutil
 import pytest
 import torch
 import yaml
+from detectron2.modeling import build_model
 from helpers_run import tiny_cfg
 from helpers_store import make_store
 
 from jigsaw_d2.config import get_jigsaw_cfg
+from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.engine.run_config import check_held_out, open_store, resolve_config, warn_of_changes
-from jigsaw_d2.engine.trainer import JigsawTrainer
 from jigsaw_d2.io import ConfigError
 
 
@@ -147,5 +148,8 @@ def test_a_held_out_store_of_other_categories_is_refused(tmp_path):
 
 def test_a_feature_that_is_absent_is_named_where_the_template_is_fitted_too(tmp_path):
     wanted = ["INPUT.JIGSAW.FIT_TO", "auto", "MODEL.JIGSAW.IN_FEATURE", "p5"]
+    cfg = tiny_cfg(tmp_path, *wanted)
+    store = SampleStore(cfg.DATASETS.TRAIN)
+    store.header["report"] = {"images": {"median_sides": [300, 400]}}
     with pytest.raises(ConfigError, match="p5"):
-        JigsawTrainer(tiny_cfg(tmp_path, *wanted))
+        build_model(resolve_config(cfg, store))

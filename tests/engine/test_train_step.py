@@ -95,7 +95,7 @@ def test_a_bad_loss_is_reported_before_anything_changes():
     with pytest.raises(FloatingPointError):
         step.run(stop)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    assert len(step.record.batches) == 1 and "torch" in step.record.random_state
+    assert len(step.batches) == 1 and "torch" in step.random_state
 
 
 def test_momentum_survives_a_first_step_that_loss_scaling_skips():

@@ -21,9 +21,10 @@ from tabulate import tabulate
 
 from benchmark.runner import BEFORE, DONE, LIGHTLY_SCRIPT, Comparison, Run
 from jigsaw_d2 import __version__
+from jigsaw_d2.config import flatten
 from jigsaw_d2.cost import device_name
 from jigsaw_d2.io import write_text
-from jigsaw_d2.tools.pipeline import DetectionSet, flat
+from jigsaw_d2.tools.pipeline import DetectionSet
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "opencv-python-headless", "pycocotools")
@@ -136,8 +137,9 @@ def setting_differences(comparison: Comparison) -> dict[str, dict[str, str]]:
     for run in comparison.runs:
         path = comparison.folder(run) / "detector" / "config.yaml"
         if run.status == DONE and run.arm.name not in settings:
-            values, folder = flat(yaml.safe_load(path.read_text())), str(comparison.folder(run))
-            settings[run.arm.name] = {k: str(v).replace(folder, "RUN") for k, v in values.items()}
+            values, folder = yaml.safe_load(path.read_text()), str(comparison.folder(run))
+            pairs = flatten(values)
+            settings[run.arm.name] = {k: str(v).replace(folder, "RUN") for k, v in pairs}
     keys = {key for tree in settings.values() for key in tree} - OWN_SETTINGS
     found = {k: {arm: str(tree.get(k)) for arm, tree in settings.items()} for k in sorted(keys)}
     return {key: values for key, values in found.items() if len(set(values.values())) > 1}
