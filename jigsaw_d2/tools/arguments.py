@@ -50,8 +50,8 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
 
 def add_trust(parser: argparse._ActionsContainer) -> None:
     """--trust."""
-    text = "read weights and configs that could run code while they are read, and import the "
-    text += "modules of --register that they keep; for your own alone"
+    text = "read configs (convert and erf: weights too) that could run code while they are read, "
+    text += "and import the modules of --register that they keep; for your own alone"
     parser.add_argument("--trust", action="store_true", help=text)
 
 

@@ -180,7 +180,7 @@ class Job:
         ours = self._pretraining("trial/pretrain", "trial of the pre-training", *short)
         detector = self._finetuning("trial/detector", "trial of the detector", None, *short)
         first, second = self._do(ours).folder, self._do(detector).folder
-        devices = self.pipeline.num_gpus  # the ledger counts the seconds of every one
+        devices = self.pipeline.num_gpus  # the cost log counts the seconds of each
         refresh = stage_cost(first, "erf_refresh")["seconds"] / devices
         evaluation = stage_cost(second, "evaluation")["seconds"] / devices
         return Trial(step_seconds(first), refresh, step_seconds(second), evaluation)

@@ -285,6 +285,6 @@ def step_seconds(folder: Path) -> float:
 
 
 def stage_cost(folder: Path, stage: str) -> dict[str, float]:
-    """{"images", "flops", "seconds"} of one stage in a folder's ledger; zeros where it has none."""
+    """{"images", "flops", "seconds"} of a stage in a folder's cost log; zeros where it has none."""
     entry = read_cost_log(folder)["stages"].get(stage, {})
     return {key: entry.get(key, 0) for key in ("images", "flops", "seconds")}

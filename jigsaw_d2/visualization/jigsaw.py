@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jigsaw_d2.config import get_jigsaw_cfg
 from jigsaw_d2.data.arrays import show
-from jigsaw_d2.data.build import JigsawLoader, build_jigsaw_train_loader
+from jigsaw_d2.data.build import JigsawLoader, build_jigsaw_train_loader, fit_input
 from jigsaw_d2.data.store import SampleStore
 from jigsaw_d2.data.template import REGIONS, JigsawTemplate
 from jigsaw_d2.visualization.figures import draw_box, save_figure
@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> list[Path]:
     cfg = get_jigsaw_cfg(args.config_file, list(args.opts))
     cfg.SEED, cfg.DATALOADER.NUM_WORKERS = args.seed, 0
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS = args.count, 1
-    loader = build_jigsaw_train_loader(cfg, store=SampleStore(list(args.store)))
+    store = SampleStore(list(args.store))
+    fit_input(cfg, store)
+    loader = build_jigsaw_train_loader(cfg, store=store)
     batch = loader.dataset[range(args.first, args.first + args.count)]
     return [save_figure(batch_figure(batch, loader, args.count), args.output)]

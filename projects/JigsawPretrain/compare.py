@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ablation", choices=ABLATIONS, help="the arms of one of the paper's ablations")
     add("--seeds", nargs="+", type=int, help="one run of every arm each")
     add("--budget", choices=BUDGETS, help="equal total cost, or equal detection cost")
-    add("--cost", choices=COSTS, help="what of the ledger counts as cost")
+    add("--cost", choices=COSTS, help="what of the cost logs counts as cost")
     add("--pretrain-config", help="config of the pre-training")
     add("--detector-config", help="config of the detector")
     add("--pretrain-iterations", type=int, help="optimiser steps of pre-training")

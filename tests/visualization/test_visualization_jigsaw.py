@@ -53,3 +53,10 @@ def test_command(store, tmp_path):
     path = str(store.paths[0])
     args = [path, "--count", "2", "--output", str(output), "--opts", "INPUT.JIGSAW.FIT", "warp"]
     assert run_figure("jigsaw", args) == (0, f"{output}\n") and output.is_file()
+
+
+def test_a_template_to_be_fitted_is_not_passed_over(store, tmp_path):
+    """This store does not know its images' sizes, by which it would be fitted."""
+    args = [str(store.paths[0]), "--output", str(tmp_path / "x.png")]
+    status, said = run_figure("jigsaw", [*args, "--opts", "INPUT.JIGSAW.FIT_TO", "auto"])
+    assert status == 2 and "how large its images are" in said and not (tmp_path / "x.png").exists()

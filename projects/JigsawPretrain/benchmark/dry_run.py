@@ -46,7 +46,7 @@ def dry_run_table(plan: Plan, name: str, trial: Trial | None) -> str:
     return (
         f"{tabulate(rows, head, tablefmt='pipe', disable_numparse=True)}\n\n"
         f"{len(rows) * len(plan.seeds)} runs on {name}. {speed} Arms without Jigsaw pre-training "
-        "get their true length from the ledger when those with it are done."
+        "get their true length from the cost logs when those with it are done."
     )
 
 

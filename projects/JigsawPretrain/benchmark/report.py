@@ -223,7 +223,7 @@ def norm_text(report: dict) -> str:
 
 def budget_text(report: dict) -> str:
     """The rule that set the lengths, as far as the runs that finished bear it out."""
-    also, units = "", f"counted in {report['cost']} of the ledger"
+    also, units = "", f"counted in {report['cost']} of the cost logs"
     if {"direct", "lightly"} & {arm["kind"] for arm in report["arms"]}:
         also = "; direct and lightly pre-train for as much as the Jigsaw run of their seed cost"
     if report["budget"] == "detection":
