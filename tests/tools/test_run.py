@@ -149,7 +149,7 @@ def test_run_hands_its_flags_on_and_says_how_it_came_to_its_lengths(
     argv += ["--val-json", str(data.val_json), "--output", str(tmp_path / "out"), "--hours", "0.5"]
     assert run.main([*argv, "--register", "my_backbones", "--trust"]) == 0
     printed = capsys.readouterr().out
-    assert "budget 1800 s" in printed and "30% of them for pre-training" in printed
+    assert "budget 1800 s" in printed and "20% of them for pre-training" in printed
     assert "scratch" not in printed.split("detector from")[1].split("weights:")[0]
     for call in computing_nothing.calls:
         assert flag(call, "--register") == "my_backbones"
