@@ -18,6 +18,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 
 from jigsaw_d2.checkpoint import detector
+from jigsaw_d2.checkpoint.convert import check_free
 from jigsaw_d2.checkpoint.metadata import Architecture, WeightsMetadata, fits
 from jigsaw_d2.checkpoint.reading import is_detector, read_converted, read_tensors
 from jigsaw_d2.config import add_jigsaw_config, flatten
@@ -263,12 +264,13 @@ def fit_machine(cfg: CfgNode) -> None:
         cfg.SOLVER.AMP.ENABLED = False
 
 
-def write_plain_config(path: str | Path, cfg: CfgNode) -> None:
+def write_plain_config(path: str | Path, cfg: CfgNode, force: bool = False) -> None:
     """The same job as a config for Detectron2's own ``tools/train_net.py``, without our keys.
 
     Raises:
-        ConfigError: a key of ours without which it is another job.
+        ConfigError: ``path`` is in the way, or a key of ours without which it is another job.
     """
+    check_free(path, force)
     ours = [key for key in _changes_of_ours(cfg) if not key.startswith(_DONE_BEFORE)]
     ours += ["INPUT.FORMAT"] * bool(channels_of(cfg.INPUT.FORMAT))
     if ours:

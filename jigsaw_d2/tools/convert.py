@@ -106,7 +106,7 @@ def write_config(
             cpu.MODEL.DEVICE = "cpu"
             offsets = cfg.MODEL.JIGSAW.NEW_OFFSETS
             try_load(FinetuneTrainer.build_model(cpu), weights, new_offsets=offsets)
-        config.write_plain_config(args.write_config, cfg)
+        config.write_plain_config(args.write_config, cfg, force=args.force)
         before = config.load_detection_config(args.config_file, args.opts, args.trust)
         changes = config.changes_yaml(config.config_changes(before, cfg))
     sys.stdout.write(f"# {args.write_config}: {args.config_file} changed in\n{changes}")
