@@ -297,8 +297,9 @@ def _changes_of_ours(cfg: CfgNode) -> list[str]:
 
 def config_changes(before: CfgNode, after: CfgNode) -> dict[str, Any]:
     """{"A.B": value}: the plain values of ``before``'s keys that are others in ``after``."""
-    now = dict(flatten(after))  # YAML knows lists, no tuples
-    return {k: json.loads(json.dumps(now[k])) for k, old in flatten(before) if old != now[k]}
+    now = dict(flatten(after))
+    changed = {key: now[key] for key, old in flatten(before) if old != now[key]}
+    return json.loads(json.dumps(changed))  # YAML knows lists, no tuples
 
 
 def changes_yaml(changes: Mapping[str, Any]) -> str:
